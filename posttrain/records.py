@@ -1,0 +1,106 @@
+"""The two records that pass between the stages, and how they are stored.
+
+`Example` is what data_prep.py writes and every later stage reads; `Prediction` is what evaluate.py writes and the report
+reads. Both are one JSON object a line, so any tool can read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Message = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One question. `prompt` and `completion` are chat messages; `answer` is the canonical gold number."""
+
+    id: str
+    split: Literal["train", "dev", "test"]
+    question: str
+    prompt: list[Message]
+    completion: list[Message]
+    answer: str
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prediction:
+    """One completion of one question and its verdict. `sample` counts from 0; `finish` says why generation ended."""
+
+    id: str
+    sample: int
+    completion: str
+    finish: Literal["stop", "length"]
+    num_tokens: int
+    value: str | None
+    method: str
+    num_markers: int
+    correct: bool
+    strict: bool
+    format_ok: bool
+    grader: str
+
+
+Record = TypeVar("Record", Example, Prediction)
+
+
+def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
+    return [cls(**row) for row in read_rows(path)]
+
+
+def read_rows(path: Path | str) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Any]) -> None:
+    """Write records or dicts, one a line; the file appears whole or not at all."""
+    write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def write_atomic(path: Path | str, text: str) -> None:
+    partial = Path(f"{path}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def to_json(row: Any) -> str:
+    return json.dumps(dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row, ensure_ascii=False)  # type: ignore[arg-type]
+
+
+def as_dataset(examples: list[Example], columns: tuple[str, ...]) -> Dataset:
+    """The training view of examples. Test rows are refused: they are for evaluate.py alone.
+
+    Raises:
+        ValueError: an example of the test split, or no example at all.
+    """
+    if not examples:
+        raise ValueError("no examples to train on: check data.num_train and the data set's manifest.json")
+    if leaked := [example.id for example in examples if example.split == "test"]:
+        raise ValueError(f"refusing to train on {len(leaked)} test rows (first: {leaked[0]}): use the train split")
+    from datasets import Dataset
+
+    return Dataset.from_list([{name: getattr(example, name) for name in columns} for example in examples])
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
