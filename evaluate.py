@@ -1,0 +1,186 @@
+"""Accuracy of a base model, an instruct model or an adapter on a prepared data set, with its uncertainty.
+
+    python evaluate.py --config configs/eval_gsm8k.yaml                                           # the base model
+    python evaluate.py --config configs/eval_gsm8k.yaml adapter=runs/grpo_llama3.2-3b run_dir=runs/eval_grpo
+    python evaluate.py --config configs/eval_gsm8k.yaml generation.samples=8 generation.temperature=0.8   # pass@k, maj@k
+    python evaluate.py --config configs/eval_gsm8k.yaml data.limit=100 run_dir=runs/try           # labelled as a subset
+    python evaluate.py --config configs/eval_gsm8k.yaml --regrade         # every number again, from predictions.jsonl alone
+    accelerate launch --num_processes 2 evaluate.py --config ...
+
+Predictions are written as they come. Interrupted at any moment, the same command goes on, and its results are the same
+bytes as without the interruption: batches are fixed by the questions, and every draw by seed, batch, row and step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain import config as settings
+from posttrain import stats
+from posttrain.config import EvalConfig
+from posttrain.predictions import Parts, judge, regraded
+from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
+from posttrain.run import (
+    Run,
+    check_reusable,
+    data_entry,
+    exit_on_user_error,
+    num_processes,
+    open_run,
+    parent_of,
+    process_index,
+    read_manifest,
+)
+
+
+def main() -> None:
+    config, args = settings.from_command_line(EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model")
+    if args.regrade:
+        return regrade(Path(config.run_dir))
+    data = data_entry(config.data.path, config.data.split)
+    examples = read_jsonl(Path(config.data.path, f"{config.data.split}.jsonl"), Example)
+    asked = examples[: config.data.limit]
+    if args.dry_run:
+        from posttrain.plan import show_eval_plan
+
+        return show_eval_plan(config, asked)
+    check_reusable(config, config.run_dir, resume=True)
+    with open_run(config, "eval", config.run_dir, resume=True) as run:
+        run.record(data=data | {"size": len(examples)}, limit=config.data.limit)
+        policy, tokenizer = load_policy(config, data, run)
+        write_questions(asked, tokenizer, run)
+        parts = Parts(run.folder)
+        predict(config, asked, policy, tokenizer, parts, run)
+        if run.is_main:
+            write_results(run.folder, parts.gather(asked, config.generation.samples))
+
+
+def load_policy(config: EvalConfig, data: dict[str, Any], run: Run):  # type: ignore[no-untyped-def]
+    """The plain model to generate with; what it is made of goes into the manifest."""
+    from posttrain import adapters, models
+    from posttrain.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
+    if folder:
+        adapters.check_adapter_fits(folder, config.model)
+        sha256 = adapters.adapter_sha256(folder)
+        parent, chain = parent_of(folder, sha256)
+        refuse_contaminated(chain, data)
+        run.record(parent=parent, chain=chain, adapter_sha256=sha256)
+    base = models.load_base(config.model, config.quantization, tokenizer)
+    models.check_stop_token(base, tokenizer)
+    identity = {**config.model.model_dump(), "quantization": config.quantization, "fingerprint": models.fingerprint(base)}
+    run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
+    model = adapters.load_adapter(base, folder, trainable=False) if folder else base
+    return models.PolicyCopy(model).model, tokenizer
+
+
+def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> None:
+    """GSM-Symbolic's templates are GSM8K test questions (arXiv:2410.05229): a score after training on it means nothing."""
+    trained = [link["name"] for link in chain if (link.get("data") or {}).get("source", {}).get("kind") == "gsm_symbolic"]
+    source = data["source"]
+    is_gsm8k = source.get("repo_id") == "openai/gsm8k" or "gsm8k" in f"{data['name']} {source.get('path', '')}".lower()
+    if trained and is_gsm8k:
+        raise ValueError(f"{', '.join(trained)} trained on gsm_symbolic, whose templates are GSM8K test questions: not scored on GSM8K")
+
+
+def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
+    """What was asked, as the model saw it: with it and predictions.jsonl every number can be computed again."""
+    if not run.is_main:
+        return
+    rows = []
+    for example in asked:
+        prompt = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, tokenize=False)
+        kept = {name: getattr(example, name) for name in ("id", "split", "question", "answer", "num_steps")}
+        rows.append(kept | {"prompt": prompt, "prompt_sha256": sha256_text(prompt)})
+    write_jsonl(run.folder / "questions.jsonl", rows)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: Any, parts: Parts, run: Run) -> None:
+    """Generate this process's share of what is missing, batch by batch."""
+    from tqdm import tqdm
+
+    from posttrain.chat import chat_ids
+    from posttrain.generate import Sampling, engine_batches, plan_batches
+
+    generation = config.generation
+    prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
+    sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.samples, config.seed)
+    size = batch_size(config, prompts, policy, run)
+    pending = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
+    share = pending[process_index() :: num_processes()]
+    todo = sum(len(batch) for _, batch in share)
+    with tqdm(total=todo, unit="question", desc=run.manifest.get("name"), disable=None) as bar:
+        for indices, completions in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
+            parts.append(
+                judge(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
+                for i, samples in zip(indices, completions, strict=True)
+                for sample, one in enumerate(samples)
+            )
+            bar.update(len(indices))
+
+
+def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: Run) -> int:
+    """Chosen once a run and kept in its manifest: with another batch size some logits would round differently."""
+    from posttrain.generate import auto_batch_size
+
+    size = config.generation.batch_size
+    if size == "auto":
+        longest = max(map(len, prompts)) + config.generation.max_new_tokens
+        size = run.manifest.get("batch_size") or auto_batch_size(policy, longest, config.generation.samples, num_processes())
+    run.record(batch_size=size)
+    return size
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, predictions: list[Prediction]) -> None:
+    """results.json, made of questions, predictions and manifest alone; and the numbers on the console."""
+    manifest = read_manifest(folder)
+    questions = list(read_rows(folder / "questions.jsonl"))
+    data = manifest["data"]
+    results = stats.summarize(questions, predictions, dataset=data["name"], limit=manifest["limit"], dataset_size=data["size"])
+    results["provenance"] = {key: manifest.get(key) for key in PROVENANCE}
+    results["prompts_sha256"] = sha256_text("".join(question["prompt_sha256"] for question in questions))
+    write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    print(headline(manifest["name"], results))
+
+
+PROVENANCE = (
+    "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty", "versions",
+    "hardware", "command",
+)  # fmt: skip
+
+
+def headline(name: str, results: dict[str, Any]) -> str:
+    lenient, strict = results["accuracy"]["lenient"], results["accuracy"]["strict"]
+    low, high = lenient["wilson"]
+    subset = f" ({results['subset']})" if results["subset"] else ""
+    return (
+        f"{name}: {lenient['value']:.2%} [{low:.2%}, {high:.2%}] of {results['n']} on {results['dataset']}{subset}; "
+        f"strict {strict['value']:.2%}, format {results['format_ok']['value']:.2%}, truncated {results['truncated']['value']:.2%}"
+    )
+
+
+def regrade(folder: Path) -> None:
+    """Every verdict and number again, from questions.jsonl and predictions.jsonl; no model is loaded."""
+    if not (folder / "predictions.jsonl").is_file():
+        raise ValueError(f"{folder} holds no finished evaluation: run it without --regrade first")
+    examples = {
+        row["id"]: Example(row["id"], row["split"], row["question"], [], [], row["answer"], row["num_steps"])
+        for row in read_rows(folder / "questions.jsonl")
+    }
+    predictions = [regraded(row, examples[row.id]) for row in read_jsonl(folder / "predictions.jsonl", Prediction)]
+    write_jsonl(folder / "predictions.jsonl", predictions)
+    write_results(folder, predictions)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

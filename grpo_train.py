@@ -1,0 +1,104 @@
+"""Stage 2: GRPO from the SFT adapter, rewarded by the grader that evaluation uses.
+
+    python grpo_train.py --config configs/grpo_llama3.2-3b.yaml
+    python grpo_train.py --config configs/grpo_llama3.2-3b.yaml adapter=runs/my_sft run_dir=runs/my_grpo
+    python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --dry-run    # batch arithmetic, checks, nothing trained
+    python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --resume     # after an interruption
+    accelerate launch --num_processes 2 grpo_train.py --config ...
+
+Departures from a plain TRL script: the starting policy and the KL reference are the SFT policy, exactly (the hash of the
+loaded adapter is checked); master weights stay fp32; completions come from a copy of the policy with the adapter folded in,
+each prompt computed once for its whole group; dropout is off; a run that would change nothing, or a reward that is not a
+number, stops.
+"""
+
+from __future__ import annotations
+
+from posttrain import config as settings
+from posttrain.config import GrpoConfig
+from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of
+
+
+def main() -> None:
+    config, args = settings.from_command_line(GrpoConfig, __doc__)
+    data = data_entry(config.data.path, "train")
+    if args.dry_run:
+        from posttrain.plan import show_grpo_plan
+
+        return show_grpo_plan(config)
+    check_reusable(config, config.run_dir, args.resume)
+
+    from posttrain import adapters, training
+    from posttrain.chat import load_tokenizer
+
+    folder = adapters.resolve_adapter(config.adapter)
+    start = adapters.check_adapter_fits(folder, config.model)
+    adapters.check_mode(config, start)
+    tokenizer = load_tokenizer(config.model)
+    train, dev = training.load_examples(config)
+    with open_run(config, "grpo", config.run_dir, args.resume) as run:
+        run.record(data=data)
+        model = load_policy(config, folder, tokenizer, run)
+        trainer = make_trainer(config, run, model, tokenizer, train, dev)
+        trainer.train(resume_from_checkpoint=training.last_checkpoint(run, args.resume))
+        training.save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
+    training.push_if_asked(config, run)
+
+
+def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignore[no-untyped-def]
+    """The SFT policy, ready to be trained on: continued, rescaled, or merged under a new adapter."""
+    from posttrain import adapters, models
+
+    sft_sha256 = adapters.adapter_sha256(folder)
+    parent, chain = parent_of(folder, sft_sha256)
+    base = models.load_base(config.model, config.quantization, tokenizer)
+    models.check_stop_token(base, tokenizer)
+    identity = {**config.model.model_dump(), "quantization": config.quantization, "fingerprint": models.fingerprint(base)}
+    model = adapters.load_adapter(base, folder, trainable=True)
+    live = adapters.live_adapter_sha256(model)
+    if live != sft_sha256:
+        raise RuntimeError(f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})")
+    if config.adapter_mode == "rescale":
+        assert config.lora is not None
+        adapters.rescale(model, config.lora.alpha)
+    elif config.adapter_mode == "merge_and_new":
+        assert config.lora is not None
+        model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base")
+        identity |= {"name_or_path": str(run.folder / "merged_base"), "quantization": "none"}
+    print(f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
+    run.record(model=identity, parent=parent, chain=chain, start_sha256=adapters.live_adapter_sha256(model))
+    return model
+
+
+def make_trainer(config: GrpoConfig, run: Run, model, tokenizer, train, dev):  # type: ignore[no-untyped-def]
+    from trl import GRPOConfig
+
+    from posttrain import training
+    from posttrain.callbacks import Samples
+    from posttrain.models import PolicyCopy
+    from posttrain.records import as_dataset
+    from posttrain.rollouts import Rollouts, reward_functions
+    from posttrain.trainers import GRPO
+
+    functions, weights = reward_functions(config.rewards)
+    copy = PolicyCopy(model)
+    arguments = {"disable_dropout": True} | training.trainer_arguments(config, run) | {"reward_weights": weights}
+    trainer = GRPO(
+        model=model,
+        args=GRPOConfig(**arguments),
+        reward_funcs=functions,
+        train_dataset=as_dataset(train, ("prompt", "answer")),
+        processing_class=tokenizer,
+        rollout_func=None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts),
+        skip_zero_signal=config.rollouts.skip_zero_signal,
+        correct_mismatch=config.rollouts.correct_mismatch,
+    )
+    limit = trainer.max_completion_length
+    measure = (lambda: training.dev_accuracy(model, tokenizer, dev, limit, copy)) if dev else None
+    trainer.add_callback(Samples(run, trainer, {example.prompt[-1]["content"]: example.answer for example in train}))
+    training.add_callbacks(trainer, run, measure, config.dev_every_steps)
+    return trainer
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

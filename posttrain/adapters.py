@@ -1,0 +1,246 @@
+"""LoRA adapters: new, continued, frozen, merged; which base they belong to, and their identity.
+
+LoRA weights are fp32 wherever the optimizer sees them and take part in the matrix products as bf16 (autocast).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.chat import looks_local, template_specials
+from posttrain.config import GrpoConfig, Lora, Model
+from posttrain.models import base_weight, forget_quantization, packed_linears
+
+ADAPTER_FILE = "adapter_model.safetensors"
+TWIN = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
+
+
+def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """A fresh LoRA adapter; with the embedding rows of untrained special tokens if the settings ask for them."""
+    rows = special_tokens_to_train(base, lora, tokenizer)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        use_rslora=lora.use_rslora,
+        trainable_token_indices=rows or None,
+        task_type="CAUSAL_LM",
+    )
+    missing = [target for target in lora.target_modules if not any(n.endswith(target) for n, _ in base.named_modules())]
+    if missing:
+        raise ValueError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
+    return _ready(peft.get_peft_model(base, config))
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
+    """An adapter from disk, to be continued or frozen."""
+    return _ready(PeftModel.from_pretrained(base, folder, is_trainable=trainable, autocast_adapter_dtype=False))
+
+
+def _ready(model: PeftModel) -> PeftModel:
+    """fp32 masters; and no cast of the activations up to them (autocast brings the masters down to bf16 instead)."""
+    hold_fp32(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def hold_fp32(model: nn.Module) -> None:
+    """Bring every trainable weight to fp32.
+
+    TRL casts the adapters of a quantized model to bf16 (sft_trainer.py, grpo_trainer.py: "the PEFT adapter weights are
+    converted to bf16"), where an update of relative size below 2^-9 rounds to nothing: at a learning rate of 3e-5 that
+    is most of them. Called again after the trainer is built and after a checkpoint is loaded.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def resolve_adapter(adapter: str) -> Path:
+    """A run directory, an adapter folder or a Hub id -> a local adapter folder.
+
+    Raises:
+        ValueError: nothing there, with the command that would make it.
+    """
+    for folder in (Path(adapter), Path(adapter, "adapter")):
+        if (folder / "adapter_config.json").is_file():
+            if not (folder / ADAPTER_FILE).is_file():
+                raise ValueError(f"{folder} has no {ADAPTER_FILE}: only safetensors adapters are loaded")
+            return folder
+    if looks_local(adapter):
+        raise ValueError(f"no adapter at {adapter}: train one first (python sft_train.py --config ...) or correct `adapter`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"adapter {adapter} is neither a local folder nor reachable on the Hub ({type(error).__name__})") from error
+
+
+def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
+    """Refuse an adapter that was trained on another base. PEFT itself compares nothing but tensor shapes."""
+    config = LoraConfig(**_known(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
+    trained_on = config.base_model_name_or_path
+    if trained_on and not _same_model(trained_on, settings.name_or_path):
+        raise ValueError(
+            f"adapter {folder} belongs to base {trained_on}, not to {settings.name_or_path}: set model.name_or_path to match"
+        )
+    return config
+
+
+def _known(values: dict, cls: type) -> dict:
+    return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}
+
+
+def _same_model(left: str, right: str) -> bool:
+    return left == right or (Path(left).exists() and Path(right).exists() and Path(left).samefile(right))
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Hash of an adapter's tensors by name: equal weights give equal hashes whatever the file's metadata."""
+    from safetensors.torch import load_file
+
+    return tensors_sha256(load_file(folder / ADAPTER_FILE))
+
+
+def live_adapter_sha256(model: PeftModel) -> str:
+    """The hash the adapter in memory will have on disk."""
+    return tensors_sha256(peft.get_peft_model_state_dict(model, adapter_name="default"))
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def count_trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Fold the adapter into an unpacked copy of the base and drop it. The result is a plain bf16 model.
+
+    `merge_and_unload` on packed NF4 would round the sum back to 4 bits (peft#1043, #2321), so the base is unpacked first.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and packed_linears(module):
+            weight = base_weight(module.get_base_layer())
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            module.base_layer = linear
+    merged = model.merge_and_unload()
+    forget_quantization(merged)
+    return merged
+
+
+# --- special tokens ---------------------------------------------------------------------------------------------------
+
+
+def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """For every special token the template emits: its embedding row's norm against the trained rows.
+
+    Llama-3 *base* models never saw `<|eot_id|>` or the header tokens, LoRA leaves their rows frozen, and a model that
+    cannot tell them apart cannot learn to stop (unsloth#873). `z` is the distance of the row's norm from the mean
+    norm of ordinary rows in their standard deviations; `twin` the largest cosine with another special row. A row is
+    called untrained when its norm is far below the others', or when it cannot be told from another special row.
+    """
+    weight = base_embedding(model).detach().float().cpu()
+    specials = [token for token in template_specials(tokenizer) if token < weight.shape[0]]
+    ordinary = torch.arange(0, min(weight.shape[0], 100_000), max(1, weight.shape[0] // 4000))
+    norms = weight[ordinary].norm(dim=1)
+    mean, spread = norms.mean().item(), max(norms.std().item(), 1e-9)
+    rows = torch.nn.functional.normalize(weight[specials], dim=1)
+    cosines = rows @ rows.T - 2 * torch.eye(len(specials))
+    report = []
+    for index, token in enumerate(specials):
+        norm = weight[token].norm().item()
+        twin = cosines[index].max().item() if len(specials) > 1 else 0.0
+        report.append(
+            {
+                "token": tokenizer.convert_ids_to_tokens(token),
+                "id": token,
+                "norm": round(norm, 4),
+                "z": round((norm - mean) / spread, 2),
+                "twin": round(twin, 3),
+                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > TWIN,
+            }
+        )
+    return report
+
+
+def special_tokens_to_train(model: nn.Module, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if lora.train_special_tokens == "never":
+        return []
+    report = special_token_report(model, tokenizer)
+    return [row["id"] for row in report if row["untrained"] or lora.train_special_tokens == "always"]
+
+
+def base_embedding(model: nn.Module) -> torch.Tensor:
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "original_module", embedding).weight
+
+
+# --- from SFT to GRPO -------------------------------------------------------------------------------------------------
+
+
+def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
+    """Refuse a change of the adapter's shape that the mode does not allow.
+
+    Raises:
+        ValueError: names what differs and the mode that fits.
+    """
+    if config.lora is None:
+        return
+    wanted = {"r": config.lora.r, "target_modules": set(config.lora.target_modules), "use_rslora": config.lora.use_rslora}
+    there = {"r": start.r, "target_modules": set(start.target_modules or ()), "use_rslora": start.use_rslora}
+    if config.adapter_mode == "rescale" and wanted != there:
+        changed = ", ".join(f"{key} {there[key]} -> {wanted[key]}" for key in wanted if wanted[key] != there[key])
+        raise ValueError(f"adapter_mode rescale can change lora.alpha alone, not {changed}: use adapter_mode=merge_and_new")
+
+
+def rescale(model: PeftModel, alpha: int) -> None:
+    """Change alpha without changing the policy: B grows by the factor by which alpha / r shrinks.
+
+    The product scale * B @ A stays as it was (exactly, for a power of two); what changes is the size of a later step.
+    """
+    config = model.peft_config["default"]
+    factor = config.lora_alpha / alpha
+    config.lora_alpha = alpha
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and "default" in module.scaling:
+            module.scaling["default"] /= factor
+            module.lora_alpha["default"] = alpha
+            module.lora_B["default"].weight.data *= factor
+
+
+def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PeftModel:
+    """Fold the adapter into the base, store that base, and put a fresh adapter on it: the reference is then the base.
+
+    The stored folder is the base the new adapter belongs to; evaluation and the Hub need it.
+    """
+    merged = merge(model)
+    if not (folder / "config.json").is_file():
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    merged.name_or_path = merged.config._name_or_path = str(folder)
+    merged.requires_grad_(False)
+    return new_adapter(merged, lora, tokenizer)

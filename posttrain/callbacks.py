@@ -1,0 +1,129 @@
+"""What a training run watches, writes and refuses, as callbacks of transformers' Trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from posttrain.run import Run
+from rewards import extract
+
+
+class Metrics(TrainerCallback):
+    """Every logged row into metrics.jsonl, with step and time."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            row = {"step": state.global_step, "time": round(time.time(), 3)}
+            self.run.append("metrics.jsonl", row | {key: value for key, value in logs.items() if key != "total_flos"})
+
+
+class MovedShare(TrainerCallback):
+    """`lora_moved_share`: the share of trainable entries that the logged optimizer step changed at all.
+
+    1.0 is healthy. In bf16 a step smaller than half the spacing of its weight rounds away, and the share says so.
+    """
+
+    def __init__(self, report: Callable[[str, float], None]) -> None:
+        self.report = report
+        self.before: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if (state.global_step + 1) % max(1, int(args.logging_steps)) == 0:
+            self.before = [p.detach().clone() for p in trainable(model)]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if self.before:
+            moved = sum(int((p != old).sum()) for p, old in zip(trainable(model), self.before, strict=True))
+            self.report("lora_moved_share", moved / sum(old.numel() for old in self.before))
+            self.before = []
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stop before the optimizer applies a gradient that is not a number.
+
+    transformers drops NaN losses from its log and applies the step all the same (`logging_nan_inf_filter`; trl#6702).
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"non-finite gradient at step {state.global_step + 1} in {len(bad)} tensors (first: {bad[0]}); nothing was applied. "
+                f"Lower trainer.learning_rate or trainer.max_grad_norm, or look at the batch in metrics.jsonl; resume with --resume"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for key in ("loss", "reward", "kl", "grad_norm"):
+            value = (logs or {}).get(key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FloatingPointError(f"{key} is {value} at step {state.global_step}: the run stops here; resume with --resume")
+
+
+class DevAccuracy(TrainerCallback):
+    """Dev accuracy before the first step, every `every` steps and after the last, with its Wilson interval."""
+
+    def __init__(self, measure: Callable[[], dict[str, float]], log: Callable[[dict[str, float]], None], every: int | None) -> None:
+        self.measure, self.log, self.every = measure, log, every
+        self.last_step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._run(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self._run(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != self.last_step:
+            self._run(state)
+
+    def _run(self, state: Any) -> None:
+        self.last_step = state.global_step
+        self.log(self.measure())
+
+
+class Samples(TrainerCallback):
+    """The latest completions with extracted answer and rewards: all into samples.jsonl, one on the console."""
+
+    def __init__(self, run: Run, trainer: Any, golds: dict[str, str]) -> None:
+        self.run, self.trainer, self.golds = run, trainer, golds
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not (state.is_world_process_zero and logs and "reward" in logs):
+            return
+        rows = list(self._rows(state.global_step))
+        for row in rows:
+            self.run.append("samples.jsonl", row)
+        if rows:
+            best = max(rows, key=lambda row: row["advantage"])
+            rewards = " ".join(f"{name} {value:g}" for name, value in best["rewards"].items())
+            print(f"step {state.global_step}: {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}")
+
+    def _rows(self, step: int) -> Iterator[dict[str, Any]]:
+        log = self.trainer._logs  # TRL's own store of the latest generation batch
+        for index, (prompt, completion, advantage) in enumerate(zip(log["prompt"], log["completion"], log["advantages"], strict=True)):
+            text, question = completion[-1]["content"], prompt[-1]["content"]
+            yield {
+                "step": step,
+                "question": question,
+                "completion": text,
+                "value": extract(text).value,
+                "gold": self.golds[question],
+                "rewards": {name: values[index] for name, values in log["rewards"].items()},
+                "advantage": round(advantage, 4),
+            }
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,401 @@
+"""Settings of every stage: one YAML file, then `key=value` from the command line, then one check of all.
+
+Every script begins with
+
+    config, args = from_command_line(SftConfig, __doc__)
+
+All that is wrong is said at once, one line a fault, as `FILE:LINE: key.path: message (did you mean 'x'?)`,
+and the process ends with exit code 2 before anything heavy is imported or anything is written. The `trainer`
+block holds TRL's own keys and is checked against the installed TRL (trl_fields.py): no renaming layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from ruamel.yaml import YAML
+
+from posttrain.faults import add_faults, did_you_mean, one_line_each
+from posttrain.trl_fields import TrlKeys, group_problems
+from posttrain.yaml_lines import Document, KeyPath, NotYaml, read
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+CommitId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a branch would move under a published number
+Engine = Literal["transformers", "continuous_batching", "vllm"]
+# nf4_unpacked: the values of nf4, held as bf16: faster, and nearly four times the memory
+Quantization = Literal["nf4", "nf4_unpacked", "none"]
+Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
+
+
+class Settings(BaseModel):
+    """A block of keys. An int is fine where a float is wanted; nothing else is converted: "no" is text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        """Faults that show only when several keys are seen together, each with the key it is reported at."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _has_no_problems(self) -> Settings:
+        details = [
+            InitErrorDetails(type=PydanticCustomError("rule", "{text}", {"text": text}), loc=path, input=None)
+            for path, text in self.problems()
+        ]
+        if details:
+            raise ValidationError.from_exception_data(type(self).__name__, details)
+        return self
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+class Tokenizer(Settings):
+    name_or_path: str  # a folder or a Hub id
+    revision: str | None = None
+    chat_template: str | None = None  # a .jinja file, for models that ship no template or to pin one
+
+
+class Model(Tokenizer):
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    attn_implementation: str = "sdpa"
+
+
+class Lora(Settings):
+    """A new adapter. Its weights are fp32 for the optimizer, whatever `model.dtype` says."""
+
+    r: PositiveInt
+    alpha: PositiveInt
+    dropout: Share = 0.0
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    train_special_tokens: Literal["auto", "always", "never"] = "auto"  # auto: those whose rows are untrained
+
+
+class PassRate(Settings):
+    """Keep the questions that an evaluation run over the train split solved in some samples, not in all."""
+
+    run_dir: str
+    low: Share = 0.1
+    high: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.low >= self.high:
+            yield ("low",), f"low {self.low} must be below high {self.high}"
+
+
+class TrainData(Settings):
+    path: str  # a folder written by data_prep.py
+    num_train: PositiveInt | None = None
+    num_dev: NonNegativeInt = 200  # 0: no dev evaluation
+    pass_rate: PassRate | None = None
+
+
+class Hub(Settings):
+    repo_id: str | None = None  # None: nothing is pushed
+    private: bool = True
+
+
+class Rewards(Settings):
+    correctness: float = 1.0
+    format: float = 0.2
+    gate_format: bool = False  # pay for the format only where the answer is right
+
+
+class Rollouts(Settings):
+    engine: Literal[Engine, "trl"] = "transformers"
+    batch_size: PositiveInt | None = None  # sequences decoded at once; None: the whole generation batch
+    skip_zero_signal: bool = False  # leave completions without an advantage out of the update; needs beta 0
+    correct_mismatch: bool = False  # clip against the sampler's log-probabilities, not the trainer's own
+
+
+class Generation(Settings):
+    max_new_tokens: PositiveInt = 512
+    samples: PositiveInt = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.samples > 1 and self.temperature == 0:
+            yield ("samples",), f"{self.samples} greedy samples would be equal: set temperature above 0"
+
+
+class EvalData(Settings):
+    path: str
+    split: Literal["train", "dev", "test"] = "test"
+    limit: PositiveInt | None = None  # a subset, and labelled so wherever its number shows
+
+
+class Prompt(Settings):
+    style: Literal["chat", "few_shot"] = "chat"
+    system: str | None = None
+    instruction: str  # holds {question}
+    num_shots: NonNegativeInt = 0
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if "{question}" not in self.instruction:
+            yield ("instruction",), "must contain {question}, where the question goes"
+        if self.style == "few_shot" and self.num_shots == 0:
+            yield ("num_shots",), "style few_shot needs at least 1"
+        if self.style == "chat" and self.num_shots > 0:
+            yield (
+                ("num_shots",),
+                f"style chat shows no solved examples: use style few_shot for {self.num_shots}",
+            )
+
+
+class HubSource(Settings):
+    kind: Literal["hub"]
+    repo_id: str
+    revision: CommitId
+    config_name: str = "main"
+
+
+class JsonlSource(Settings):
+    kind: Literal["jsonl"]
+    path: str  # a folder with train.jsonl and test.jsonl, rows {"question", "answer"}
+
+
+class GeneratorSource(Settings):
+    kind: Literal["leg_counting", "gsm_symbolic"]
+    num_train: PositiveInt
+    num_dev: PositiveInt
+    num_test: PositiveInt
+    options: dict[str, int | float | str] = {}  # for reasoning_gym.create_dataset
+
+
+class SvampSource(Settings):
+    kind: Literal["svamp"]
+    path: str  # SVAMP.json; every row is a test row
+
+
+class RejectionSampledSource(Settings):
+    """The distinct, strictly correct solutions among the samples of an evaluation run of the train split."""
+
+    kind: Literal["rejection_sampled"]
+    run_dir: str
+    max_per_question: PositiveInt = 4
+
+
+Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource
+
+# --- stages -------------------------------------------------------------------------------------------------
+
+
+class DataConfig(Settings):
+    """data_prep.py"""
+
+    name: str
+    output_dir: str
+    seed: NonNegativeInt = 0
+    source: Annotated[Source, Field(discriminator="kind")]
+    calculator_marks: Literal["keep", "strip"] = "strip"
+    prompt: Prompt
+    dev_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # of train, by hash of the question
+    tokenizer: Tokenizer
+    max_length: PositiveInt = 512
+    max_rejected: NonNegativeInt = 0  # more bad rows than this, and nothing is written
+
+
+class TrainConfig(Settings):
+    """What SFT and GRPO share."""
+
+    run_dir: str
+    model: Model
+    quantization: Quantization = "nf4"
+    adapter: str | None = None  # a run directory, an adapter folder or a Hub id
+    lora: Lora | None = None
+    data: TrainData
+    trainer: dict[str, Any] = {}  # TRL's own keys
+    tracking: Tracking = "none"
+    hub: Hub = Hub()
+    seed: NonNegativeInt = 42
+    dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
+
+
+class SftConfig(TrainConfig):
+    """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
+
+    trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
+    fast_loss: bool = True
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.adapter is None and self.lora is None:
+            yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
+        if self.adapter and self.lora:
+            yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
+
+
+class GrpoConfig(TrainConfig):
+    """grpo_train.py: continues an adapter, or merges it into the base and trains a new one (`lora`)."""
+
+    adapter: str
+    adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
+    rewards: Rewards = Rewards()
+    rollouts: Rollouts = Rollouts()
+    trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.adapter_mode == "continue" and self.lora:
+            other = "rescale (another alpha) or merge_and_new"
+            yield ("lora",), f"adapter_mode continue keeps the adapter's shape: remove lora, or use {other}"
+        if self.adapter_mode != "continue" and not self.lora:
+            yield ("lora",), f"missing: adapter_mode {self.adapter_mode} needs the shape of the new adapter"
+        for key in ("use_vllm", "use_transformers_continuous_batching"):
+            if self.trainer.get(key) and self.rollouts.engine != "trl":
+                yield ("trainer", key), "needs rollouts.engine trl; posttrain's own engines are named there"
+        if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
+            yield ("rollouts", "skip_zero_signal"), "needs trainer.beta 0: a KL term reaches every completion"
+        for key, text in group_problems(self.trainer):
+            yield ("trainer", key), text
+
+
+class EvalConfig(Settings):
+    """evaluate.py"""
+
+    run_dir: str  # {adapter} in it becomes the name of the adapter's run, or "base"
+    name: str | None = None  # the label in the report
+    model: Model
+    quantization: Quantization = "nf4"
+    adapter: str | None = None
+    data: EvalData
+    generation: Generation = Generation()
+    engine: Engine = "transformers"
+    seed: NonNegativeInt = 0
+    tracking: Tracking = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_run_dir_for_each_adapter(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("run_dir"), str):
+            adapter = _run_name(str(values.get("adapter") or "base"))
+            return values | {"run_dir": values["run_dir"].replace("{adapter}", adapter)}
+        return values
+
+
+def _run_name(adapter: str) -> str:
+    """runs/grpo/adapter, runs/grpo, me/grpo -> grpo"""
+    path = PurePath(adapter)
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+# --- from the command line to a config ----------------------------------------------------------------------
+
+
+class ConfigError(ValueError):
+    """The settings are wrong. The text has one line for each fault."""
+
+
+Config = TypeVar("Config", bound=Settings)
+
+_FLAGS = {
+    "dry_run": "print what follows from the config, and stop",
+    "resume": "continue the run in run_dir",
+    "print_config": "print the resolved YAML, and stop",
+    "schema": "print the JSON schema of the config, for an editor, and stop",
+}
+
+
+def from_command_line(
+    cls: type[Config], doc: str | None, argv: Sequence[str] | None = None, **flags: str
+) -> tuple[Config, argparse.Namespace]:
+    """A script's settings and flags. Wrong settings end the process with exit code 2.
+
+    `flags` are switches of that script alone, name -> help: `regrade="..."` makes `--regrade`.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="say, trainer.learning_rate=2e-4")
+    for name, text in (_FLAGS | flags).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    args = parser.parse_intermixed_args(argv)
+    if args.schema:
+        _print_and_exit(json.dumps(cls.model_json_schema(), indent=2))
+    if args.config is None:
+        parser.error("--config FILE is required")
+    try:
+        config = load(args.config, args.overrides, cls)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if args.print_config:
+        _print_and_exit(dump(config).rstrip())
+    return config, args
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    print(text)
+    sys.exit(0)
+
+
+def load(path: Path | str, overrides: Sequence[str], cls: type[Config]) -> Config:
+    """The settings in a YAML file, with `key=value` overrides laid over them.
+
+    Raises:
+        ConfigError: all that is wrong, one line a fault.
+    """
+    document = _read(path)
+    for assignment in overrides:
+        document.override(assignment)
+    try:
+        config = cls.model_validate(document.values)
+    except ValidationError as error:
+        add_faults(document, error, cls)
+    if document.faults:
+        raise ConfigError(one_line_each(document.faults, str(path)))
+    return config
+
+
+def _read(path: Path | str) -> Document:
+    try:
+        return read(path)
+    except NotYaml as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from error
+    except FileNotFoundError as error:
+        hint = did_you_mean(str(path), map(str, Path(path).parent.glob("*.yaml")))
+        raise ConfigError(f"{path}: no such file{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a file: {error.strerror}") from error
+
+
+# --- and back to text ---------------------------------------------------------------------------------------
+
+
+def dump(config: Settings) -> str:
+    """All settings, defaults included, as YAML that loads back to an equal config."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 110
+    values, text = config.model_dump(), io.StringIO()
+    # ruamel would write NEL as a line break; escaped, it comes back.
+    yaml.allow_unicode = "\x85" not in json.dumps(values, ensure_ascii=False)
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def config_sha256(config: Settings) -> str:
+    """The identity of all that can change a result: not where it lies, what it is called or who is told."""
+    label = {"name"} if isinstance(config, EvalConfig) else set()  # that of a data set is part of its ids
+    settings = config.model_dump(mode="json", exclude={"run_dir", "output_dir", "tracking", "hub"} | label)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

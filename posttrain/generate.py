@@ -1,0 +1,376 @@
+"""Prompts -> completions on any engine, one signature.
+
+The `transformers` engine is a decode loop over the model's own forward. Against `model.generate` it computes each prompt
+once for all of its samples, attends without repeating the grouped key and value heads, writes keys and values into
+buffers instead of concatenating them at every token, drops finished rows, and on CUDA replays the step as one graph.
+Random numbers belong to a row and a step, so what a row samples does not depend on which rows finished before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.config import Engine
+
+BLOCK = 32  # steps between two looks for finished rows, and the step in which key and value buffers grow
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Temperature 0 is greedy. `seed` and the batch number decide every random draw."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_samples: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """Generated token ids, the end token included when there is one, and their log-probabilities as sampled."""
+
+    ids: list[int]
+    finish: Literal["stop", "length"]
+    logprobs: list[float]
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices by falling prompt length, cut into batches: little padding, and the largest batch fails first if any does.
+
+    The plan depends on nothing but its arguments, so an interrupted evaluation finds the same batches again.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def auto_batch_size(model: PreTrainedModel, num_tokens: int, num_samples: int, num_processes: int = 1) -> int:
+    """Prompts in one batch such that the keys and values of all their samples take a third of the memory.
+
+    Of the memory the machine has, not of what happens to be free: the same machine always gets the same batches.
+    """
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    on_gpu = model.device.type == "cuda"
+    memory = memory_bytes(model.device) // (1 if on_gpu else num_processes)
+    rows = min(512 if on_gpu else 128, max(1, memory // 3 // (per_token * num_tokens)))
+    return max(1, rows // num_samples)
+
+
+def memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- the decode loop --------------------------------------------------------------------------------------------------
+
+
+class Buffers:
+    """Keys and values of all layers, (rows, kv_heads, capacity, head_dim) each, filled up to `length`.
+
+    Stands in for a transformers cache: a decoder layer calls nothing but `update`, the model nothing but
+    `get_seq_length`. On CUDA `position` is a tensor, so that a captured graph can write at a place that moves.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.position: torch.Tensor | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == len(self.layers):
+            rows, heads, _, head_dim = key.shape
+            self.layers.append(tuple(key.new_zeros(rows, heads, self.capacity, head_dim) for _ in range(2)))  # type: ignore[arg-type]
+        keys, values = self.layers[layer]
+        if self.position is not None:
+            keys.index_copy_(2, self.position, key)
+            values.index_copy_(2, self.position, value)
+            return keys, values
+        end = self.length + key.shape[2]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.length
+
+    def take(self, rows: torch.Tensor, capacity: int) -> None:
+        """Keep these rows, in this order and possibly repeated, in buffers of a new capacity."""
+        self.layers = [tuple(_resized(tensor, rows, self.length, capacity) for tensor in layer) for layer in self.layers]  # type: ignore[misc]
+        self.capacity = capacity
+
+
+def _resized(tensor: torch.Tensor, rows: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
+    grown = tensor.new_zeros(len(rows), tensor.shape[1], capacity, tensor.shape[3])
+    grown[:, :, :length] = tensor[rows, :, :length]
+    return grown
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (rows, heads, tokens, head_dim)
+    key: torch.Tensor,  # (rows, kv_heads, length, head_dim)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA that never repeats keys and values: for one new token the heads of a group are the queries of its key head."""
+    if query.shape[2] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows, heads, _, head_dim = query.shape
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], head_dim)
+    out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(rows, 1, heads, head_dim), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model ready to decode: grouped attention, and a contiguous input for the output head.
+
+    A frozen head given a slice is run by ATen as a batched product with a copied weight, 5-6 times slower on CPU.
+    """
+    model.config._attn_implementation = "grouped"
+    head = model.get_output_embeddings()
+    if not getattr(head, "contiguous_input", False):
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+        head.contiguous_input = True
+    return model.eval()
+
+
+@torch.no_grad()
+def decode_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int = 0
+) -> list[list[Completion]]:
+    """Completions of a batch of prompts, `num_samples` each. `model` must have been through `prepare`.
+
+    `batch` numbers the batch: with `sampling.seed` it fixes every random draw.
+    """
+    rows = _Rows(model, prompts, sampling, stop_id, batch)
+    logits = rows.prefill()
+    step = 0
+    while rows.place(logits, step):
+        step += 1
+        if step % BLOCK == 0:
+            rows.retire()
+        logits = rows.forward()
+    return rows.completions()
+
+
+class _Rows:
+    """The state of one batch: one row for every sample, the finished ones dropped from time to time."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int) -> None:
+        self.model, self.prompts, self.sampling, self.stop_id = model, prompts, sampling, stop_id
+        self.device = model.device
+        self.num_rows = len(prompts) * sampling.num_samples
+        self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=self.device)
+        self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each row of the buffers belongs to
+        self.done = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        if sampling.temperature > 0:
+            draw = torch.Generator().manual_seed(sampling.seed * 1_000_003 + batch)
+            self.uniform = torch.rand(self.num_rows, sampling.max_new_tokens, generator=draw, dtype=torch.float64).to(self.device)
+
+    def prefill(self) -> torch.Tensor:
+        """Run every prompt once, left-padded; then one row for each of its samples. Returns logits (rows, vocabulary)."""
+        width = max(len(prompt) for prompt in self.prompts)
+        ids = torch.zeros(len(self.prompts), width, dtype=torch.long)
+        valid = torch.zeros(len(self.prompts), width, dtype=torch.bool)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            valid[row, width - len(prompt) :] = True
+        ids, valid = ids.to(self.device), valid.to(self.device)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        # A padding query attends to itself, so that its softmax is not empty; nothing ever attends to it.
+        mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
+        self.buffers = Buffers(width)
+        logits = self._logits(ids, mask[:, None], positions)
+        self.buffers.length = width
+        repeat = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.num_samples)
+        self.valid = torch.zeros(self.num_rows, width + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
+        self.valid[:, :width] = valid[repeat]
+        self.next_position = (positions[:, -1] + 1)[repeat]
+        self.buffers.take(repeat, width + min(BLOCK, self.sampling.max_new_tokens))
+        return logits[repeat]
+
+    def place(self, logits: torch.Tensor, step: int) -> bool:
+        """Choose token number `step` of every live row; False when there is nothing left to decode."""
+        uniform = self.uniform[self.alive, step] if self.sampling.temperature > 0 else None
+        token, logprob = choose(logits, self.sampling, uniform)
+        going = ~self.done[self.alive]
+        self.tokens[self.alive, step] = torch.where(going, token, -1)
+        self.logprobs[self.alive, step] = torch.where(going, logprob, 0.0)
+        self.done[self.alive] |= token == self.stop_id
+        self.current = token
+        return step + 1 < self.sampling.max_new_tokens and not bool(self.done[self.alive].all())
+
+    def retire(self) -> None:
+        """Drop finished rows and make room for the next block of tokens."""
+        keep = (~self.done[self.alive]).nonzero().squeeze(1)
+        left = self.valid.shape[1] - self.buffers.length
+        self.buffers.take(keep, self.buffers.length + min(BLOCK, left))
+        self.alive, self.valid = self.alive[keep], self.valid[keep]
+        self.next_position, self.current = self.next_position[keep], self.current[keep]
+
+    def forward(self) -> torch.Tensor:
+        length = self.buffers.length
+        self.valid[:, length] = True
+        logits = self._logits(self.current[:, None], self.valid[:, None, None, : length + 1], self.next_position[:, None])
+        self.buffers.length += 1
+        self.next_position += 1
+        return logits
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.buffers, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1]
+
+    def completions(self) -> list[list[Completion]]:
+        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
+        flat = [self._completion(ids, logps) for ids, logps in zip(tokens, logprobs, strict=True)]
+        k = self.sampling.num_samples
+        return [flat[start : start + k] for start in range(0, len(flat), k)]
+
+    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
+        length = ids.index(-1) if -1 in ids else len(ids)
+        finish: Literal["stop", "length"] = "stop" if ids[length - 1] == self.stop_id else "length"
+        return Completion(ids[:length], finish, logprobs[:length])
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens and their log-probabilities, (rows,) each, from logits (rows, vocabulary).
+
+    Sampling inverts the cumulative distribution at `uniform`, (rows,) in [0, 1): one draw a token instead of one for
+    every entry of the vocabulary. Log-probabilities are those of the temperature-scaled distribution, as the trainer's.
+    """
+    if uniform is None:
+        top = logits.argmax(-1)
+        return top, torch.zeros_like(top, dtype=torch.float32)
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities
+    cumulative = drawn_from.cumsum(-1)
+    target = (uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]).clamp(max=math.nextafter(1.0, 0.0))
+    token = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return token, probabilities.gather(1, token[:, None]).squeeze(1).clamp(min=1e-38).log()
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero everything outside the smallest set of tokens whose probability reaches `top_p` (arXiv:1904.09751)."""
+    ordered, index = probabilities.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    return probabilities.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+Batch = tuple[int, list[int]]  # its number in the plan, and the indices of its prompts
+Finished = tuple[list[int], list[list[Completion]]]
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int | None = None,
+    engine: Engine = "transformers",
+) -> list[list[Completion]]:
+    """Completions of every prompt, `sampling.num_samples` each, in the order of the prompts."""
+    lengths = [len(prompt) for prompt in prompts]
+    size = batch_size or auto_batch_size(model, max(lengths) + sampling.max_new_tokens, sampling.num_samples)
+    results: list[list[Completion]] = [[] for _ in prompts]
+    for indices, completions in engine_batches(engine, model, prompts, sampling, tokenizer, list(enumerate(plan_batches(lengths, size)))):
+        for index, completion in zip(indices, completions, strict=True):
+            results[index] = completion
+    return results
+
+
+def engine_batches(
+    engine: Engine,
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Batch],
+) -> Iterator[Finished]:
+    """Batch by batch as they are finished: the indices of the prompts and their completions."""
+    run = {"transformers": _transformers_engine, "continuous_batching": _continuous_batching_engine, "vllm": _vllm_engine}[engine]
+    return run(model, prompts, sampling, tokenizer, batches)
+
+
+def _transformers_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:
+    prepare(model)
+    for number, indices in batches:
+        yield indices, decode_batch(model, [prompts[i] for i in indices], sampling, tokenizer.eos_token_id, number)
+
+
+def _continuous_batching_engine(
+    model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
+) -> Iterator[Finished]:
+    """transformers' own continuous batching; it keeps no log-probabilities."""
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or 1.0,
+        top_p=sampling.top_p,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for number, indices in batches:
+        torch.manual_seed(sampling.seed * 1_000_003 + number)
+        inputs = [list(prompts[i]) for i in indices for _ in range(sampling.num_samples)]
+        with torch.no_grad():  # it fails inside inference_mode
+            outputs = model.generate_batch(inputs=inputs, generation_config=settings, progress_bar=False)
+        ordered = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[1]))
+        flat = [_as_completion(list(output.generated_tokens), tokenizer.eos_token_id) for output in ordered]
+        k = sampling.num_samples
+        yield indices, [flat[start : start + k] for start in range(0, len(flat), k)]
+
+
+def _vllm_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:
+    """vLLM on a folder with the merged weights: all batches at once, its own scheduler orders them."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("engine vllm needs vLLM: pip install 'posttrain[vllm]' on a GPU machine, or use engine=transformers")
+    import vllm
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        engine = vllm.LLM(folder, dtype=str(model.dtype).removeprefix("torch."), seed=sampling.seed)
+    settings = vllm.SamplingParams(
+        n=sampling.num_samples, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+        stop_token_ids=[tokenizer.eos_token_id], seed=sampling.seed, logprobs=0,
+    )  # fmt: skip
+    order = [i for _, indices in batches for i in indices]
+    outputs = engine.generate([{"prompt_token_ids": list(prompts[i])} for i in order], settings)
+    yield order, [[_from_vllm(sample) for sample in output.outputs] for output in outputs]
+
+
+def _from_vllm(sample: Any) -> Completion:
+    ids = list(sample.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(ids, sample.logprobs or [], strict=False)]
+    return Completion(ids, "stop" if sample.finish_reason == "stop" else "length", logprobs)
+
+
+def _as_completion(ids: list[int], stop_id: int) -> Completion:
+    finish: Literal["stop", "length"] = "stop" if ids and ids[-1] == stop_id else "length"
+    return Completion(ids, finish, [])

@@ -1,0 +1,195 @@
+"""An evaluation in lm-evaluation-harness's own layout, so that whatever reads its files reads ours.
+
+The keys are those of lm-eval 0.4.13 (`result_schema.py`, `loggers/evaluation_tracker.py`). Two things are ours and
+named so: the verdicts come from this project's grader (`versions` has its number), and every sample row has one
+more key, `posttrain`, with what lm-eval does not record. `strict-match` is our strict, `flexible-extract` our lenient.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from posttrain.records import Prediction, sha256_text, write_atomic, write_jsonl
+from posttrain.stats import Question, group_samples
+
+METRIC = "exact_match"
+FILTERS = {"strict-match": "strict", "flexible-extract": "lenient"}
+INVALID = "[invalid]"  # what lm-eval's regex filter gives where nothing matched
+NOT_TOLD = ("accuracy", "provenance")  # parts of results.json that lm-eval's own keys hold already
+
+
+def write_lm_eval_files(
+    folder: Path | str,
+    questions: Sequence[Question],
+    predictions: Sequence[Prediction],
+    results: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    num_fewshot: int = 0,
+) -> tuple[Path, Path]:
+    """Write `<folder>/<model>/results_<date>.json` and `samples_<task>_<date>.jsonl`; returns both paths.
+
+    `results` is stats.summarize's and `manifest` the evaluation's: its `model`, `generation`, `started`, `versions`
+    and so on. Same arguments, same bytes.
+    """
+    task = re.sub(r"\W", "_", results["dataset"]) or "questions"
+    place = Path(folder, re.sub(r'["<>:/|\\?*\[\]]+', "__", _model_name(manifest)))
+    date = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%dT%H-%M-%S.%f")
+    place.mkdir(parents=True, exist_ok=True)
+    rows = list(sample_rows(questions, predictions, generation_kwargs(manifest)))
+    hashes = sha256_text("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows))
+    summary = aggregated(task, results, manifest, num_fewshot) | {"task_hashes": {task: hashes}}
+    files = place / f"results_{date}.json", place / f"samples_{task}_{date}.jsonl"
+    write_atomic(files[0], json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_jsonl(files[1], rows)
+    return files
+
+
+def generation_kwargs(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    generation = manifest["generation"]
+    sampled = {"temperature": generation["temperature"], "top_p": generation["top_p"]}
+    greedy = not generation["temperature"]
+    return {
+        "max_gen_toks": generation["max_new_tokens"],
+        "do_sample": not greedy,
+        **({"temperature": 0.0} if greedy else sampled),
+        "until": [],  # generation ends at the template's end token
+    }
+
+
+def sample_rows(
+    questions: Sequence[Question], predictions: Sequence[Prediction], gen_kwargs: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One row for each filter and question, as lm-eval orders them."""
+    groups = group_samples(questions, predictions)
+    for name, rule in FILTERS.items():
+        for doc_id, (question, samples) in enumerate(zip(questions, groups, strict=True)):
+            yield _sample_row(doc_id, question, samples, name, rule, gen_kwargs)
+
+
+def _sample_row(
+    doc_id: int,
+    question: Question,
+    samples: Sequence[Prediction],
+    name: str,
+    rule: str,
+    gen_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    doc = {"question": question["question"], "answer": question["answer"]}
+    right = [p.strict if rule == "strict" else p.correct for p in samples]
+    values = [_filtered(p, rule) for p in samples]
+    return {
+        "doc_id": doc_id,
+        "doc": doc,
+        "target": question["answer"],
+        "arguments": {"gen_args_0": {"arg_0": question["prompt"], "arg_1": dict(gen_kwargs)}},
+        "resps": [[p.completion for p in samples]],
+        "filtered_resps": values if len(values) == 1 else [values],
+        "filter": name,
+        "metrics": [METRIC],
+        "doc_hash": sha256_text(json.dumps(doc, indent=2, ensure_ascii=False)),
+        "prompt_hash": question["prompt_sha256"],
+        "target_hash": sha256_text(question["answer"]),
+        METRIC: sum(right) / len(right),
+        "posttrain": {
+            "id": question["id"],
+            "num_steps": question["num_steps"],
+            "method": [p.method for p in samples],
+            "num_markers": [p.num_markers for p in samples],
+            "format_ok": [p.format_ok for p in samples],
+            "finish": [p.finish for p in samples],
+            "num_tokens": [p.num_tokens for p in samples],
+        },
+    }
+
+
+def _filtered(prediction: Prediction, rule: str) -> str:
+    if prediction.value is None or (rule == "strict" and prediction.method != "marker"):
+        return INVALID
+    return prediction.value
+
+
+def aggregated(
+    task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int
+) -> dict[str, Any]:
+    """The results file without `task_hashes`."""
+    size = results["dataset_size"] or results["n"]
+    started = datetime.fromisoformat(manifest["started"])
+    name = _model_name(manifest)
+    return {
+        "results": {task: _task_metrics(task, results)},
+        "group_subtasks": {task: []},
+        "configs": {task: _task_config(task, results, manifest, num_fewshot)},
+        "versions": {task: f"posttrain grader {results['grader']}"},
+        "n-shot": {task: num_fewshot},
+        "higher_is_better": {task: {METRIC: True}},
+        "n-samples": {task: {"original": size, "effective": results["n"]}},
+        "config": _run_config(results, manifest),
+        "git_hash": manifest["commit"],
+        "date": started.timestamp(),
+        "pretty_env_info": json.dumps({**manifest["hardware"], **manifest["versions"]}),
+        "transformers_version": manifest["versions"].get("transformers", "N/A"),
+        "lm_eval_version": None,
+        "upper_git_hash": None,
+        "model_source": manifest["engine"],
+        "model_name": name,
+        "model_name_sanitized": re.sub(r'["<>:/|\\?*\[\]]+', "__", name),
+        "total_evaluation_time_seconds": str(manifest["seconds"]),
+        "posttrain": {key: value for key, value in results.items() if key not in NOT_TOLD},
+    }
+
+
+def _task_metrics(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"name": task, "alias": task, "sample_len": results["n"]}
+    for name, rule in FILTERS.items():
+        accuracy = results["accuracy"][rule]
+        error = "N/A" if accuracy["stderr"] is None else accuracy["stderr"]
+        metrics |= {f"{METRIC},{name}": accuracy["value"], f"{METRIC}_stderr,{name}": error}
+    return metrics
+
+
+def _task_config(
+    task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "dataset_path": manifest["data"]["path"],
+        "dataset_name": manifest["data"]["name"],
+        "test_split": manifest["data"]["split"],
+        "output_type": "generate_until",
+        "generation_kwargs": generation_kwargs(manifest),
+        "repeats": results["num_samples"],
+        "num_fewshot": num_fewshot,
+        "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [{"name": name} for name in FILTERS],
+        "metadata": {"grader": results["grader"], "data_sha256": manifest["data"]["sha256"]},
+    }
+
+
+def _run_config(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    model, seed = manifest["model"], manifest["seed"]
+    adapter = {"peft": manifest["adapter_sha256"]} if manifest["adapter_sha256"] else {}
+    return {
+        "model": manifest["engine"],
+        "model_args": {"pretrained": model["name_or_path"], "dtype": model["dtype"], **adapter}
+        | {"revision": model["revision"] or "main", "quantization": model["quantization"]},
+        "model_dtype": model["dtype"],
+        "model_revision": model["revision"] or "main",
+        "batch_size": manifest.get("batch_size"),
+        "batch_sizes": [],
+        "device": manifest["hardware"]["gpu"] or "cpu",
+        "use_cache": None,
+        "limit": results["limit"],
+        "bootstrap_iters": results["intervals"]["bootstrap_resamples"],
+        "gen_kwargs": generation_kwargs(manifest),
+        **{f"{kind}_seed": seed for kind in ("random", "numpy", "torch", "fewshot")},
+    }
+
+
+def _model_name(manifest: Mapping[str, Any]) -> str:
+    """lm-eval names a run after its adapter, else after its base."""
+    return str(manifest["name"] if manifest["adapter_sha256"] else manifest["model"]["name_or_path"])

@@ -1,0 +1,214 @@
+"""Base models and their precision, and the copy of a policy that generates. The only file that knows bitsandbytes.
+
+Weights live in three forms:
+    nf4           packed, 0.56 bytes a weight, unpacked on every use: bitsandbytes' Linear4bit
+    nf4_unpacked  the same values held as bf16: 2 bytes a weight and no unpacking, so faster and larger
+    none          the checkpoint as it is
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.chat import from_hub, stop_token
+from posttrain.config import Model
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    """The device of this process: one GPU each under `accelerate launch`, else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_base(
+    settings: Model, quantization: str, tokenizer: PreTrainedTokenizerBase, to: torch.device | None = None
+) -> PreTrainedModel:
+    """The base model, frozen, its stop and pad token equal to the tokenizer's."""
+    to = to or device()
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+    model = from_hub(
+        AutoModelForCausalLM,
+        settings,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=settings.attn_implementation,
+        device_map={"": to},
+        quantization_config=packed if quantization != "none" else None,
+        use_safetensors=True,
+    )
+    for module in packed_linears(model).values():
+        # On AVX512 hosts an eval forward would repack the weight for a kernel without gradients, and training after it
+        # would silently get none. https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804
+        module.support_avx512bf16_for_cpu = False
+    if quantization == "nf4_unpacked":
+        unpack(model)
+    model.requires_grad_(False)
+    align_special_tokens(model, tokenizer)
+    return model
+
+
+def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make model config and generation config stop and pad exactly as the tokenizer does."""
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+
+
+def check_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a run in which template, tokenizer, model and generation config do not stop on one and the same token."""
+    stops = {
+        "chat template": tokenizer.convert_tokens_to_ids(stop_token(tokenizer)),
+        "tokenizer.eos_token_id": tokenizer.eos_token_id,
+        "model.config.eos_token_id": model.config.eos_token_id,
+        "generation_config.eos_token_id": model.generation_config.eos_token_id,
+    }
+    if len({str(stop) for stop in stops.values()}) > 1:
+        raise ValueError(f"the parts disagree on the stop token: {stops}; align them with align_special_tokens")
+
+
+# --- NF4 --------------------------------------------------------------------------------------------------------------
+
+
+def packed_linears(model: nn.Module) -> dict[str, nn.Module]:
+    import bitsandbytes
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+
+
+def base_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as its forward uses it, (out_features, in_features), unpacked if it is NF4."""
+    import bitsandbytes
+
+    weight = module.weight
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(module.compute_dtype or weight.dtype)
+    return weight.data
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Replace every packed NF4 layer by a plain one with the same values: faster, at 2 bytes a weight."""
+    for name, module in packed_linears(model).items():
+        weight = base_weight(module)
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    forget_quantization(model)
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Make a model that holds no packed layer any more an ordinary one to transformers, peft and TRL."""
+    for flag in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(flag, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short identity of the base: hash of its norm weights, which no quantization or adapter touches."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and "lora" not in name:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --- the copy that generates ------------------------------------------------------------------------------------------
+
+
+class PolicyCopy:
+    """A plain model with the adapter folded in, for generation; the trained weights are never touched.
+
+    Decoding through packed layers with an adapter beside each costs several kernels a layer and unpacks every weight at
+    every token. The copy costs one weight's bytes for each adapted layer and shares everything else with the trained
+    model. Folding rounds W + sBA to the copy's dtype, so its log-probabilities differ from the trainer's by rounding:
+    grpo_train.py logs that difference as `rollout/logp_difference`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.source = model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base = base
+        config = AutoConfig.for_model(**_plain_config(base.config))
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self.model = type(base)._from_config(config, dtype=base.dtype)
+        self._adopt()
+        self.refresh()
+        self.model.eval()
+        self.model.generation_config = base.generation_config
+
+    def _adopt(self) -> None:
+        """Share the tensors that no adapter changes; give every adapted layer its own."""
+        own = {name: _inner(module) for name, module in self.base.named_modules()}
+        self.folded: list[tuple[nn.Module, nn.Module]] = []
+        for name, module in self.model.named_modules():
+            source = own[name]
+            for key, buffer in list(module._buffers.items()):
+                module._buffers[key] = source._buffers[key] if buffer is not None else None
+            for key, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                adapted = key == "weight" and _is_adapted(self.base.get_submodule(name))
+                tensor = torch.empty_like(base_weight(source)) if adapted else _raw(source, key)
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                if adapted:
+                    self.folded.append((module, self.base.get_submodule(name)))
+
+    @torch.no_grad()
+    def refresh(self) -> PreTrainedModel:
+        """Fold the adapter as it is now; returns the model to generate with."""
+        for module, source in self.folded:
+            module.weight.data.copy_(_folded_weight(source))
+        return self.model
+
+
+def _plain_config(config: Any) -> dict:
+    values = config.to_dict()
+    for key in ("quantization_config", "architectures", "_name_or_path", "dtype", "torch_dtype"):
+        values.pop(key, None)
+    return values
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return getattr(module, "original_module", module)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) or hasattr(module, "token_adapter") or bool(packed_linears(module))
+
+
+def _raw(module: nn.Module, key: str) -> torch.Tensor:
+    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else module._parameters[key].data
+
+
+def _folded_weight(module: nn.Module) -> torch.Tensor:
+    if hasattr(module, "token_adapter"):
+        return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters)
+    weight = base_weight(_inner(module))
+    if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
+        for name in module.active_adapters:
+            weight = weight.float() + module.get_delta_weight(name).float()
+    return weight

@@ -1,0 +1,97 @@
+"""Predictions of one evaluation as they come: part files, one for each process, that survive a kill at any byte.
+
+A batch counts when all of its rows are whole. What a kill tore is cut off, its batch generated again with the same result,
+and `gather` puts one copy of every row into predictions.jsonl in the order of the questions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from posttrain.records import Example, Prediction, to_json, write_jsonl
+from posttrain.run import process_index
+from rewards import GRADER_VERSION, grade
+
+PARTS = "predictions.part*.jsonl"
+
+
+def judge(example: Example, sample: int, completion: str, finish: str, num_tokens: int) -> Prediction:
+    """A completion and its verdict: the one place where evaluation calls the grader."""
+    verdict = grade(completion, example.answer)
+    return Prediction(
+        id=example.id,
+        sample=sample,
+        completion=completion,
+        finish="stop" if finish == "stop" else "length",
+        num_tokens=num_tokens,
+        value=verdict.value,
+        method=verdict.method,
+        num_markers=verdict.num_markers,
+        correct=verdict.correct,
+        strict=verdict.strict,
+        format_ok=verdict.format_ok,
+        grader=GRADER_VERSION,
+    )
+
+
+def regraded(prediction: Prediction, example: Example) -> Prediction:
+    return judge(example, prediction.sample, prediction.completion, prediction.finish, prediction.num_tokens)
+
+
+class Parts:
+    """The part files of one run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mine = folder / f"predictions.part{process_index()}.jsonl"
+        _cut_torn_tail(self.mine)
+
+    def rows(self) -> dict[tuple[str, int], Prediction]:
+        """Every whole row of every process, by question and sample."""
+        files = sorted(self.folder.glob(PARTS))
+        return {(row.id, row.sample): row for file in files for row in _whole_rows(file)}
+
+    def pending(self, batches: Iterable[list[int]], asked: Sequence[Example], num_samples: int) -> list[tuple[int, list[int]]]:
+        """Numbered batches that are not on disk yet."""
+        done = self.rows()
+        return [
+            (number, batch)
+            for number, batch in enumerate(batches)
+            if any((asked[i].id, sample) not in done for i in batch for sample in range(num_samples))
+        ]
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        with open(self.mine, "a", encoding="utf-8") as file:
+            file.write("".join(to_json(prediction) + "\n" for prediction in predictions))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def wait(self, num_rows: int) -> dict[tuple[str, int], Prediction]:
+        """All rows, once every process has written its share."""
+        while len(rows := self.rows()) < num_rows:
+            time.sleep(0.5)
+        return rows
+
+    def gather(self, asked: Sequence[Example], num_samples: int) -> list[Prediction]:
+        """Write predictions.jsonl, in the order of the questions, and drop the parts."""
+        rows = self.wait(len(asked) * num_samples)
+        ordered = [rows[example.id, sample] for example in asked for sample in range(num_samples)]
+        write_jsonl(self.folder / "predictions.jsonl", ordered)
+        for file in self.folder.glob(PARTS):
+            file.unlink()
+        return ordered
+
+
+def _whole_rows(file: Path) -> Iterator[Prediction]:
+    for line in file.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
+        yield Prediction(**json.loads(line))
+
+
+def _cut_torn_tail(file: Path) -> None:
+    if file.is_file():
+        content = file.read_bytes()
+        os.truncate(file, content.rfind(b"\n") + 1)

@@ -1,0 +1,202 @@
+"""Run directories -> evaluations that may be compared, and how they compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from posttrain import stats
+from posttrain.records import Prediction, read_jsonl, read_rows
+from posttrain.run import read_manifest
+
+STAGES = {"sft": "SFT", "grpo": "GRPO"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    path: Path
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        return str(self.manifest["name"])
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRun:
+    """`questions` and `predictions` are empty for a published run that keeps only its numbers."""
+
+    path: Path
+    label: str
+    manifest: dict[str, Any]
+    results: dict[str, Any]
+    questions: list[dict[str, Any]]
+    predictions: list[Prediction]
+
+    @property
+    def base(self) -> str:
+        return str(self.manifest["model"]["name_or_path"])
+
+    @property
+    def chain(self) -> list[dict[str, Any]]:
+        """The training stages that lead to the adapter, oldest first; empty for the bare model."""
+        return [link for link in self.manifest["chain"] if link["stage"] not in ("base", "eval")]
+
+    @property
+    def stage(self) -> str:
+        return STAGES.get(self.chain[-1]["stage"], self.chain[-1]["stage"]) if self.chain else "base"
+
+    @cached_property
+    def samples(self) -> list[list[Prediction]]:
+        return stats.group_samples(self.questions, self.predictions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Evaluations of the same questions: bare models first, then by the length of their chain."""
+
+    runs: list[EvalRun]
+
+    @property
+    def dataset(self) -> str:
+        return self.runs[0].results["dataset"] or "questions"
+
+    @property
+    def subset(self) -> str | None:
+        subset: str | None = self.runs[0].results["subset"]
+        return subset
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset}, {self.subset or 'all {:,}'.format(self.runs[0].results['n'])} questions"
+
+    @property
+    def has_predictions(self) -> bool:
+        return all(run.predictions for run in self.runs)
+
+    def before(self, index: int) -> int | None:
+        """The row to hold a run against: the evaluation of its parent, else the last row of the same base."""
+        run, earlier = self.runs[index], range(index)
+        parent = run.chain[-2]["adapter_sha256"] if len(run.chain) > 1 else None
+        of_parent = [i for i in earlier if parent and self.runs[i].manifest["adapter_sha256"] == parent]
+        return max(of_parent or [i for i in earlier if self.runs[i].base == run.base], default=None)
+
+    @cached_property
+    def comparisons(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """The paired test of every pair of runs, with Holm's adjustment over all of them."""
+        if not self.has_predictions:
+            return {}
+        pairs = list(itertools.combinations(range(len(self.runs)), 2))
+        results = [_compare(self.runs[i], self.runs[j]) for i, j in pairs]
+        adjusted = stats.holm([result["p_value"] for result in results])
+        both = zip(results, adjusted, strict=True)
+        return {pair: result | {"p_holm": p} for pair, (result, p) in zip(pairs, both, strict=True)}
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The comparison of each run with the one before it, the latest first."""
+        pairs = [(self.before(index), index) for index in reversed(range(len(self.runs)))]
+        return [self.comparisons[i, j] for i, j in pairs if i is not None and self.comparisons]
+
+
+def _compare(first: EvalRun, second: EvalRun) -> dict[str, Any]:
+    return stats.compare(
+        first.questions,
+        first.predictions,
+        second.questions,
+        second.predictions,
+        names=(first.label, second.label),
+        subset=second.results["subset"],
+        require_same_prompt=False,  # the result says so, and so does every table that shows it
+    )
+
+
+def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
+    """Read run directories; the training runs behind an evaluated adapter are found through `parent`.
+
+    Raises:
+        ValueError: a path that is no run directory, an unfinished evaluation, numbers that do not belong to
+            the predictions beside them, or no run at all.
+    """
+    manifests = {Path(path): _manifest(Path(path)) for path in paths}
+    evaluated = {path: m for path, m in manifests.items() if m["stage"] == "eval"}
+    trained = {path: m for path, m in manifests.items() if m["stage"] in ("sft", "grpo")}
+    for path, manifest in [*trained.items(), *evaluated.items()]:
+        for place, found in _ancestors(path, manifest):
+            if place.resolve() not in {known.resolve() for known in trained}:
+                trained[place] = found
+    if not evaluated and not trained:
+        raise ValueError("no evaluation and no training run among these directories: run evaluate.py first")
+    names = [manifest["name"] for manifest in evaluated.values()]
+    runs = [_eval_run(path, manifest, names) for path, manifest in evaluated.items()]
+    trainings = [TrainingRun(path, manifest, _metrics(path)) for path, manifest in trained.items()]
+    return _grouped(runs), sorted(trainings, key=lambda run: len(run.manifest["chain"]))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} is no run directory (no manifest.json): give folders that the scripts made")
+    return read_manifest(path)
+
+
+def _ancestors(path: Path, manifest: Mapping[str, Any]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """The training runs that an adapter came from, if they are still where it says, or beside this run."""
+    while parent := manifest["parent"]:
+        places = (Path(parent["run_dir"]), path.parent / Path(parent["run_dir"]).name)
+        path = next((place for place in places if (place / "manifest.json").is_file()), Path())
+        if path == Path() or (manifest := read_manifest(path))["adapter_sha256"] != parent["adapter_sha256"]:
+            return
+        yield path, dict(manifest)
+
+
+def _eval_run(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> EvalRun:
+    if manifest["exit"] != "ok":
+        raise ValueError(
+            f"{path} is not finished ({manifest['exit']}): the command that began it continues it"
+        )
+    if not (path / "results.json").is_file():
+        raise ValueError(f"{path} has no results.json: evaluate.py --regrade writes it")
+    label = manifest["name"] if names.count(manifest["name"]) == 1 else f"{manifest['name']} ({path.name})"
+    results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    questions, predictions = _rows(path)
+    if questions:
+        _check_results(path, results, stats.summarize(questions, predictions))
+    return EvalRun(path, label, manifest, results, questions, predictions)
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], list[Prediction]]:
+    if not all((path / name).is_file() for name in ("questions.jsonl", "predictions.jsonl")):
+        return [], []
+    return list(read_rows(path / "questions.jsonl")), read_jsonl(path / "predictions.jsonl", Prediction)
+
+
+def _check_results(path: Path, written: Mapping[str, Any], counted: Mapping[str, Any]) -> None:
+    for rule in ("lenient", "strict"):
+        there, here = (results["accuracy"][rule] for results in (written, counted))
+        if (there["k"], there["n"]) != (here["k"], here["n"]):
+            raise ValueError(
+                f"{path}: results.json says {there['k']} of {there['n']} {rule}, its predictions give"
+                f" {here['k']} of {here['n']}: evaluate.py --regrade writes the numbers anew"
+            )
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl"
+    return list(read_rows(file)) if file.is_file() else []
+
+
+def _grouped(runs: Iterable[EvalRun]) -> list[Group]:
+    groups: dict[Any, list[EvalRun]] = {}
+    for run in sorted(runs, key=lambda run: len(run.chain)):  # stable: else the order of the command line
+        asked = json.dumps([[q["id"], q["question"], q["answer"]] for q in run.questions])
+        results = run.results
+        key = (results["dataset"], results["subset"], results["n"], hashlib.sha256(asked.encode()).digest())
+        groups.setdefault(key, []).append(run)
+    return [Group(members) for members in groups.values()]

@@ -1,0 +1,59 @@
+"""GRPO's rollouts and rewards: what TRL calls to get completions, and how they are paid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import rewards
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.chat import chat_ids
+from posttrain.config import Rewards
+from posttrain.config import Rollouts as RolloutSettings
+from posttrain.generate import Sampling, generate
+from posttrain.models import PolicyCopy
+
+Reward = Callable[..., list[float]]
+
+
+class Rollouts:
+    """A `rollout_func` for GRPOTrainer: one window's completions from a copy of the policy as it is now.
+
+    TRL hands over every prompt once for each of its completions; here a prompt is computed once and continued
+    `num_generations` times. Draws depend on seed, step and process alone, so a resumed run samples what it would have.
+    """
+
+    def __init__(self, copy: PolicyCopy, tokenizer: PreTrainedTokenizerBase, seed: int, settings: RolloutSettings) -> None:
+        self.copy, self.tokenizer, self.seed = copy, tokenizer, seed
+        self.engine, self.batch_size = settings.engine, settings.batch_size
+        self._step, self._calls = -1, 0
+
+    def __call__(self, prompts: list[list[dict[str, str]]], trainer: Any) -> dict[str, Any]:
+        groups = [list(same) for _, same in itertools.groupby(prompts)]
+        sizes = {len(group) for group in groups}
+        size = sizes.pop() if len(sizes) == 1 else 1  # a group cut by the border between two processes
+        ids = [chat_ids(self.tokenizer, prompt, add_generation_prompt=True) for prompt in prompts[::size]]
+        sampling = Sampling(trainer.max_completion_length, trainer.temperature, trainer.top_p, size, self._next_seed(trainer))
+        batch_size = max(1, (self.batch_size or len(prompts)) // size)
+        results = generate(self.copy.refresh(), ids, sampling, self.tokenizer, batch_size, self.engine)
+        flat = [completion for group in results for completion in group]
+        return {
+            "prompt_ids": [prompt for prompt in ids for _ in range(size)],
+            "completion_ids": [completion.ids for completion in flat],
+            "logprobs": [completion.logprobs for completion in flat],
+        }
+
+    def _next_seed(self, trainer: Any) -> int:
+        step = trainer.state.global_step
+        self._calls = self._calls + 1 if step == self._step else 0
+        self._step = step
+        return ((self.seed * 1_000_003 + step) * 1_009 + self._calls) * 1_009 + trainer.accelerator.process_index
+
+
+def reward_functions(settings: Rewards) -> tuple[list[Reward], list[float]]:
+    """Reward functions for GRPOTrainer, logged apart, and their weights."""
+    form = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
+    weights = [settings.correctness, settings.format / rewards.FORMAT_REWARD]
+    return [rewards.correctness_reward, form], weights

@@ -1,0 +1,270 @@
+"""A run directory: everything a run was told, did and made. It is the unit of truth; the report reads nothing else.
+
+    config.yaml     the resolved settings           metrics.jsonl   one row for each logged step
+    manifest.json   who, what, where, with what     samples.jsonl   completions with their rewards
+    adapter/        what is pushed                  checkpoints/    what a resumed run needs
+
+It is created first, locked while in use, refused when it belongs to other settings, and never deleted by the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from posttrain.config import Settings, config_sha256, dump
+from posttrain.records import sha256_file, to_json, write_atomic
+
+PACKAGES = (
+    "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
+    "reasoning-gym", "vllm",
+)  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class AlreadyDone(Exception):
+    """The run directory holds a finished run of exactly these settings."""
+
+
+class Run:
+    """An open run directory. Only the main process writes to it."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], lock: FileLock | None) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.started = time.time()
+        self._lock = lock
+
+    @property
+    def is_main(self) -> bool:
+        return is_main_process()
+
+    def note(self, text: str) -> None:
+        """Say in one line, and record, a setting that could not be honoured as written."""
+        if self.is_main:
+            print(f"note: {text}", file=sys.stderr)
+            if text not in self.manifest["notes"]:
+                self.manifest["notes"].append(text)
+                self.save()
+
+    def record(self, **fields: Any) -> None:
+        self.manifest.update(fields)
+        self.save()
+
+    def append(self, file: str, row: dict[str, Any]) -> None:
+        if self.is_main:
+            with open(self.folder / file, "a", encoding="utf-8") as lines:
+                lines.write(to_json(row) + "\n")
+
+    def save(self) -> None:
+        if self.is_main:
+            write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self, status: str = "ok") -> None:
+        seconds = self.manifest.get("seconds", 0.0) + time.time() - self.started
+        self.record(exit=status, finished=_utc(), seconds=round(seconds, 1))
+        if self._lock:
+            self._lock.release()
+
+
+@contextmanager
+def open_run(config: Settings, stage: str, folder: str, resume: bool) -> Iterator[Run]:
+    """Create or reopen a run directory, hold its lock, and leave a true `exit` in its manifest whatever happens.
+
+    Raises:
+        ValueError: the directory belongs to other settings, is in use, or holds an unfinished run and `resume` is off.
+        AlreadyDone: it holds the finished run.
+    """
+    run = _open(config, stage, Path(folder), resume)
+    try:
+        yield run
+    except BaseException as error:
+        run.finish(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        raise
+    run.finish()
+
+
+def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
+    if not is_main_process():
+        return Run(folder, {"notes": [], "chain": []}, None)
+    check_reusable(config, folder, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another process: wait for it, or choose another run_dir") from None
+    before = read_manifest(folder) if (folder / "manifest.json").is_file() else {}
+    run = Run(folder, {**before, **_opening(config, stage, folder), "seconds": before.get("seconds", 0.0)}, lock)
+    write_atomic(folder / "config.yaml", dump(config))
+    run.save()
+    return run
+
+
+def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
+    """Refuse a directory that this run may not write to. Writes nothing."""
+    folder = Path(folder)
+    if not folder.exists() or not any(path for path in folder.iterdir() if path.name != ".lock"):
+        return
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not empty and holds no run: choose another run_dir")
+    before = read_manifest(folder)
+    if before["config_sha256"] != config_sha256(config):
+        raise ValueError(f"{folder} belongs to a run with other settings ({_changed(config, folder)}): choose another run_dir")
+    if before["exit"] == "ok":
+        raise AlreadyDone(f"{folder} already holds this run, finished {before['finished']}: nothing to do")
+    if not resume:
+        raise ValueError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")
+
+
+def _changed(config: Settings, folder: Path) -> str:
+    from ruamel.yaml import YAML
+
+    old = _flat(YAML(typ="safe", pure=True).load((folder / "config.yaml").read_text(encoding="utf-8")))
+    new = _flat(config.model_dump(mode="json"))
+    changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return "; ".join(changed[:4]) or "data or code it depends on changed"
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {key: v for name, value in values.items() for key, v in _flat(value, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _opening(config: Settings, stage: str, folder: Path) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "name": getattr(config, "name", None) or folder.name,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        **git_state(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
+        "hardware": hardware(),
+        "seed": getattr(config, "seed", None),
+        "started": _utc(),
+        "finished": None,
+        "exit": "running",
+        "config_sha256": config_sha256(config),
+        "parent": None,
+        "adapter_sha256": None,
+        "notes": [],
+        "chain": [],
+    }
+
+
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    return json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+
+
+def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The `parent` entry for a run that starts from this adapter, and the chain that leads to it."""
+    run_dir = adapter_folder.parent
+    parent = {"run_dir": str(run_dir), "adapter_sha256": adapter_sha256}
+    if not (run_dir / "manifest.json").is_file():
+        return parent, [{"stage": "adapter", "name": str(adapter_folder), "adapter_sha256": adapter_sha256}]
+    manifest = read_manifest(run_dir)
+    link = {"stage": manifest["stage"], "name": manifest["name"], "adapter_sha256": adapter_sha256, "data": manifest.get("data")}
+    return parent, [*manifest["chain"], link]
+
+
+def data_entry(path: Path | str, split: str) -> dict[str, Any]:
+    """What the manifest says of the data.
+
+    Raises:
+        ValueError: the data set is not prepared; the text has the command that prepares it.
+    """
+    file = Path(path, f"{split}.jsonl")
+    if not file.is_file():
+        raise ValueError(f"no {split} examples at {file}: prepare them with `python data_prep.py --config {_data_config(path)}`")
+    manifest = read_manifest(path)
+    return {"name": manifest["name"], "path": str(path), "split": split, "sha256": sha256_file(file), "source": manifest["source"]}
+
+
+def _data_config(path: Path | str) -> str:
+    """The YAML in configs/ that writes this folder."""
+    for candidate in sorted((ROOT / "configs").glob("data_*.yaml")):
+        if f"output_dir: {path}\n" in candidate.read_text(encoding="utf-8"):
+            return f"configs/{candidate.name}"
+    return "configs/data_<name>.yaml"
+
+
+def git_state() -> dict[str, Any]:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
+
+
+def hardware() -> dict[str, Any]:
+    import torch
+
+    ram_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_name(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "ram_gib": round(ram_gib, 1),
+        "gpu": torch.cuda.get_device_name(0) if cuda else None,
+        "num_gpus": torch.cuda.device_count() if cuda else 0,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def is_main_process() -> bool:
+    return process_index() == 0
+
+
+def process_index() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _utc() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run a script's main: what the user can mend is one line and exit code 2, everything else a traceback.
+
+    A `ValueError` raised by this project's own code is the user's to mend; one raised inside a library is a fault.
+    """
+    try:
+        main()
+    except AlreadyDone as done:
+        print(done)
+    except ValueError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not Path(frames[-1].filename).resolve().is_relative_to(ROOT) or ".venv" in frames[-1].filename:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,220 @@
+"""TRL's two trainers with what this project changes in them. Every override of TRL's internals is in this file.
+
+1. Master weights. Both trainers cast the adapter of a quantized model to bf16 (trl 1.16: sft_trainer.py and
+   grpo_trainer.py, "the PEFT adapter weights are converted to bf16"). Here it stays fp32, bit for bit as it was given.
+2. Output head. On CPU TRL's fused head scores every position, prompt included, and multiplies back in fp32
+   (trl/trainer/utils.py, `add_fused_lm_head`: "every position is scored instead"); with trained token rows it fails on
+   every device (it asks PEFT's TrainableTokensWrapper for `bias`). There ours scores the labelled positions, in bf16.
+3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
+   `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
+4. Learner batches. TRL pads a micro-batch to the longest sequence of the whole generation batch; ours is cut to its own.
+tests/test_trainers.py fails when upstream changes any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from trl import GRPOTrainer, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+MASTER_DTYPE = torch.float32
+
+
+class MasterWeights:
+    """Mixin: the trainer starts from exactly the weights it was given, in fp32."""
+
+    def __init__(self, *args: Any, model: PeftModel, score_labels_only: bool = True, **kwargs: Any) -> None:
+        masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
+        if not masters:
+            raise ValueError("the model has no trainable parameter: load the adapter with trainable=True (trl#6700)")
+        super().__init__(*args, model=model, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name in masters:
+                parameter.data = masters[name].to(parameter.device)
+        if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
+            add_label_head(model.get_base_model(), getattr(self, "temperature", 1.0), isinstance(self, GRPOTrainer))
+
+
+class SFT(MasterWeights, SFTTrainer):
+    """SFTTrainer with fp32 master weights; entropy is logged only where it is computed."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for mode in ("train", "eval"):
+            if any(math.isnan(value) for value in self._metrics[mode].get("entropy", [])):
+                del self._metrics[mode]["entropy"]
+        super().log(logs, start_time)
+
+
+class GRPO(MasterWeights, GRPOTrainer):
+    """GRPOTrainer that continues an adapter against an exact copy of it, on batches trimmed to their content.
+
+    `skip_zero_signal` leaves out rows whose advantage is 0. With beta 0 they add nothing to the gradient, so the update
+    is the same and only the logged entropy and clip ratios are taken over fewer rows.
+    `correct_mismatch` uses the sampler's log-probabilities as the old policy's, so that the clipped ratio corrects for
+    an engine that does not compute exactly what the trainer does.
+    """
+
+    def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        copy_to_reference(self.model)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        num_rows = len(inputs["advantages"])
+        if self.skip_zero_signal:
+            inputs = keep_rows(inputs, rows_with_signal(inputs["advantages"]))
+        inputs = trim(inputs)
+        if self.correct_mismatch and "sampling_per_token_logps" in inputs:
+            inputs["old_per_token_logps"] = inputs["sampling_per_token_logps"]
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._log_mismatch(inputs)
+        if self.loss_type in ("grpo", "dr_grpo"):  # these average over the rows they are given
+            loss = loss * len(inputs["advantages"]) / num_rows
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._last_logps = result[0].detach()
+        return result
+
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        scores = super()._calculate_rewards(inputs, *args, **kwargs)
+        for name, column in zip(self.reward_func_names, scores.T, strict=True):
+            if not column.isfinite().all():
+                raise FloatingPointError(
+                    f"reward {name} is not finite at step {self.state.global_step + 1}, completion {int((~column.isfinite()).nonzero()[0])} "
+                    "of the batch: a grader that returns NaN is broken; nothing was applied"
+                )
+        return scores
+
+    def _log_mismatch(self, inputs: dict[str, Any]) -> None:
+        """Mean absolute difference between the sampler's and the trainer's log-probability of a sampled token."""
+        if "sampling_per_token_logps" in inputs:
+            difference = (self._last_logps - inputs["sampling_per_token_logps"]).abs()
+            mask = inputs["completion_mask"].bool()
+            self._metrics["train"]["rollout/logp_difference"].append(difference[mask].mean().item())
+
+
+def rows_with_signal(advantages: torch.Tensor) -> torch.Tensor:
+    """Indices of rows with an advantage; one row at least, so that the loss stays connected to the model."""
+    rows = (advantages != 0).nonzero().squeeze(1)
+    return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=advantages.device)
+
+
+def keep_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    size = len(inputs["advantages"])
+    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == size else v for k, v in inputs.items()}
+
+
+def trim(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Cut columns that are padding in every row: on the left of prompts, on the right of completions."""
+    prompt = int(inputs["prompt_mask"].sum(1).max())
+    completion = max(1, int(inputs["completion_mask"].sum(1).max()))
+    cut = {
+        "prompt_ids": slice(-prompt, None),
+        "prompt_mask": slice(-prompt, None),
+        "completion_ids": slice(completion),
+        "completion_mask": slice(completion),
+        "old_per_token_logps": slice(completion),
+        "ref_per_token_logps": slice(completion),
+        "sampling_per_token_logps": slice(completion),
+    }
+    return {key: value[:, cut[key]] if key in cut else value for key, value in inputs.items()}
+
+
+def trains_tokens(model: PeftModel) -> bool:
+    return any("trainable_tokens_delta" in name for name, _ in model.named_parameters())
+
+
+def copy_to_reference(model: PeftModel) -> None:
+    """Make adapter "ref", where TRL made one, equal to "default" in every tensor, trained token rows included."""
+    if "ref" not in model.peft_config:
+        return
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "default" in parts:
+            reference = parameters[".".join("ref" if part == "default" else part for part in parts)]
+            reference.data = parameter.detach().to(MASTER_DTYPE, copy=True)
+
+
+# --- the output head on CPU -------------------------------------------------------------------------------------------
+
+
+def add_label_head(model: nn.Module, temperature: float, with_entropy: bool) -> None:
+    """Replace TRL's fused head by one that scores only labelled positions. Same call, same outputs."""
+    fused_forward = model.forward
+
+    @functools.wraps(fused_forward)
+    def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None or kwargs.get("shift_labels") is not None:
+            return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        hidden = model.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100
+        weight = model.get_output_embeddings().weight
+        scores = _LabelScores.apply(hidden[mask], weight, labels[mask], temperature, with_entropy)
+        log_probs, entropy, is_top1 = (score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores)
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / mask.sum().clamp(min=1), log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+        )
+
+    model.forward = forward
+
+
+class _LabelScores(torch.autograd.Function):
+    """Log-probability, entropy and top-1 hit of each label. Only the log-probability has a gradient.
+
+    hidden (labels, width), weight (vocabulary, width), labels (labels,). The gradient of `weight` is computed only when
+    some of its rows are trained.
+    """
+
+    ROWS = 256  # a tile of 256 x 49,152 fp32 logits is 50 MB
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, with_entropy):  # type: ignore[no-untyped-def]
+        hidden = hidden.to(weight.dtype)
+        logits = hidden @ weight.T
+        if temperature != 1.0:
+            logits /= temperature
+        log_z = hidden.new_empty(len(labels), dtype=torch.float32)
+        entropy = torch.full_like(log_z, float("nan"))
+        for rows in _tiles(len(labels)):
+            tile = logits[rows].float()
+            log_z[rows] = tile.logsumexp(-1)
+            if with_entropy:
+                p = (tile - log_z[rows, None]).exp_()
+                entropy[rows] = log_z[rows] - p.mul_(tile).sum(-1)
+        ctx.save_for_backward(hidden, logits, log_z, labels, weight)
+        ctx.temperature = temperature
+        log_probs = logits.gather(1, labels[:, None]).squeeze(1).float() - log_z
+        is_top1 = (logits.argmax(-1) == labels).float()
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        hidden, logits, log_z, labels, weight = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad = grad / ctx.temperature
+        for rows in _tiles(len(labels)):
+            # d log p(label) / d logits = onehot(label) - p
+            p = (logits[rows].float() - log_z[rows, None]).exp_().mul_(-grad[rows, None])
+            p.scatter_add_(1, labels[rows, None], grad[rows, None])
+            p = p.to(weight.dtype)
+            to_hidden[rows] = p @ weight
+            if to_weight is not None:
+                to_weight += p.T @ hidden[rows]
+        return to_hidden, to_weight, None, None, None
+
+
+def _tiles(num_rows: int) -> list[slice]:
+    return [slice(start, start + _LabelScores.ROWS) for start in range(0, num_rows, _LabelScores.ROWS)]

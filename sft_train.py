@@ -1,0 +1,90 @@
+"""Stage 1: supervised fine-tuning of a LoRA adapter on worked solutions, over an NF4 or bf16 base.
+
+    python sft_train.py --config configs/sft_llama3.2-3b.yaml
+    python sft_train.py --config configs/sft_llama3.2-3b.yaml trainer.learning_rate=2e-4 run_dir=runs/sft_2e-4
+    python sft_train.py --config configs/sft_llama3.2-3b.yaml --dry-run     # what would happen, and two rows with their mask
+    python sft_train.py --config configs/sft_llama3.2-3b.yaml --resume      # after an interruption
+    accelerate launch --num_processes 2 sft_train.py --config ...
+
+Departures from a plain TRL script: the loss is on the completion only; the adapter's master weights stay fp32 (TRL makes
+them bf16 over a quantized base, where small steps round to nothing); the stop token is the one the chat template emits, or
+the run is refused; dev accuracy is measured before and after; a non-finite gradient stops the run before it is applied.
+"""
+
+from __future__ import annotations
+
+from posttrain import config as settings
+from posttrain.config import SftConfig
+from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of
+
+
+def main() -> None:
+    config, args = settings.from_command_line(SftConfig, __doc__)
+    data = data_entry(config.data.path, "train")
+    if args.dry_run:
+        from posttrain.plan import show_sft_plan
+
+        return show_sft_plan(config)
+    check_reusable(config, config.run_dir, args.resume)
+
+    from posttrain import training
+    from posttrain.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    train, dev = training.load_examples(config)
+    with open_run(config, "sft", config.run_dir, args.resume) as run:
+        run.record(data=data)
+        model = load_policy(config, tokenizer, run)
+        trainer = make_trainer(config, run, model, tokenizer, train, dev)
+        trainer.train(resume_from_checkpoint=training.last_checkpoint(run, args.resume))
+        training.save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
+    training.push_if_asked(config, run)
+
+
+def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-untyped-def]
+    """The base with a new adapter, or with one to continue; what it is made of goes into the manifest."""
+    from posttrain import adapters, models
+
+    parent, chain = None, []
+    if config.adapter:
+        folder = adapters.resolve_adapter(config.adapter)
+        adapters.check_adapter_fits(folder, config.model)
+        parent, chain = parent_of(folder, adapters.adapter_sha256(folder))
+    base = models.load_base(config.model, config.quantization, tokenizer)
+    models.check_stop_token(base, tokenizer)
+    identity = {**config.model.model_dump(), "quantization": config.quantization, "fingerprint": models.fingerprint(base)}
+    tokens = adapters.special_token_report(base, tokenizer)
+    if config.adapter:
+        model = adapters.load_adapter(base, folder, trainable=True)
+    else:
+        assert config.lora is not None
+        model = adapters.new_adapter(base, config.lora, tokenizer)
+    print(f"{config.model.name_or_path}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
+    run.record(model=identity, parent=parent, chain=chain, special_tokens=tokens, start_sha256=adapters.live_adapter_sha256(model))
+    return model
+
+
+def make_trainer(config: SftConfig, run: Run, model, tokenizer, train, dev):  # type: ignore[no-untyped-def]
+    from trl import SFTConfig
+
+    from posttrain import training
+    from posttrain.records import as_dataset
+    from posttrain.trainers import SFT
+
+    columns = ("prompt", "completion")
+    trainer = SFT(
+        model=model,
+        args=SFTConfig(**training.trainer_arguments(config, run)),
+        train_dataset=as_dataset(train, columns),
+        eval_dataset=as_dataset(dev, columns) if dev else None,
+        processing_class=tokenizer,
+        score_labels_only=config.fast_loss,
+    )
+    limit = config.trainer.get("max_length", 512)
+    measure = (lambda: training.dev_accuracy(model, tokenizer, dev, limit)) if dev else None
+    training.add_callbacks(trainer, run, measure, config.dev_every_steps)
+    return trainer
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
