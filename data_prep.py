@@ -23,7 +23,17 @@ from typing import Any, cast
 
 from posttrain import config as settings
 from posttrain.config import DataConfig
-from posttrain.records import Example, Message, sha256_file, sha256_text, write_atomic, write_jsonl
+from posttrain.records import (
+    Example,
+    Message,
+    Prediction,
+    read_jsonl,
+    read_rows,
+    sha256_file,
+    sha256_text,
+    write_atomic,
+    write_jsonl,
+)
 from posttrain.run import exit_on_user_error, git_state
 from rewards import GRADER_VERSION, gold_answer, grade
 
@@ -41,7 +51,7 @@ def main() -> None:
         return
     rows, rejected = check_rows(source.rows, config)
     refuse_too_many(rejected, config)
-    rows, repeats = without_repeats(rows)
+    rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
     shots = few_shot_rows(rows, config)
     examples = [to_example(row, config, shots) for row in rows]
     manifest = describe(examples, config, source, repeats, len(rejected))
@@ -82,6 +92,8 @@ def read_source(config: DataConfig) -> Source:
             rows = list(jsonl_rows(Path(source.path)))
         case "svamp":
             rows = list(svamp_rows(Path(source.path)))
+        case "rejection_sampled":
+            rows = list(sampled_rows(source))
         case _:
             rows = list(generated_rows(source, config.seed))
     digest = sha256_text("".join(f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}\n" for row in rows))
@@ -138,6 +150,26 @@ def svamp_rows(file: Path) -> Iterator[Row]:
         body = row["Body"].strip()
         question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}"
         yield Row(file.name, number, "test", question, f"{row['Equation']}\n#### {row['Answer']}")
+
+
+def sampled_rows(source: settings.RejectionSampledSource) -> Iterator[Row]:
+    """Rejection sampling (arXiv:2308.01825): a policy's own distinct, strictly right solutions of training questions.
+
+    Read from an evaluation of the train split with several samples; test questions are refused.
+    """
+    run_dir = Path(source.run_dir)
+    if not (run_dir / "predictions.jsonl").is_file():
+        raise ValueError(f"no samples in {run_dir}: evaluate the train split first (data.split=train generation.samples=8)")
+    questions = {row["id"]: row for row in read_rows(run_dir / "questions.jsonl")}
+    if leaked := [name for name, row in questions.items() if row["split"] != "train"]:
+        raise ValueError(f"{run_dir} sampled {len(leaked)} rows that are not of the train split (first: {leaked[0]})")
+    kept: dict[str, dict[str, str]] = {name: {} for name in questions}
+    for sample in read_jsonl(run_dir / "predictions.jsonl", Prediction):
+        if sample.strict and sample.format_ok and len(kept[sample.id]) < source.max_per_question:
+            kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), sample.completion.strip())
+    solutions = ((name, text) for name, texts in kept.items() for text in texts.values())
+    for number, (name, text) in enumerate(solutions, 1):
+        yield Row(str(run_dir), number, "train", questions[name]["question"], text)
 
 
 def generated_rows(source: settings.GeneratorSource, seed: int) -> Iterator[Row]:
@@ -221,13 +253,13 @@ def normalised(question: str) -> str:
     return re.sub(r"\W+", " ", question).strip().lower()
 
 
-def without_repeats(rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
-    """Drop repeated questions, and training rows whose question is in the test split."""
+def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[list[Row], dict[str, int]]:
+    """Drop repeated questions (or repeated pairs), and training rows whose question is in the test split."""
     test = {normalised(row.question) for row in rows if row.split == "test"}
     kept, seen, repeats = [], set[str](), {"duplicates": 0, "train_test_overlap": 0}
     for row in rows:
-        key = normalised(row.question)
-        if row.split != "test" and key in test:
+        key = normalised(row.question + (row.answer if distinct_by_answer else ""))
+        if row.split != "test" and normalised(row.question) in test:
             repeats["train_test_overlap"] += 1
         elif key in seen:
             repeats["duplicates"] += 1

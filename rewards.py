@@ -1,7 +1,7 @@
 """Text -> answer -> verdict -> reward: the one place that decides what is rewarded and what is reported.
 
-`grade` is the only judge. Data preparation (every gold must grade itself), the GRPO rewards and evaluation call
-it, so a number in a training curve and a number in a results table mean the same. Standard library only.
+`grade` is the only judge: data preparation (every gold must grade itself), GRPO's rewards and evaluation call
+it, so a number in a training curve and one in a results table mean the same. Standard library only.
 
 The answer format is GSM8K's: a last line `#### <number>`. A completion is cut where it runs on into a made-up
 next question, and then read in this order:
@@ -18,9 +18,9 @@ What a number is (tests/grading_cases.py has a case and a reason for each rule):
   - A minus is a sign only when it is not glued to a word or digit before it: `item-42` is 42.
   - Times, ratios, dates, versions, ranges and odd groups (`3:30`, `2:1`, `1.2.3`, `3-5`, `3 to 5`, `12,34`)
     are no numbers. Nothing is evaluated: `6*7` is no number, `6*7 = 42` is 42.
-  - Numbers are compared as exact fractions: no float, no tolerance. Nothing longer than 100 characters is one.
+  - Numbers are compared as exact fractions: no float, no tolerance, and none longer than 100 characters.
 
-Any text gets a verdict in linear time: what repeats in a pattern is possessive (`*+`, Python 3.11) or bounded.
+Any text gets a verdict in linear time: what repeats in a pattern is possessive (`*+`) or bounded.
 """
 # ruff: noqa: RUF001 (the patterns mean the characters they name: multiplication signs, dashes, quotes)
 
@@ -49,8 +49,9 @@ _MINUS = "\\-\u2010\u2011\u2012\u2013\u2212"  # hyphens, figure dash, en dash, m
 _CURRENCY = r"(?:(?:US|\\)?[$€£¥₹][ ]?)?+"
 _GAP = "[ \u00a0\u2009\u202f]"  # space, no-break space, thin spaces
 _THOUSANDS = rf"(?:[,'’_]|\{{,\}}|,?\\[,!;:]|{_GAP})"
-_WHOLE = rf"""(?:[0-9]{{1,3}}(?:{_THOUSANDS}[0-9]{{3}})++ | [0-9]{{1,2}}(?:,[0-9]{{2}}(?=,))++,[0-9]{{3}}  # lakh
-             | [0-9]++)(?![0-9])"""
+_WHOLE = rf"""(?:[0-9]{{1,3}}(?:{_THOUSANDS}[0-9]{{3}})++
+    | [0-9]{{1,2}}(?:,[0-9]{{2}}(?=,))++,[0-9]{{3}}  # lakh: 1,00,000
+    | [0-9]++)(?![0-9])"""
 _TEN_TO = r"[ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10(?:\^|\*\*)\{?"
 # What must not follow: a glued continuation (3:30, 1.2.3, 3-5, 12,34, 6*7), a superscript, a vulgar fraction.
 _GLUE = rf"[.,:/{_MINUS}—+*×÷^]"
@@ -63,7 +64,7 @@ _UNSIGNED = rf"""(?:
     (?:[eE](?P<exp>[-+]?[0-9]++) | {_TEN_TO}(?P<power>[-+]?[0-9]++)\}}?)?+
   ){_STOP}"""
 # Only where an answer is stated may a minus stand apart or be a word: "#### - 5", "the answer is negative 5".
-_SIGNED = rf"(?P<number>(?:(?:(?P<minus>[{_MINUS}]|negative|minus)|\+)[ ]?)?+{_CURRENCY}{_UNSIGNED})"
+_SIGNED = rf"(?P<number>(?:(?:(?P<minus>[{_MINUS}]|(?i:negative|minus))|\+)[ ]?)?+{_CURRENCY}{_UNSIGNED})"
 _NUMBER = re.compile(_SIGNED, re.X)
 
 # The tokens of running text. All but `number` are read whole so that no part of them counts as a number.
@@ -117,15 +118,16 @@ def canonical_number(text: str) -> str | None:
 _ORNAMENT = r"""(?: </?[A-Za-z]{1,10}> | [*_`~$€£¥₹(\[{}<>|:=≈→"'“”‘’\u200b\ufeff]
     | \\(?![dt]?frac)(?:[A-Za-z]++|[^A-Za-z0-9\n]) )"""
 # A label has no digit and ends in what announces a number. "Calculate the cost of 3 apples" is a heading.
-_LABEL = r"""(?=[A-Za-z])[^\n0-9]{0,80}(?: [:=≈→] | \b(?i:is|are|was|were|be|equals|(?:equal|comes|amounts)[ ]to
-    |total[ ]of|about|around|approximately|roughly|nearly|exactly|only|just|simply|answer|total|result
-    |USD|EUR|GBP|INR|Rs)(?![A-Za-z])\.? )"""
-# Ornaments, across lines (a dash on a new line is a bullet); then perhaps a label, and ornaments on its line.
-_LEAD = rf"(?:\n[ \t]*+[-•][ \t]++|\s|{_ORNAMENT}){{0,99}}+(?:{_LABEL}(?:[^\S\n]|{_ORNAMENT}){{0,99}}+)?"
+_LABEL = r"""(?=[A-Za-z])[^\n0-9]{0,80}(?: [:=≈→] | \b(?i:is|are|was|were|be|equals|total[ ]of
+    |(?:equal|comes|amounts)[ ]to|about|around|approximately|roughly|nearly|exactly|only|just|simply
+    |answer|total|result|USD|EUR|GBP|INR|Rs)(?![A-Za-z])\.? )"""
+# Ornaments, across lines (a dash on a new line is a bullet); then perhaps a label with ornaments of its own.
+_LEAD = rf"""(?:\n[ \t]*+[-•][ \t]++ | \s | {_ORNAMENT}){{0,99}}+
+             (?:{_LABEL}(?:[^\S\n] | {_ORNAMENT}){{0,99}}+)?"""
 _STATED = re.compile(_LEAD + _SIGNED, re.X)
 _LEFT_SIDE = re.compile(_LEAD + r"[0-9][^\n=≈]{0,200}+[=≈]", re.X)
 _OPERATOR = re.compile(
-    rf"""[ ]?(?:to|through)[ ]\$?[0-9] | \([0-9] | [ ]?\^ | (?:[ ]?[A-Za-z]{{1,15}})?[ ]?
+    rf"""[ ]?(?:to|through)[ ]\$?[0-9] | \([0-9] | [ ]?\^ | (?:[ ]?[A-Za-z]{{1,15}}[ ]|[ ]?)
          (?:\+[ ]?[\w$(] | (?:[{_MINUS}—×÷·x/]|\*\*?|\\(?:times|cdot|div))[ ]?[(\\$€£]{{0,3}}[0-9])""",
     re.X,
 )
@@ -135,26 +137,24 @@ _SHORT_TAIL = re.compile(r"(?:[^\w\n.,;!?]*+[^\W\d_]++){0,3}+[^\w\n.,;!?(]*+(?:\
 _MARKER = re.compile(r"####++")
 _BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])")
 _PHRASE = re.compile(  # opens with a character set: `re` then skips ahead
-    r"""[AaFf](?<!\w.) (?:
+    r"""[AaFf](?<![\w/].) (?:
         (?: (?<=[Aa])(?i:nswer(?:\s{1,3}to\s(?:the|this|your|our)\s(?:question|problem))?)
           | (?<=[Ff])(?i:inal\s(?:answer|result)) )
         (?: (?P<verb>\s{1,3}(?i:is|are|was|(?:would|will|should|must)\sbe|equals|comes\sto)\b)
-          | [ \t*_`]{0,5}(?:\([^()\n]{0,30}\))?[ \t*_`]{0,5}[:=→\n] )
+          | [ \t*_`]{0,5}(?:\([^()\n]{0,30}\))?[ \t*_`]{0,5}[:=→>\n] )
       | (?<=A)(?:(?<=^.)|(?<=^[ ].)|(?<=^\*\*.))(?:ns)?\*{0,2}[:=] )""",
     re.X | re.M,
 )
 _FIRST_DIGIT = re.compile(r"[0-9]")
 _UP_TO_LAST_DIGIT = re.compile(r".*[0-9]", re.S)
 
-# Where a base model goes on into a next question. Turn tokens, should they be decoded (Llama 3, ChatML, Llama 2,
-# Gemma); headings, on a new line or after the end of a sentence or number ("State the Problem:" is none).
-_TURNS = "|".join(
-    (r"\|(?:eot_id|eom_id|end_of_text|start_header_id)\|", r"\|(?:im_end|im_start|endoftext|end)\|", "/s", "end_of_turn")
-)
+# Where a base model goes on into a next question: at turn tokens, should they be decoded, and at headings on
+# a new line or after the end of a sentence or number ("State the Problem:" is no heading).
+_TURN = r"<(?:\|[a-z_]{1,20}\||/s|end_of_turn)>|\[INST\]"
 _OPENING = "|".join(rf"(?<=[\n.?!)*$0-9][ \t>_*]{{{n}}}.)" for n in range(4))
-_TITLED = r"[QPUHI](?=(?:(?<=Q)(?:uestion)?|roblem|ser|uman|nstruction)[ ]?[0-9]{0,3}[*_]{0,2}:)"
+_TITLED = r"[QPUHI](?<![A-Za-z].)(?=(?:uestion|roblem|ser|uman|nstruction|(?<=Q))[ ]?[0-9]{0,3}[*_]{0,2}:)"
 _HEADED = r"\n#{1,6}+[ ]?(?:Instruction|Question|Problem|Input|User)s?[ \t]*+[0-9]{0,3}[ \t]*+(?:[:.\n]|\Z)"
-_RUN_ONS = tuple(map(re.compile, (rf"<(?:{_TURNS})>", r"\[INST\]", rf"{_TITLED}(?:{_OPENING})", _HEADED)))
+_RUN_ONS = tuple(map(re.compile, (_TURN, rf"{_TITLED}(?:{_OPENING})", _HEADED)))
 
 
 def _without_run_on(text: str) -> str:
@@ -189,7 +189,7 @@ def _after_phrases(text: str) -> Iterator[re.Match[str]]:
 
 
 def _stands_alone(text: str, number: re.Match[str]) -> bool:
-    """At most three words follow, a unit: "Answer:" may also open the working ("A: 16 eggs are laid each day.")."""
+    """At most three words follow: "Answer:" may also open the working ("A: 16 eggs are laid every day.")."""
     return bool(_SHORT_TAIL.match(text, number.end())) and not _LISTED.match(text, number.start("number"))
 
 
@@ -253,10 +253,10 @@ def extract(text: str) -> Answer:
 
 
 def grade(text: str, gold: str) -> Grade:
-    """The verdict on `text`. `gold` is one number; ValueError if it is not, for a broken gold is never right."""
+    """The verdict on `text`. ValueError when `gold` is not a number: a broken gold is never right."""
     target = canonical_number(gold)
     if target is None:
-        raise ValueError(f"gold answer {gold!r} is not a number; data_prep.py rejects such rows, run it again")
+        raise ValueError(f"gold answer {gold!r} is not a number; run data_prep.py, which rejects such rows")
     answer = extract(text)
     correct = answer.value == target
     return Grade(
@@ -275,21 +275,22 @@ def _is_well_formed(text: str, answer: Answer) -> bool:
 
 
 def gold_answer(answer_text: str) -> str:
-    """The canonical gold of a GSM8K `answer`: the number after its one `####`. ValueError when there is none."""
+    """The canonical gold of a GSM8K `answer`, the number after its one `####`. ValueError without one."""
     _, *golds = answer_text.split("####")
     if len(golds) != 1:
-        raise ValueError(f"gold solution has {len(golds)} '####' instead of one: ...{answer_text[-80:]!r}")
+        raise ValueError(f"gold solution has {len(golds)} '####', not one: ...{answer_text[-80:]!r}")
     gold = canonical_number(golds[0])
     if gold is None:
         raise ValueError(f"gold answer after '####' is not a number: {golds[0][:80]!r}")
     return gold
 
 
-# --- rewards, in TRL's signature ------------------------------------------------------------------------------
+# --- rewards, in TRL's signature ----------------------------------------------------------------------------
 
 
 def _text(completion: Completion) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    text: str = completion if isinstance(completion, str) else completion[-1]["content"]
+    return text
 
 
 def _grades(completions: Sequence[Completion], answer: Sequence[str]) -> list[Grade]:
@@ -303,9 +304,9 @@ def correctness_reward(
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float]:
-    """1.0 for a right number, however it is stated, else 0.0. `answer` holds one gold for each completion.
+    """1.0 for a right number, however it is stated, else 0.0. `answer` holds one gold a completion.
 
-    TRL's trainer passes `log_extra` (columns for its table of completions) and `log_metric` (a logged scalar).
+    TRL's trainer passes `log_extra` (columns for its table of completions) and `log_metric` (a scalar).
     """
     grades = _grades(completions, answer)
     if log_extra:
@@ -317,7 +318,7 @@ def correctness_reward(
 
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-    """0.2 when the last line reads `#### <number>` and the text has no other `####`, else 0.0; right or wrong."""
+    """0.2 when the last line reads `#### <number>` and the text has no other `####`, else 0.0."""
     texts = [_text(completion) for completion in completions]
     return [FORMAT_REWARD * _is_well_formed(text, extract(text)) for text in texts]
 
@@ -325,5 +326,5 @@ def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[floa
 def gated_format_reward(
     completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any
 ) -> list[float]:
-    """`format_reward` for right answers only: an all-wrong group that differs in format has no advantage."""
+    """`format_reward` for right answers only: an all-wrong group that differs in format learns nothing."""
     return [FORMAT_REWARD * (g.correct and g.format_ok) for g in _grades(completions, answer)]

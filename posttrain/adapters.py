@@ -46,7 +46,7 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
 
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
     """An adapter from disk, to be continued or frozen."""
-    return _ready(PeftModel.from_pretrained(base, folder, is_trainable=trainable, autocast_adapter_dtype=False))
+    return _ready(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
 
 
 def _ready(model: PeftModel) -> PeftModel:

@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config import Tokenizer
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 # Llama-3 ships a token for right padding; padding with the end token would hide it from everything that masks padding.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
+# What the Llama-3.1 and 3.2 Instruct templates put into the prompt themselves where no clock is offered to them.
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer with the run's chat template, an end token that the template really emits, and a pad token.
 
     Raises:
-        ValueError: the model cannot be found or reached, has no chat template, or the template ends a turn with a
-            token that the tokenizer does not treat as one.
+        ValueError: the model cannot be found or reached, has no chat template, or the template ends no turn, renders
+            a prompt differently once it is answered, or differently from day to day.
     """
-    tokenizer = from_hub(AutoTokenizer, settings)
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, settings)
     if settings.chat_template:
-        tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(Path(settings.chat_template))
     if not tokenizer.chat_template:
         raise ValueError(
             f"{settings.name_or_path} ships no chat template: set model.chat_template "
             "(configs/templates/llama3.jinja for Llama-3 base models, configs/templates/plain.jinja for k-shot prompts)"
         )
+    tokenizer.chat_template = pin_date(tokenizer.get_chat_template())
     tokenizer.eos_token = stop_token(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _read_template(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"no chat template at {file}: check model.chat_template (relative to the working directory)")
+    return file.read_text(encoding="utf-8")
+
+
+def pin_date(template: str) -> str:
+    """The chat template with every date of today replaced by a fixed one, so that a prompt is the same on every day.
+
+    Only the text of the template can be pinned for all that render it: SFT, GRPO, evaluation, and whoever serves the
+    adapter, with whose tokenizer the pinned template is saved.
+
+    Raises:
+        ValueError: the template reads the clock in a way that cannot be replaced.
+    """
+    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    pinned = re.sub(call, lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
+    if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", pinned):
+        raise ValueError(
+            "the chat template puts the date of today into the prompt (strftime_now): "
+            "set model.chat_template to a copy with a fixed date in its place"
+        )
+    return pinned
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -46,31 +78,40 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
     whole = chat_ids(tokenizer, [*turn, {"role": "assistant", "content": "2"}])
     if whole[: len(prompt)] != prompt:
         raise ValueError("the chat template renders a prompt differently once it is answered: pin model.chat_template")
-    specials = set(tokenizer.all_special_ids)
+    specials = special_ids(tokenizer)
     for token in whole[len(prompt) :]:
         if token in specials:
-            return tokenizer.convert_ids_to_tokens(token)
+            return str(tokenizer.convert_ids_to_tokens(token))
     raise ValueError("the chat template never ends an assistant turn with a special token: generation could not stop")
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> list[int]:
     """Token ids of a rendered conversation. SFT, GRPO and evaluation all build their prompts with this call."""
-    return tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-    )["input_ids"]
+    )
+    return list(encoded["input_ids"])
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = tokenizer.get_vocab()
-    return next((token for token in PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token), tokenizer.eos_token)
+    eos = str(tokenizer.eos_token)
+    return next((token for token in PAD_TOKENS if token in vocabulary and token != eos), eos)
 
 
 def template_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the special tokens in a rendered two-turn conversation, in order of first use."""
     ids = chat_ids(tokenizer, [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
-    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    specials = special_ids(tokenizer)
     return [token for token in dict.fromkeys(ids) if token in specials]
 
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of all special tokens; `all_special_ids` has only those with a role, not a Llama-3 base's `<|eot_id|>`."""
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return marked | set(tokenizer.all_special_ids)
 
 
 def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
@@ -85,13 +126,16 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
     except OSError as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
             raise ValueError(
-                f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
+                f"{name} is gated: accept its licence at https://huggingface.co/{name}, "
+                "then run `hf auth login` or set HF_TOKEN"
             ) from error
         if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise ValueError(f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN") from error
+            raise ValueError(
+                f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN"
+            ) from error
         raise ValueError(
-            f"{name} could not be loaded: no copy in the local cache and the Hub did not answer. Connect to the network, "
-            f"or set model.name_or_path to a local folder ({str(error).splitlines()[0]})"
+            f"{name} could not be loaded: no copy in the local cache and the Hub did not answer. "
+            f"Connect to the network, or set model.name_or_path to a local folder ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -176,24 +176,39 @@ def decode_batch(
 class _Rows:
     """The state of one batch: one row for every sample, the finished ones dropped from time to time."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int
+    ) -> None:
         self.model, self.prompts, self.sampling, self.stop_id = model, prompts, sampling, stop_id
         self.device = model.device
         self.num_rows = len(prompts) * sampling.num_samples
         self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
         self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=self.device)
-        self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each row of the buffers belongs to
+        self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each decoding row belongs to
         self.done = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
         if sampling.temperature > 0:
-            draw = torch.Generator().manual_seed(sampling.seed * 1_000_003 + batch)
-            self.uniform = torch.rand(self.num_rows, sampling.max_new_tokens, generator=draw, dtype=torch.float64).to(self.device)
+            draw = torch.Generator().manual_seed((sampling.seed * 1_000_003 + batch) % 2**63)
+            self.uniform = torch.rand(self.num_rows, sampling.max_new_tokens, generator=draw).to(self.device)
 
     def prefill(self) -> torch.Tensor:
-        """Run every prompt once, left-padded; then one row for each of its samples. Returns logits (rows, vocabulary)."""
-        width = max(len(prompt) for prompt in self.prompts)
-        ids = torch.zeros(len(self.prompts), width, dtype=torch.long)
-        valid = torch.zeros(len(self.prompts), width, dtype=torch.bool)
-        for row, prompt in enumerate(self.prompts):
+        """Run every prompt once, in slices of similar length; then one row for each sample. Logits (rows, vocabulary)."""
+        self.length = max(len(prompt) for prompt in self.prompts)
+        pieces = [self._prefill(slice) for slice in _slices(self.prompts, PREFILL_TOKENS[self.device.type])]
+        logits, layers, valid, positions = zip(*pieces, strict=True)
+        repeat = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.num_samples)
+        self.valid = torch.zeros(self.num_rows, self.length + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
+        self.valid[:, : self.length] = torch.cat(valid)[repeat]
+        self.positions = torch.cat(positions)[repeat]
+        self.step = (GraphStep if self.device.type == "cuda" else EagerStep)(self.model, self.valid.shape[1])
+        self.step.fill([tuple(torch.cat(part) for part in zip(*layer, strict=True)) for layer in zip(*layers, strict=True)], repeat, self.length)
+        return torch.cat(logits)[repeat]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list, torch.Tensor, torch.Tensor]:
+        """One slice, padded on the left: last logits, keys and values padded to the batch's width, valid, next positions."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        valid = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             valid[row, width - len(prompt) :] = True
         ids, valid = ids.to(self.device), valid.to(self.device)
@@ -201,15 +216,11 @@ class _Rows:
         causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
         # A padding query attends to itself, so that its softmax is not empty; nothing ever attends to it.
         mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
-        self.buffers = Buffers(width)
-        logits = self._logits(ids, mask[:, None], positions)
-        self.buffers.length = width
-        repeat = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.num_samples)
-        self.valid = torch.zeros(self.num_rows, width + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
-        self.valid[:, :width] = valid[repeat]
-        self.next_position = (positions[:, -1] + 1)[repeat]
-        self.buffers.take(repeat, width + min(BLOCK, self.sampling.max_new_tokens))
-        return logits[repeat]
+        buffers = Buffers(width)
+        logits = last_logits(self.model, ids, mask[:, None], positions, buffers)
+        left = (self.length - width, 0)
+        layers = [tuple(nn.functional.pad(tensor, (0, 0, *left)) for tensor in layer) for layer in buffers.layers]
+        return logits, layers, nn.functional.pad(valid, left), positions[:, -1] + 1
 
     def place(self, logits: torch.Tensor, step: int) -> bool:
         """Choose token number `step` of every live row; False when there is nothing left to decode."""
@@ -220,29 +231,23 @@ class _Rows:
         self.logprobs[self.alive, step] = torch.where(going, logprob, 0.0)
         self.done[self.alive] |= token == self.stop_id
         self.current = token
-        return step + 1 < self.sampling.max_new_tokens and not bool(self.done[self.alive].all())
+        last = step + 1 == self.sampling.max_new_tokens
+        return not last and (step % LOOK[self.device.type] != 0 or not bool(self.done[self.alive].all()))
 
     def retire(self) -> None:
-        """Drop finished rows and make room for the next block of tokens."""
+        """Drop finished rows, where that makes a step cheaper."""
         keep = (~self.done[self.alive]).nonzero().squeeze(1)
-        left = self.valid.shape[1] - self.buffers.length
-        self.buffers.take(keep, self.buffers.length + min(BLOCK, left))
-        self.alive, self.valid = self.alive[keep], self.valid[keep]
-        self.next_position, self.current = self.next_position[keep], self.current[keep]
+        if len(keep) and self.step.worth_dropping(len(self.alive), len(keep)):
+            self.step.keep(keep, self.length)
+            self.alive, self.valid = self.alive[keep], self.valid[keep]
+            self.positions, self.current = self.positions[keep], self.current[keep]
 
     def forward(self) -> torch.Tensor:
-        length = self.buffers.length
-        self.valid[:, length] = True
-        logits = self._logits(self.current[:, None], self.valid[:, None, None, : length + 1], self.next_position[:, None])
-        self.buffers.length += 1
-        self.next_position += 1
+        self.valid[:, self.length] = True
+        logits = self.step(self.current, self.valid, self.positions, self.length)
+        self.length += 1
+        self.positions = self.positions + 1
         return logits
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.buffers, use_cache=True, logits_to_keep=1
-        )
-        return out.logits[:, -1]
 
     def completions(self) -> list[list[Completion]]:
         tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
@@ -254,6 +259,131 @@ class _Rows:
         length = ids.index(-1) if -1 in ids else len(ids)
         finish: Literal["stop", "length"] = "stop" if ids[length - 1] == self.stop_id else "length"
         return Completion(ids[:length], finish, logprobs[:length])
+
+
+# Prompt tokens, padding included, in one prefill slice: enough to fill the device, few enough to pad little.
+PREFILL_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+# How often to ask whether every row is done: on CUDA the answer waits for the device.
+LOOK = {"cpu": 1, "cuda": 8}
+
+
+def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
+    """Neighbours in slices of at most `num_tokens` tokens after padding (at least one prompt each)."""
+    slices, start = [], 0
+    while start < len(prompts):
+        end, width = start, 0
+        while end < len(prompts) and (end == start or max(width, len(prompts[end])) * (end + 1 - start) <= num_tokens):
+            width = max(width, len(prompts[end]))
+            end += 1
+        slices.append(prompts[start:end])
+        start = end
+    return slices
+
+
+def last_logits(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, buffers: Buffers
+) -> torch.Tensor:
+    """Logits of the last position, (rows, vocabulary); keys and values of all positions go into `buffers`."""
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=buffers, use_cache=True, logits_to_keep=1
+    )
+    return out.logits[:, -1]
+
+
+class EagerStep:
+    """One token for every row, run as it is written. Buffers grow by BLOCK tokens; finished rows are dropped at once."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        self.model, self.most = model, capacity
+
+    def fill(self, layers: list, rows: torch.Tensor, length: int) -> None:
+        self.buffers = Buffers(length)
+        self.buffers.layers, self.buffers.length = layers, length
+        self.keep(rows, length)
+
+    def worth_dropping(self, num_rows: int, num_live: int) -> bool:
+        return True  # it is also how the buffers grow
+
+    def keep(self, rows: torch.Tensor, length: int) -> None:
+        self.buffers.take(rows, min(length + BLOCK, self.most))
+
+    def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        mask = valid[:, None, None, : length + 1]
+        logits = last_logits(self.model, current[:, None], mask, positions[:, None], self.buffers)
+        self.buffers.length += 1
+        return logits
+
+
+class GraphStep:
+    """The same as one CUDA graph: a step of a small model is hundreds of kernels, and launching them takes longer than they run.
+
+    A graph has fixed shapes and addresses, so there is one for each (rows, capacity) in powers of two, kept with the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        self.model, self.capacity = model, -(-capacity // 128) * 128
+        self.graphs: dict[tuple[int, int], _Graph] = model.__dict__.setdefault("_step_graphs", {})
+
+    def fill(self, layers: list, rows: torch.Tensor, length: int) -> None:
+        self.graph = self._graph(len(rows))
+        self.graph.load(layers, rows, length)
+
+    def worth_dropping(self, num_rows: int, num_live: int) -> bool:
+        return _power_of_two(num_live) < self.graph.num_rows
+
+    def keep(self, rows: torch.Tensor, length: int) -> None:
+        layers = self.graph.buffers.layers
+        self.graph = self._graph(len(rows))
+        self.graph.load(layers, rows, length)
+
+    def _graph(self, num_rows: int) -> _Graph:
+        key = (_power_of_two(num_rows), self.capacity)
+        if key not in self.graphs:
+            self.graphs[key] = _Graph(self.model, *key)
+        return self.graphs[key]
+
+    def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        return self.graph(current, valid, positions, length)
+
+
+class _Graph:
+    def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int) -> None:
+        self.num_rows, device = num_rows, model.device
+        self.ids = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+        # Added to the scores: 0 where a row may look, the lowest number elsewhere. Converted once a step, not once a layer.
+        self.lowest = torch.finfo(model.dtype).min
+        self.mask = torch.zeros(num_rows, 1, 1, capacity, dtype=model.dtype, device=device)
+        self.buffers = Buffers(capacity)
+        self.buffers.position = torch.zeros(1, dtype=torch.long, device=device)
+        self._run(model)  # makes the buffers, and whatever the kernels set up on first use
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._run(model)
+
+    def _run(self, model: PreTrainedModel) -> torch.Tensor:
+        return last_logits(model, self.ids, self.mask, self.positions, self.buffers)
+
+    def load(self, layers: list, rows: torch.Tensor, length: int) -> None:
+        for own, layer in zip(self.buffers.layers, layers, strict=True):
+            for target, source in zip(own, layer, strict=True):
+                target[: len(rows), :, :length] = source[rows, :, :length]
+
+    def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        n = len(current)
+        self.ids[:n, 0] = current
+        self.positions[:n, 0] = positions
+        self.mask.fill_(self.lowest)
+        self.mask[:n, 0, 0, : valid.shape[1]].masked_fill_(valid, 0.0)
+        self.mask[n:] = 0.0
+        self.buffers.position.fill_(length)
+        self.graph.replay()
+        return self.logits[:n]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

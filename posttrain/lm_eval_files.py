@@ -1,8 +1,8 @@
 """An evaluation in lm-evaluation-harness's own layout, so that whatever reads its files reads ours.
 
-The keys are those of lm-eval 0.4.13 (`result_schema.py`, `loggers/evaluation_tracker.py`). Two things are ours and
-named so: the verdicts come from this project's grader (`versions` has its number), and every sample row has one
-more key, `posttrain`, with what lm-eval does not record. `strict-match` is our strict, `flexible-extract` our lenient.
+The keys are those of lm-eval 0.4.13 (`result_schema.py`, `loggers/evaluation_tracker.py`). `strict-match` is
+our strict, `flexible-extract` our lenient. Two things are ours, and say so: the verdicts come from this
+project's grader (`versions` has its number), and a key `posttrain` holds what lm-eval does not record.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def write_lm_eval_files(
 ) -> tuple[Path, Path]:
     """Write `<folder>/<model>/results_<date>.json` and `samples_<task>_<date>.jsonl`; returns both paths.
 
-    `results` is stats.summarize's and `manifest` the evaluation's: its `model`, `generation`, `started`, `versions`
-    and so on. Same arguments, same bytes.
+    `results` is stats.summarize's, `manifest` the evaluation's. Same arguments, same bytes.
     """
     task = re.sub(r"\W", "_", results["dataset"]) or "questions"
     place = Path(folder, re.sub(r'["<>:/|\\?*\[\]]+', "__", _model_name(manifest)))
@@ -113,9 +112,7 @@ def _filtered(prediction: Prediction, rule: str) -> str:
     return prediction.value
 
 
-def aggregated(
-    task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int
-) -> dict[str, Any]:
+def aggregated(task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int) -> dict[str, Any]:
     """The results file without `task_hashes`."""
     size = results["dataset_size"] or results["n"]
     started = datetime.fromisoformat(manifest["started"])

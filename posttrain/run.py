@@ -126,7 +126,7 @@ def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
         raise ValueError(f"{folder} belongs to a run with other settings ({_changed(config, folder)}): choose another run_dir")
     if before["exit"] == "ok":
         raise AlreadyDone(f"{folder} already holds this run, finished {before['finished']}: nothing to do")
-    if not resume:
+    if not resume and any(folder.glob("checkpoints/checkpoint-*")):
         raise ValueError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")
 
 
@@ -256,15 +256,20 @@ def _utc() -> str:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's main: what the user can mend is one line and exit code 2, everything else a traceback.
 
-    A `ValueError` raised by this project's own code is the user's to mend; one raised inside a library is a fault.
+    A `ValueError` that this project's own code raises is the user's to mend; one from inside a library is a fault.
     """
     try:
         main()
     except AlreadyDone as done:
         print(done)
     except ValueError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if not Path(frames[-1].filename).resolve().is_relative_to(ROOT) or ".venv" in frames[-1].filename:
+        if not _raised_here(error):
             raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _raised_here(error: ValueError) -> bool:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).resolve().is_relative_to(ROOT) and "site-packages" not in last.filename
+    return ours and (last.line or "").startswith("raise ")

@@ -52,9 +52,7 @@ def stderr(values: Sequence[float]) -> float | None:
     return math.sqrt(variance(values) / len(values)) if len(values) > 1 else None
 
 
-def bootstrap(
-    values: Sequence[float], *, seed: int = SEED, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def bootstrap(values: Sequence[float], *, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean (Efron 1979), seeded.
 
     Drawing n values with replacement is drawing multinomial counts over the distinct values. That is exact,
@@ -279,9 +277,7 @@ def _truncation(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return rate((p.id, p.finish == "length") for p in predictions) | {"accuracy": rate(cut)}
 
 
-def _by_steps(
-    questions: Sequence[Question], groups: Sequence[Sequence[Prediction]]
-) -> dict[str, dict[str, Any]]:
+def _by_steps(questions: Sequence[Question], groups: Sequence[Sequence[Prediction]]) -> dict[str, dict[str, Any]]:
     def key(pair: tuple[Question, Sequence[Prediction]]) -> int:
         return min(int(pair[0]["num_steps"]), 7)
 
@@ -401,9 +397,7 @@ def _check_comparable(
     return same_prompt
 
 
-def _paired(
-    means_a: Sequence[float], means_b: Sequence[float], num_samples: tuple[int, int]
-) -> dict[str, Any]:
+def _paired(means_a: Sequence[float], means_b: Sequence[float], num_samples: tuple[int, int]) -> dict[str, Any]:
     n = len(means_a)
     differences = [b - a for a, b in zip(means_a, means_b, strict=True)]
     only_first, only_second = sum(d < 0 for d in differences), sum(d > 0 for d in differences)

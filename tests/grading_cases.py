@@ -1,7 +1,7 @@
 """Completions that published graders get wrong, or that a sloppy one would: what each is worth, and why.
 
-A row of VERDICTS is (completion, gold, right?, reason). Where the verdict is False the gold is the tempting wrong
-number. FORMATS holds (completion, well formed?, reason), METHODS (completion, value, method, reason).
+A row of VERDICTS is (completion, gold, right?, reason); where it is not right, the gold is the tempting one.
+FORMATS holds (completion, well formed?, reason), METHODS (completion, value, method, reason).
 `bench/grading.py` runs other graders over VERDICTS.
 """
 # ruff: noqa: RUF001 (the characters are meant)
@@ -93,6 +93,7 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("#### 42\ud800", "42", True, "lone surrogate"),
     ("#### 42" + " " * 5000, "42", True, "a long tail (verl looks at 300 characters)"),
     ("#### 42\n" + "So we are done. " * 500, "42", True, "8,000 characters of chatter"),
+    ("#### 42 covid-19 cases", "42", True, "a hyphen in the unit is no subtraction"),
     # --- several markers, headings
     ("#### 42\n#### 43", "42", True, "the first marker with a number"),
     ("#### 41\n#### 42", "42", False, "the second marker does not count"),
@@ -102,7 +103,7 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("#### 1. Cost\nIt is 40 + 2.\n#### 42", "42", True, "a numbered heading (OpenAI's rule reads 1)"),
     ("#### 1. Cost\nIt is 40 + 2.\n#### 42", "1", False, "the heading's number is no answer"),
     ("#### Step 1: 20 + 20 = 40\n#### Step 2: 40 + 2\n#### 42", "42", True, "steps as headings"),
-    ("#### Calculate the cost of 3 apples\n3 * 14 = 42\n#### 42", "42", True, "a heading with a number in it"),
+    ("#### Calculate the cost of 3 apples\n3 * 14 = 42\n#### 42", "42", True, "a heading with a number"),
     ("#### 42 or 43", "42", True, "a hedge is read at its first number (and earns no format reward)"),
     ("#### 42 or 43", "43", False, "a hedge does not count twice"),
     # --- thousands
@@ -140,6 +141,7 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("#### +5", "5", True, "plus sign"),
     ("#### -0", "0", True, "there is one zero"),
     ("#### negative 5", "-5", True, "the sign as a word"),
+    ("#### Negative 5", "-5", True, "the sign as a word, capital"),
     ("The answer is minus 5.", "-5", True, "another word"),
     ("Answer:\n- 42 apples", "42", True, "a bullet is no minus"),
     ("The label is item-42", "42", True, "a hyphen is no minus"),
@@ -253,6 +255,8 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("A: 7/14", "0.5", True, "the same with a fraction"),
     ("A: -1.8 billion", "2", False, "the same with a unit"),
     ("A: 10+John's age", "50", False, "the same with a sum"),
+    ("<answer>42</answer>\nChecked 3 times.", "42", True, "an answer tag"),
+    ("To find the answer:\n5 * 3 = 15\n15 + 2 = 17", "17", True, "'the answer:' opens the working"),
     # --- boxes
     (r"\boxed{42} follows from 7.", "42", True, "a box before another number"),
     (r"So \boxed{\$42} in 7 days", "42", True, "an escaped dollar sign"),
@@ -304,7 +308,7 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("Question: Tom has 40 pens and buys 2?\nAnswer: 42", "42", True, "an echoed question"),
     ("Q: Tom has 40 pens?\nA: 42\n\nQ: Ann has 3?\nA: 3", "42", True, "an echo, then a run-on"),
     ("Problem: none.\nUser: me.\nIt is 42", "42", True, "headings before any digit cut nothing"),
-    ("Given 40 and 2.\n### Understanding the Problem:\n40 + 2 = 42", "42", True, "a heading that only ends so"),
+    ("Given 40 and 2.\n### Understanding the Problem:\n40 + 2 = 42", "42", True, "a heading that ends so"),
     ("Each User pays 40.\nA power User: pays 42", "42", True, "a word in a sentence"),
 ]
 

@@ -5,7 +5,6 @@ The completions are graded by the real grader, so the report shows what evaluate
 
 import json
 import random
-from pathlib import Path
 
 import rewards
 from posttrain.records import Prediction, sha256_text, write_jsonl
@@ -41,9 +40,7 @@ def make_question(index, rng, split="test"):
         if kind == "buys":
             total += other
             text.append(f"Then {person} buys {other} more.")
-            lines.append(
-                f"After buying there are {before}+{other}=<<{before}+{other}={total}>>{total} {thing}."
-            )
+            lines.append(f"After buying there are {before}+{other}=<<{before}+{other}={total}>>{total} {thing}.")
         elif kind == "gives away":
             total -= other
             text.append(f"Then {person} gives {other} {thing} to a friend.")
@@ -66,20 +63,14 @@ def make_question(index, rng, split="test"):
 
 def complete(row, rng, right, cut, marked):
     """One completion: worked lines, sometimes a wrong turn, sometimes cut off, with or without the marker."""
-    answer = (
-        int(row["answer"]) if right else max(1, int(row["answer"]) + rng.choice((-12, -3, -1, 1, 2, 9, 20)))
-    )
+    answer = int(row["answer"]) if right else max(1, int(row["answer"]) + rng.choice((-12, -3, -1, 1, 2, 9, 20)))
     lines = list(row["lines"])
     if cut:
         loop = f"So there are {answer + 1} of them. " * rng.randint(6, 14)
         return "\n".join(lines[: max(1, len(lines) // 2)]) + "\n" + loop.rstrip(), "length"
     if not right:
         lines[-1] = f"Then it must be {answer}."
-    end = (
-        f"#### {answer}"
-        if marked
-        else rng.choice((f"The answer is {answer}.", f"So we get {answer:,} in all."))
-    )
+    end = f"#### {answer}" if marked else rng.choice((f"The answer is {answer}.", f"So we get {answer:,} in all."))
     if marked and rng.random() < 0.02:
         end += f"\n#### {answer}"
     return "\n".join([*lines, end]), "stop"
@@ -129,6 +120,9 @@ def manifest(stage, name, chain, **changes):
         "chain": chain,
         "parent": None,
         "adapter_sha256": adapter,
+        "engine": "transformers",
+        "generation": {"max_new_tokens": 512, "samples": 1, "temperature": 0.0, "top_p": 1.0},
+        "batch_size": 64,
         "data": {"name": "gsm8k", "path": "data/gsm8k", "split": "test", "sha256": "d" * 64},
         "model": {
             "name_or_path": BASE,
@@ -218,13 +212,16 @@ def chains():
     return {"base": [], "sft": [sft], "sft-long": [longer], "grpo": [longer, grpo]}
 
 
-def make_runs(root: Path, num_questions=1319, num_samples=1, limit=None, seed=7, training=True, hostile=None):
+def make_runs(root, num_questions=1319, num_samples=1, limit=None, seed=7, training=True, hostile=None, opening=""):
     """All runs of the ladder under `root`; returns the evaluation folders, base first.
 
-    `hostile` is the index of a question whose text, and whose last completions, try to break out of the page.
+    `hostile` is the index of a question whose text, and whose last completions, try to break out of the page;
+    `opening` is how every question begins.
     """
     rng = random.Random(seed)
     questions = [make_question(i, rng) for i in range(num_questions)]
+    for row in questions:
+        row["question"] = opening + row["question"]
     if hostile is not None:
         questions[hostile]["question"] += " <b>bold</b> </script>"
     for row in questions:
@@ -249,11 +246,7 @@ def make_runs(root: Path, num_questions=1319, num_samples=1, limit=None, seed=7,
 
 
 def parent(root, chain):
-    return (
-        {"run_dir": str(root / chain[-1]["name"]), "adapter_sha256": chain[-1]["adapter_sha256"]}
-        if chain
-        else None
-    )
+    return {"run_dir": str(root / chain[-1]["name"]), "adapter_sha256": chain[-1]["adapter_sha256"]} if chain else None
 
 
 def answer(questions, num_samples, habits, rng):

@@ -246,7 +246,7 @@ def test_a_training_run_of_another_adapter_is_not_taken_for_the_parent(runs):
 
 
 def test_equal_names_are_told_apart(runs):
-    edit(runs / "eval_sft-long" / "manifest.json", name="sft")
+    edit(runs / "eval_sft-long" / "manifest.json", name="eval_sft")
     labels = [run.label for run in load(evals(runs))[0][0].runs]
     assert labels == ["base", "sft (eval_sft)", "sft (eval_sft-long)", "grpo"]
 
@@ -283,11 +283,7 @@ def test_readme_changes_only_between_its_markers(original, tmp_path):
     once = readme.read_text()
     report.update_readme(readme, evals(original))
     assert readme.read_text() == once
-    assert (
-        once.startswith(f"# Title\n\n{start}\n")
-        and once.endswith(f"\n{end}\n\nafter\n")
-        and "old" not in once
-    )
+    assert once.startswith(f"# Title\n\n{start}\n") and once.endswith(f"\n{end}\n\nafter\n") and "old" not in once
     assert "| grpo (GRPO) | 90 |" in once and "exact McNemar p" in once
 
 
@@ -337,10 +333,11 @@ def test_page_data_survives_whatever_a_model_writes(original, html):
 
 def test_page_escapes_names_notes_and_settings(runs, tmp_path):
     evil = "<img src=x onerror=alert(1)>"
-    edit(runs / "eval_grpo" / "manifest.json", name=evil, notes=[evil], command=evil)
+    model = {"name_or_path": evil, "quantization": evil, "dtype": evil}
+    edit(runs / "eval_grpo" / "manifest.json", name=evil, notes=[evil], command=evil, model=model)
     (runs / "eval_grpo" / "config.yaml").write_text(f"# {evil} {{{{data}}}}\n")
     text = page.html_page(*load(evals(runs)))
-    assert "<img" not in text and unescape(text).count(evil) >= 6
+    assert "<img" not in text and unescape(text).count(evil) >= 12
     assert "{{data}}" in text
 
 
@@ -369,15 +366,11 @@ def test_prompts_are_whole_though_stored_in_parts(original):
         middles = stored["middles"] or [q["question"] for q in asked.questions]
         rebuilt = [stored["prefix"] + middle + stored["suffix"] for middle in middles]
         assert rebuilt == [q["prompt"] for q in asked.questions]
-        assert len(json.dumps(stored)) < 200 + sum(len(q["question"]) + 30 for q in asked.questions) + len(
-            shots
-        )
+        assert len(json.dumps(stored)) < 200 + sum(len(q["question"]) + 30 for q in asked.questions) + len(shots)
 
 
 def test_many_samples_are_cut_in_the_page_but_counted_in_full(tmp_path):
-    folders = made_runs.make_runs(
-        tmp_path, num_questions=4, num_samples=page.MAX_SAMPLES_SHOWN + 2, training=False
-    )
+    folders = made_runs.make_runs(tmp_path, num_questions=4, num_samples=page.MAX_SAMPLES_SHOWN + 2, training=False)
     group = page.page_data(*load(folders))["groups"][0]
     assert {len(samples) for run in group["samples"] for samples in run} == {page.MAX_SAMPLES_SHOWN}
     assert group["runs"][0]["num_samples"] == page.MAX_SAMPLES_SHOWN + 2
@@ -415,9 +408,7 @@ def test_answer_is_found_where_it_stands(completion, value, method, before, show
     assert utf16[2 * left : 2 * right].decode("utf-16-le") == shown  # as a browser counts
 
 
-@pytest.mark.parametrize(
-    ("completion", "value"), [("no number", None), ("only 5", "7"), ("", "1"), ("1/0", "3")]
-)
+@pytest.mark.parametrize(("completion", "value"), [("no number", None), ("only 5", "7"), ("", "1"), ("1/0", "3")])
 def test_no_answer_no_highlight(completion, value):
     assert page.locate_answer(predicted(completion, value, "last_number")) is None
     assert page._sample(predicted(completion, value, "last_number"))[-2:] == [-1, -1]
@@ -467,10 +458,7 @@ def test_every_chart_is_wellformed_and_without_colours_of_its_own(original):
     for chart in all_charts(original):
         element = ET.fromstring(charts.svg(chart))
         assert not any("style" in part.attrib or "fill" in part.attrib for part in element.iter())
-        numbers = [
-            float(v)
-            for v in re.findall(r"-?\d+\.\d+", " ".join(p.attrib.get("d", "") for p in element.iter()))
-        ]
+        numbers = [float(v) for v in re.findall(r"-?\d+\.\d+", " ".join(p.attrib.get("d", "") for p in element.iter()))]
         assert all(-20 <= number <= 460 for number in numbers)  # nothing is drawn far outside
 
 
@@ -501,10 +489,7 @@ def test_rewards_are_drawn_apart(original):
     drawn = {chart.title: [s.label for s in chart.series] for chart in figures.training_charts(grpo)}
     assert drawn["Rewards"] == ["total", "correctness", "format"]
     wanted = {"Loss", "KL to the reference policy", "Completion length, tokens", "Cut-off completions"}
-    assert (
-        wanted | {"Entropy, nats per token", "Adapter weights moved by a step", "Dev accuracy"}
-        <= drawn.keys()
-    )
+    assert wanted | {"Entropy, nats per token", "Adapter weights moved by a step", "Dev accuracy"} <= drawn.keys()
 
 
 def test_running_mean_keeps_the_mean_and_calms_the_curve():

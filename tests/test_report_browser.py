@@ -11,9 +11,7 @@ from posttrain import stats
 from posttrain.records import Prediction, read_jsonl, read_rows
 from posttrain.report import write_report
 
-webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="selenium is not installed: pip install -e .[dev]"
-)
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e .[dev]")
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -88,26 +86,20 @@ class Page:
         self.driver.switch_to.active_element.send_keys(*keys)
 
     def chip(self, label):
-        return next(
-            chip for chip in self.find(".chip") if self.words(chip).split(" ")[0:-1] == label.split(" ")
-        )
+        return next(chip for chip in self.find(".chip") if self.words(chip).split(" ")[0:-1] == label.split(" "))
 
     def click(self, label):
         self.js("arguments[0].click()", self.chip(label))
 
     def words(self, chip):
-        return self.js(
-            "return arguments[0].firstChild.textContent + ' ' + arguments[0].lastChild.textContent", chip
-        )
+        return self.js("return arguments[0].firstChild.textContent + ' ' + arguments[0].lastChild.textContent", chip)
 
     def number_on(self, label):
         return int(self.words(self.chip(label)).split(" ")[-1].replace(",", ""))
 
     @property
     def count(self):
-        return int(
-            self.js("return document.getElementById('count').textContent").split(" ")[0].replace(",", "")
-        )
+        return int(self.js("return document.getElementById('count').textContent").split(" ")[0].replace(",", ""))
 
     @property
     def shown(self):
@@ -226,7 +218,9 @@ def test_search_finds_text_of_questions_and_completions(page, questions, predict
     looping = {p.id for run in predictions for p in run if "So there are 40 of them" in p.completion}
     page.search("So there are 40 of them")
     assert page.count == len(looping) > 0
-    page.search("(.*")  # text, not a pattern
+    page.search("are 2*")  # text, not a pattern
+    assert {mark.text for mark in page.find(".card mark.hit")} == {"are 2*"}
+    page.search("(.*")
     assert page.count == 0 and "Nothing matches" in page.find(".list")[0].text
     page.search("")
     assert page.count == 1319
@@ -237,15 +231,12 @@ def test_hostile_completion_is_shown_as_text(page, questions):
     assert page.count == 1 and page.open == questions[HOSTILE]["id"]
     shown = page.js("return [...document.querySelectorAll('.card .text')].at(-1).textContent")
     assert shown == made_runs.HOSTILE
-    assert (
-        page.js("return document.querySelector('.detail .question').textContent")
-        == questions[HOSTILE]["question"]
-    )
+    assert page.js("return document.querySelector('.detail .question').textContent") == questions[HOSTILE]["question"]
     assert page.js("return typeof window.pwned") == "undefined"
-    assert page.js("return document.querySelectorAll('img, .detail b b, .detail script').length") == 0
-    marked = page.js(
-        "return [...document.querySelectorAll('.card:last-child mark.answer')].map((m) => m.textContent)"
-    )
+    page.search('<img src=x onerror="window.pwned = 2">')  # now within a mark of its own
+    assert page.count == 1 and len(page.find(".card mark.hit")) == 1
+    assert page.js("return document.querySelectorAll('img, .question *:not(mark), .row b').length") == 0
+    marked = page.js("return [...document.querySelectorAll('.card:last-child mark.answer')].map((m) => m.textContent)")
     assert marked == ["1,234"]  # behind an emoji that counts twice in a browser
     badges = page.find(".card:last-child .badges")[0].text
     assert "wrong" in badges and "2 markers" in badges
@@ -435,9 +426,7 @@ def test_curves_tell_their_values_under_the_pointer(page):
 
 
 def test_samples_can_be_turned_over(browser, tmp_path):
-    folders = made_runs.make_runs(
-        tmp_path / "runs", num_questions=30, num_samples=3, limit=30, training=False
-    )
+    folders = made_runs.make_runs(tmp_path / "runs", num_questions=30, num_samples=3, limit=30, training=False)
     browser.get(write_report(folders, tmp_path / "out").as_uri())
     page, rows = Page(browser), read_jsonl(folders[3] / "predictions.jsonl", Prediction)
     last = "return [...document.querySelectorAll('.card .text')].at(-1).textContent"
@@ -449,3 +438,13 @@ def test_samples_can_be_turned_over(browser, tmp_path):
     assert "30 of 30 questions (first 30 of 1,319)" in page.find("#count")[0].text
     right = sum(p.correct for p in rows[:3])
     assert f"{right} of 3 right" in page.find(".card:last-child .badges")[0].text
+
+
+def test_the_list_leaves_out_what_every_question_begins_with(browser, tmp_path):
+    opening = "Your task is to count how many things there are in the end.\n\n"
+    folders = made_runs.make_runs(tmp_path / "runs", num_questions=12, training=False, opening=opening)
+    browser.get(write_report(folders, tmp_path / "out").as_uri())
+    questions = [*read_rows(folders[0] / "questions.jsonl")]
+    rows = Page(browser).js("return [...document.querySelectorAll('.row .q')].map((row) => row.textContent)")
+    assert rows[0] == "\N{HORIZONTAL ELLIPSIS}" + questions[0]["question"].removeprefix(opening)[:160]
+    assert Page(browser).js("return document.querySelector('.question').textContent") == questions[0]["question"]

@@ -3,19 +3,15 @@
 import itertools
 import json
 import math
-import os
 import random
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from posttrain import stats
 from posttrain.records import Prediction
-
-DATA = Path(os.environ.get("POSTTRAIN_DATA", Path(__file__).parents[2] / "shared" / "data")) / "gsm8k"
 
 
 def predict(id, correct=True, *, sample=0, value="1", method="marker", **changes):
@@ -49,10 +45,10 @@ def ask(n, num_steps=2, prompt="p"):
     ]
 
 
-def read(name):
-    if not (DATA / name).exists():
-        pytest.skip(f"{DATA / name} is not there: set POSTTRAIN_DATA to the folder that holds gsm8k/")
-    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+def read(file):
+    if not file.exists():
+        pytest.skip(f"{file} is not here: it comes with openai/grade-school-math")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 # ---- known answers: the solutions and verdicts that OpenAI published with GSM8K ----
@@ -61,9 +57,9 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 
 
 @pytest.fixture(scope="module")
-def recorded():
+def recorded(gsm8k_dir):
     """(questions, {model: predictions}) from OpenAI's own `is_correct`, not from our grader."""
-    rows, golds = read("example_model_solutions.jsonl"), read("test.jsonl")
+    rows, golds = read(gsm8k_dir / "example_model_solutions.jsonl"), read(gsm8k_dir / "test.jsonl")
     questions = [
         {
             "id": f"q{i}",
@@ -74,9 +70,7 @@ def recorded():
         }
         for i, (row, gold) in enumerate(zip(rows, golds, strict=True))
     ]
-    runs = {
-        model: [predict(f"q{i}", row[model]["is_correct"]) for i, row in enumerate(rows)] for model in MODELS
-    }
+    runs = {model: [predict(f"q{i}", row[model]["is_correct"]) for i, row in enumerate(rows)] for model in MODELS}
     return questions, runs
 
 
@@ -107,9 +101,7 @@ def test_paired_test_of_the_recorded_solutions(recorded):
     assert result["p_value"] == pytest.approx(0.0031507, abs=5e-8)
     assert result["difference"] == pytest.approx(-0.043215, abs=5e-7)  # second minus first
     assert result["stderr"] == pytest.approx(0.014361, abs=5e-7)
-    assert result["interval"] == pytest.approx(
-        [-0.043215 - 1.96 * 0.014361, -0.043215 + 1.96 * 0.014361], abs=2e-4
-    )
+    assert result["interval"] == pytest.approx([-0.043215 - 1.96 * 0.014361, -0.043215 + 1.96 * 0.014361], abs=2e-4)
     assert "4.32 points below" in result["sentence"] and "real" in result["sentence"]
 
 
@@ -123,8 +115,8 @@ def test_pass_at_k_of_the_recorded_solutions(recorded):
 
 
 @pytest.mark.parametrize(("n", "hits"), [(13, 3), (10, 9), (8, 80)])
-def test_overlap_of_the_published_splits(n, hits):
-    train, test = ([row["question"] for row in read(f"{split}.jsonl")] for split in ("train", "test"))
+def test_overlap_of_the_published_splits(gsm8k_dir, n, hits):
+    train, test = ([row["question"] for row in read(gsm8k_dir / f"{split}.jsonl")] for split in ("train", "test"))
     overlap = stats.train_test_overlap(train, test, n)
     assert (overlap["k"], overlap["n"]) == (hits, 1319)
     if n == 13:
@@ -205,9 +197,7 @@ def test_majority(values, winner, tied):
     assert (chosen.value, was_tied) == (winner, tied)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 4), (40, 61), (2000, 2100)]
-)
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 4), (40, 61), (2000, 2100)])
 def test_mcnemar_is_the_binomial_tail_and_symmetric(first, second):
     n = first + second
     tail = sum(math.comb(n, i) for i in range(min(first, second) + 1))
@@ -400,9 +390,7 @@ def test_compare_says_real_or_chance_and_turns_around():
     chance = stats.compare(ask(40), better, ask(40), almost)
     assert not chance["real"] and "within chance" in chance["sentence"]
     same = stats.compare(ask(40), better, ask(40), better, subset="first 40 of 1,319")
-    assert (
-        same["p_value"] == 1 and "level with" in same["sentence"] and "first 40 of 1,319" in same["sentence"]
-    )
+    assert same["p_value"] == 1 and "level with" in same["sentence"] and "first 40 of 1,319" in same["sentence"]
 
 
 def test_compare_matches_questions_by_id():

@@ -257,9 +257,7 @@ def png(charts: Sequence[Chart], path: Path, columns: int = 1) -> None:
 
     rows = math.ceil(len(charts) / columns)
     size = (7.2, 0.55 * len(charts[0].categories) + 1.4) if charts[0].kind == "bars" else (7.2, 4.2)
-    figure = Figure(
-        figsize=size if columns == 1 else (4.2 * columns, 2.7 * rows), dpi=144, layout="constrained"
-    )
+    figure = Figure(figsize=size if columns == 1 else (4.2 * columns, 2.7 * rows), dpi=144, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, chart in zip(axes, charts, strict=False):

@@ -134,7 +134,7 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
                 trained[place] = found
     if not evaluated and not trained:
         raise ValueError("no evaluation and no training run among these directories: run evaluate.py first")
-    names = [manifest["name"] for manifest in evaluated.values()]
+    names = [_name(manifest) for manifest in evaluated.values()]
     runs = [_eval_run(path, manifest, names) for path, manifest in evaluated.items()]
     trainings = [TrainingRun(path, manifest, _metrics(path)) for path, manifest in trained.items()]
     return _grouped(runs), sorted(trainings, key=lambda run: len(run.manifest["chain"]))
@@ -158,17 +158,20 @@ def _ancestors(path: Path, manifest: Mapping[str, Any]) -> Iterable[tuple[Path, 
 
 def _eval_run(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> EvalRun:
     if manifest["exit"] != "ok":
-        raise ValueError(
-            f"{path} is not finished ({manifest['exit']}): the command that began it continues it"
-        )
+        raise ValueError(f"{path} is not finished ({manifest['exit']}): the command that began it continues it")
     if not (path / "results.json").is_file():
         raise ValueError(f"{path} has no results.json: evaluate.py --regrade writes it")
-    label = manifest["name"] if names.count(manifest["name"]) == 1 else f"{manifest['name']} ({path.name})"
+    label = _name(manifest) if names.count(_name(manifest)) == 1 else f"{_name(manifest)} ({path.name})"
     results = json.loads((path / "results.json").read_text(encoding="utf-8"))
     questions, predictions = _rows(path)
     if questions:
         _check_results(path, results, stats.summarize(questions, predictions))
     return EvalRun(path, label, manifest, results, questions, predictions)
+
+
+def _name(manifest: Mapping[str, Any]) -> str:
+    """A run is named after its folder unless its config names it; then `eval_` would start every label."""
+    return str(manifest["name"]).removeprefix("eval_")
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[Prediction]]:

@@ -93,7 +93,7 @@ def _hero(title: str, groups: Sequence[Group]) -> str:
         parts.append(f'<p class="chain"><span>{escape(group.title)}:</span><span>{runs}</span></p>')
     for step in [step for group in groups for step in group.steps]:
         kind = "" if not step["real"] else "up" if step["difference"] > 0 else "down"
-        sentence = escape(step["sentence"].replace("->", ARROW))
+        sentence = escape(step["sentence"].replace("->", ARROW).replace(" %", "\N{NO-BREAK SPACE}%"))
         parts.append(f'<p class="verdict {kind}">{sentence}</p>')
     return "".join(parts)
 
@@ -108,11 +108,7 @@ def _group(group: Group, trainings: Sequence[TrainingRun]) -> str:
 
 
 def _training(run: TrainingRun, plots: Sequence[Chart]) -> str:
-    state = (
-        ""
-        if run.manifest["exit"] == "ok"
-        else f' <span class="quiet">({escape(run.manifest["exit"])})</span>'
-    )
+    state = "" if run.manifest["exit"] == "ok" else f' <span class="quiet">({escape(run.manifest["exit"])})</span>'
     body = "".join(map(figure, plots)) or '<p class="quiet">Nothing logged yet.</p>'
     title = f"<summary>{escape(run.label)}{state}</summary>"
     return f'<details class="training" open>{title}<div class="figures small">{body}</div></details>'
@@ -139,9 +135,7 @@ def _origins(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -> Itera
     evaluations = [run for group in groups for run in group.runs]
     runs: list[TrainingRun | EvalRun] = [*trainings, *evaluations]
     for run in runs:
-        facts = "".join(
-            f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in provenance(run.manifest).items()
-        )
+        facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in provenance(run.manifest).items())
         config = run.path / "config.yaml"
         text = f"<pre>{escape(config.read_text(encoding='utf-8'))}</pre>" if config.is_file() else ""
         summary = f"{escape(run.label)}<span>{escape(run.manifest['stage'])}, {escape(run.path.name)}</span>"
@@ -158,6 +152,8 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "model": _said(manifest.get("model")),
         "adapter": _short(manifest["adapter_sha256"]),
         "chain": f" {ARROW} ".join(links),
+        "engine": manifest.get("engine", ""),
+        "generation": _said(manifest.get("generation")),
         "data": _said(manifest.get("data")),
         "seed": str(manifest["seed"]),
         "hardware": _said(manifest["hardware"]),
@@ -170,7 +166,9 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _said(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{key} {value}" for key, value in (values or {}).items() if value not in (None, ""))
+    known = {key: value for key, value in (values or {}).items() if value not in (None, "", {}, [])}
+    said = (f"{key} ({_said(value)})" if isinstance(value, dict) else f"{key} {value}" for key, value in known.items())
+    return ", ".join(said)
 
 
 def _short(sha256: str | None) -> str:
@@ -203,8 +201,7 @@ def _group_data(group: Group) -> dict[str, Any]:
     by_id = [{samples[0].id: samples for samples in run.samples} for run in group.runs]
     ordered = [[samples[question["id"]] for question in questions] for samples in by_id]
     runs = [
-        {"label": run.label, "num_samples": run.results["num_samples"], "prompt": _prompts(run)}
-        for run in group.runs
+        {"label": run.label, "num_samples": run.results["num_samples"], "prompt": _prompts(run)} for run in group.runs
     ]
     return {
         "title": group.title,
@@ -213,9 +210,7 @@ def _group_data(group: Group) -> dict[str, Any]:
         "runs": runs,
         "questions": [[q["id"], q["question"], q["answer"], q["num_steps"]] for q in questions],
         "correct": [[sum(p.correct for p in samples) for samples in run] for run in ordered],
-        "samples": [
-            [[_sample(p) for p in samples[:MAX_SAMPLES_SHOWN]] for samples in run] for run in ordered
-        ],
+        "samples": [[[_sample(p) for p in samples[:MAX_SAMPLES_SHOWN]] for samples in run] for run in ordered],
     }
 
 

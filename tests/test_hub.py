@@ -1,0 +1,624 @@
+"""Publishing, with the real command and a Hub on 127.0.0.1: what is sent, what never is, and every failure."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import made_runs
+import pytest
+from conftest import ROOT
+from hub_server import serve
+from huggingface_hub import ModelCard
+from ruamel.yaml import YAML
+
+from posttrain import card, hub
+from posttrain.config import Model, SftConfig, TrainData
+from posttrain.records import sha256_file
+from posttrain.run import data_entry, open_run, parent_of
+
+TOKEN = "hf_canaryCanaryCanaryCanaryCanary42"
+REPO = "me/llama-gsm8k"
+BASE = "me/tiny-base"
+PUBLISHED = {
+    "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "README.md", "training_manifest.json", ".gitattributes",
+}  # fmt: skip
+DECOYS = (
+    "adapter/training_args.bin", "adapter/optimizer.pt", "adapter/README.md", "adapter/adapter_model.bin",
+    "adapter/notes.txt", "adapter/.env", "checkpoints/checkpoint-2/optimizer.pt", "metrics.jsonl", "samples.jsonl",
+    "wandb/run-1/files/config.yaml", "train.log", ".env",
+)  # fmt: skip
+
+
+# --- runs as training leaves them -------------------------------------------------------------------------------------
+
+
+def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", parent=None, merge=False, command=None):
+    """A run directory with a real adapter of the tiny model, written by the code that training writes it with."""
+    from peft import PeftModel
+
+    from posttrain import adapters, models
+    from posttrain.chat import load_tokenizer
+    from posttrain.config import Lora
+
+    lora = Lora(r=4, alpha=8, target_modules=["q_proj", "v_proj"])
+    source = Model(name_or_path=str(model_dir))
+    config = SftConfig(
+        run_dir=str(folder),
+        model=source.model_copy(update={"name_or_path": name_or_path}),
+        lora=lora,
+        data=TrainData(path=str(data_dir)),
+        quantization="none",
+        trainer={"learning_rate": 1e-4},
+    )
+    tokenizer = load_tokenizer(source)
+    with open_run(config, stage, str(folder), resume=False) as run:
+        base = models.load_base(source, "none", tokenizer)
+        identity = config.model.model_dump() | {"quantization": "none"}
+        if parent:
+            sha256 = adapters.adapter_sha256(parent / "adapter")
+            above, chain = parent_of(parent / "adapter", sha256)
+            run.record(parent=above, chain=chain)
+        if merge:
+            start = adapters.load_adapter(base, parent / "adapter", trainable=True)
+            model = adapters.merged_with_new(start, lora, tokenizer, folder / "merged_base")
+            identity["name_or_path"] = str(folder / "merged_base")
+        else:
+            base.name_or_path = base.config._name_or_path = name_or_path
+            model = adapters.new_adapter(base, lora, tokenizer)
+        assert isinstance(model, PeftModel)
+        train_a_little(model, seed=len(str(folder.name)))
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
+        tokenizer.save_pretrained(folder / "adapter")
+        if command:
+            run.record(command=command)
+        sha256 = adapters.adapter_sha256(folder / "adapter")
+        run.record(model=identity, data=data_entry(data_dir, "train"), adapter_sha256=sha256)
+    for decoy in DECOYS:
+        (folder / decoy).parent.mkdir(parents=True, exist_ok=True)
+        (folder / decoy).write_text(f"decoy {decoy}")
+    return folder
+
+
+def train_a_little(model, seed):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+COMMANDS = {
+    "sft": "python sft_train.py --config configs/sft_llama3.2-3b.yaml data.path=/home/ann/private/gsm8k",
+    "grpo": f"python grpo_train.py --config ~/secret-project/grpo.yaml adapter=runs/sft_run seed=7 x={TOKEN}",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model_dir, tiny_data_dir):
+    """SFT and GRPO on a base from the Hub, GRPO on a merged base, SFT on a base from a folder. Never written to."""
+    root = tmp_path_factory.mktemp("runs")
+    parts = (tiny_model_dir, tiny_data_dir)
+    sft = finished_run(root / "sft_run", *parts, BASE, command=COMMANDS["sft"])
+    finished_run(root / "grpo_run", *parts, BASE, stage="grpo", parent=sft, command=COMMANDS["grpo"])
+    finished_run(root / "merged_run", *parts, BASE, stage="grpo", parent=sft, merge=True)
+    finished_run(root / "local_run", *parts, str(tiny_model_dir))
+    return root
+
+
+@pytest.fixture
+def run_dir(runs, tmp_path):
+    return copy_of(runs / "grpo_run", tmp_path)
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / run.name)
+
+
+def evaluation(folder, run, questions, right, **changes):
+    """An evaluation run of this run's adapter, in which the first `right` questions are solved."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    rows = [
+        {"id": str(i), "split": "test", "question": text, "answer": "72", "num_steps": 2, "prompt": text}
+        | {"prompt_sha256": "0"}
+        for i, text in enumerate(questions)
+    ]
+    predictions = [
+        made_runs.predict(row, 0, "#### 72" if i < right else "#### 5", "stop") for i, row in enumerate(rows)
+    ]
+    made = made_runs.manifest("eval", folder.name, manifest["chain"], adapter_sha256=manifest["adapter_sha256"])
+    return made_runs.write_eval(folder, rows, predictions, made | {"model": manifest["model"]} | changes)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    with serve(TOKEN) as running:
+        yield running
+        assert TOKEN.encode() not in running.received
+
+
+def environment(server, tmp_path, **changes):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    ours = {
+        "HF_ENDPOINT": server.url if server else "http://127.0.0.1:9",  # nothing listens on the discard port
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": TOKEN,
+    }
+    return {key: value for key, value in (kept | ours | changes).items() if value is not None}
+
+
+def execute(command, server, tmp_path, **changes):
+    """Run a command against the server. Nothing that it prints or writes may hold the token."""
+    before = holding_the_token(tmp_path)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(server, tmp_path, **changes), capture_output=True, text=True, timeout=120
+    )
+    assert TOKEN not in done.stdout + done.stderr
+    assert holding_the_token(tmp_path) == before
+    return done
+
+
+def holding_the_token(folder):
+    return [file for file in files_below(folder) if TOKEN.encode() in file.read_bytes()]
+
+
+def files_below(folder):
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+def push(run, server, tmp_path, *options, repo_id=REPO, **changes):
+    before = {file: sha256_file(file) for file in files_below(run)}
+    command = [sys.executable, "-m", "posttrain.hub", str(run), "--repo-id", repo_id, *map(str, options)]
+    done = execute(command, server, tmp_path, **changes)
+    assert {file: sha256_file(file) for file in files_below(run)} == before, "a push may not touch the run"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def readme(server, repo_id=REPO):
+    return server.repos[repo_id].files["README.md"].decode()
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_exactly_the_named_files_are_sent_in_one_commit(run_dir, server, tmp_path):
+    done = push(run_dir, server, tmp_path)
+    repo = server.repos[REPO]
+    assert (done.returncode, done.stdout) == (0, f"{server.url}/{REPO}\n")
+    assert set(repo.files) == PUBLISHED
+    assert repo.private
+    assert len(repo.commits) == 1
+    for name in PUBLISHED - {"README.md", "training_manifest.json", ".gitattributes"}:
+        assert repo.files[name] == (run_dir / "adapter" / name).read_bytes()
+    assert b"decoy" not in server.received
+
+
+def test_the_same_command_again_changes_nothing(run_dir, server, tmp_path):
+    push(run_dir, server, tmp_path)
+    before = dict(server.repos[REPO].files)
+    done = push(run_dir, server, tmp_path)
+    assert (done.returncode, server.repos[REPO].files, len(server.repos[REPO].commits)) == (0, before, 1)
+    assert sum(request.startswith("PUT") for request in server.log) == 1
+
+
+def test_another_adapter_replaces_the_first(runs, server, tmp_path):
+    push(runs / "sft_run", server, tmp_path)
+    push(runs / "grpo_run", server, tmp_path)
+    weights = server.repos[REPO].files["adapter_model.safetensors"]
+    assert weights == (runs / "grpo_run/adapter/adapter_model.safetensors").read_bytes()
+    assert len(server.repos[REPO].commits) == 2
+
+
+def test_public_only_when_asked_for(run_dir, server, tmp_path):
+    assert push(run_dir, server, tmp_path, "--public").returncode == 0
+    assert not server.repos[REPO].private
+    done = push(run_dir, server, tmp_path, "--private")
+    assert done.returncode == 2
+    assert "there already and public" in done.stderr
+
+
+def test_the_manifest_says_what_was_done_and_not_where(run_dir, server, tmp_path):
+    push(run_dir, server, tmp_path)
+    text = server.repos[REPO].files["training_manifest.json"].decode()
+    manifest, local = json.loads(text), json.loads((run_dir / "manifest.json").read_text())
+    for key in ("adapter_sha256", "config_sha256", "commit", "versions", "hardware", "seed", "seconds"):
+        assert manifest[key] == local[key]
+    assert manifest["command"] == "python grpo_train.py --config grpo.yaml adapter=runs/sft_run seed=7 x=***"
+    assert manifest["chain"][0]["adapter_sha256"] == local["parent"]["adapter_sha256"]
+    for published in (text, readme(server)):
+        assert not re.search(r"""["' =](/|~)\w""", published)
+        assert str(tmp_path) not in published
+        assert "/home/" not in published
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/ann/models/llama", "llama"),
+        ("python /opt/x/sft_train.py --config=/home/ann/c.yaml a=1", "python sft_train.py --config=c.yaml a=1"),
+        ("'/home/ann/my runs/x'", "'my runs/x'"),
+        ("~/x/y.yaml ~ann/z ../../ann/q", "y.yaml z q"),
+        ("file:///home/ann/data", "data"),
+        ("data/gsm8k runs/a/adapter ./configs/x.yaml", "data/gsm8k runs/a/adapter ./configs/x.yaml"),
+        ("meta-llama/Llama-3.2-3B https://huggingface.co/a/b", "meta-llama/Llama-3.2-3B https://huggingface.co/a/b"),
+        ("https://ann:pass@hub.example/a", "https://***@hub.example/a"),
+        ("48/2 = 24 tok/s, and/or </s> <|eot_id|> N/A", "48/2 = 24 tok/s, and/or </s> <|eot_id|> N/A"),
+        ({"a": ["/x/y", 1, None, True]}, {"a": ["y", 1, None, True]}),
+    ],
+)
+def test_paths_of_this_machine_are_cut(text, shown):
+    assert card.portable(text) == shown
+
+
+def test_secrets_of_the_environment_are_blotted(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert card.portable(f"x={TOKEN} 0123456789abcdef false") == "x=*** *** false"
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_it_is(run_dir, server, tmp_path):
+    push(run_dir, server, tmp_path)
+    data, text = ModelCard(readme(server)).data, readme(server)
+    assert (data.base_model, data.library_name, data.pipeline_tag) == (BASE, "peft", "text-generation")
+    assert set(data.tags) >= {"lora", "grpo"}
+    assert data.get("license") is None  # unknown family: nothing is claimed
+    assert "Chain: base -> SFT -> GRPO." in text
+    assert "sft_train.py --config configs/sft_llama3.2-3b.yaml data.path=gsm8k\npython grpo_train.py" in text
+    assert json.loads((run_dir / "manifest.json").read_text())["commit"] in text
+    assert "Not evaluated" in text
+
+
+def test_the_cards_python_loads_the_adapter_from_the_hub(runs, server, tmp_path, tiny_model_dir):
+    """The code block of the published card, unchanged, in a process of its own, with nothing but the Hub."""
+    server.create(BASE, files={file.name: file.read_bytes() for file in tiny_model_dir.iterdir()})
+    push(runs / "grpo_run", server, tmp_path)
+    assert_same_policy(loaded_by_card(server, tmp_path), tiny_model_dir, runs / "grpo_run/adapter")
+
+
+def loaded_by_card(server, tmp_path):
+    """Runs the card's code; the logits of its model after its prompt, which it answers with at least one token."""
+    code = re.search(r"```python\n(.*?)```", readme(server), re.DOTALL)[1]
+    code += "\nassert output.shape[1] > inputs['input_ids'].shape[1]"
+    code += "\nprint('LOGITS', model(**inputs).logits[0, -1].tolist())"
+    done = execute([sys.executable, "-c", code], server, tmp_path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("LOGITS ")[1])
+
+
+def assert_same_policy(logits, base_dir, adapter_dir):
+    """These logits are those of base and adapter as the project itself loads them, up to the rounding of bf16."""
+    import torch
+
+    from posttrain import adapters, models
+    from posttrain.chat import chat_ids, load_tokenizer
+
+    settings = Model(name_or_path=str(base_dir))
+    tokenizer = load_tokenizer(settings)
+    prompt = chat_ids(tokenizer, [{"role": "user", "content": "..."}], add_generation_prompt=True)
+    base = models.load_base(settings, "none", tokenizer)
+    alone = base(torch.tensor([prompt])).logits[0, -1].float()
+    model = models.PolicyCopy(adapters.load_adapter(base, adapter_dir, trainable=False)).refresh()
+    ours, published = model(torch.tensor([prompt])).logits[0, -1].float(), torch.tensor(logits)
+    assert (published - ours).abs().mean() < 0.1 * (published - alone).abs().mean()
+
+
+def test_a_base_from_a_folder_is_named_only_when_its_id_is_given(runs, server, tmp_path):
+    push(runs / "local_run", server, tmp_path)
+    files = server.repos[REPO].files
+    assert ModelCard(readme(server)).data.base_model is None
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    push(runs / "local_run", server, tmp_path, "--base-model", BASE)
+    assert ModelCard(readme(server)).data.base_model == BASE
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == BASE
+    local = json.loads((runs / "local_run/adapter/adapter_config.json").read_text())
+    assert json.loads(files["adapter_config.json"]) == local | {"base_model_name_or_path": BASE}
+
+
+def test_what_the_llama_licence_asks_for(runs, server, tmp_path):
+    llama = ("--base-model", "meta-llama/Llama-3.2-1B")
+    assert "begins with Llama" in push(runs / "local_run", server, tmp_path, *llama, repo_id="me/solver").stderr
+    assert "begins with Llama" not in push(runs / "local_run", server, tmp_path, *llama).stderr
+    assert ModelCard(readme(server)).data.license == "llama3.2"
+    assert "Built with Llama." in readme(server)
+    done = push(runs / "sft_run", server, tmp_path, *llama)
+    assert (done.returncode, f"trained on {BASE}" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "license"),
+    [
+        ("meta-llama/Llama-3.2-3B", "llama3.2"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1"),
+        ("meta-llama/Meta-Llama-3-8B", "llama3"),
+        ("models/smollm2-135m-instruct", "apache-2.0"),
+        ("HuggingFaceTB/SmolLM2-1.7B", "apache-2.0"),
+        ("Qwen/Qwen2.5-1.5B-Instruct", "apache-2.0"),
+        ("Qwen/Qwen2.5-3B", None),
+        ("Qwen/Qwen2.5-Math-72B", None),
+        ("Qwen/Qwen3-4B", "apache-2.0"),
+        ("me/mystery-1b", None),
+    ],
+)
+def test_license_follows_the_family_of_the_base(name, license):
+    assert card.Base(name, None, None, "none", None).license == license
+
+
+def test_gsm8k_scores_are_those_of_the_evaluation(runs, server, tmp_path, gsm8k_dir):
+    run_dir = runs / "grpo_run"
+    questions = [json.loads(line)["question"] for line in (gsm8k_dir / "test.jsonl").open(encoding="utf-8")]
+    folder = evaluation(tmp_path / "eval_gsm8k", run_dir, questions, right=601)
+    assert push(run_dir, server, tmp_path, "--eval", folder).returncode == 0
+    assert set(server.repos[REPO].files) == PUBLISHED | {".eval_results/gsm8k.yaml"}
+    [entry] = YAML(typ="safe").load(server.repos[REPO].files[".eval_results/gsm8k.yaml"])
+    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"}
+    assert entry["value"] == pytest.approx(601 / 1319, abs=1e-6)
+    assert "0.4289-0.4826" in entry["notes"]
+    [result] = ModelCard(readme(server)).data.eval_results
+    assert (result.dataset_type, result.metric_value) == ("openai/gsm8k", entry["value"])
+    assert "| this adapter | gsm8k (test) | 1,319 | 45.56% [42.89%, 48.26%] |" in readme(server)
+    assert json.loads((folder / "manifest.json").read_text())["command"] in readme(server)
+    # Another adapter under the same name takes the score of the first one away.
+    assert push(runs / "sft_run", server, tmp_path).returncode == 0
+    assert set(server.repos[REPO].files) == PUBLISHED
+
+
+@pytest.mark.parametrize("change", ["one question less", "another question", "other data"])
+def test_only_all_of_gsm8ks_test_questions_are_a_gsm8k_score(runs, server, tmp_path, gsm8k_dir, change):
+    questions = [json.loads(line)["question"] for line in (gsm8k_dir / "test.jsonl").open(encoding="utf-8")]
+    questions = {
+        "one question less": questions[1:],
+        "another question": ["2+2?", *questions[1:]],
+        "other data": [f"{i}+{i}?" for i in range(1319)],
+    }[change]
+    folder = evaluation(tmp_path / "eval", runs / "sft_run", questions, right=10)
+    assert push(runs / "sft_run", server, tmp_path, "--eval", folder).returncode == 0
+    assert ".eval_results/gsm8k.yaml" not in server.repos[REPO].files
+    assert ModelCard(readme(server)).data.eval_results is None
+    assert f"| {len(questions):,} |" in readme(server)
+
+
+def test_evaluations_along_the_chain_are_rows_of_one_table(runs, server, tmp_path):
+    questions = [f"{i}+{i}?" for i in range(50)]
+    grpo = runs / "grpo_run"
+    sft = evaluation(tmp_path / "eval_sft", runs / "sft_run", questions, right=20)
+    best = evaluation(tmp_path / "eval_grpo", grpo, questions, right=30)
+    base = evaluation(tmp_path / "eval_base", grpo, questions, right=2, adapter_sha256=None)
+    assert push(grpo, server, tmp_path, "--eval", base, sft, best).returncode == 0
+    assert re.findall(r"\| (base|sft \(sft_run\)|this adapter) \|.*? (\d+\.\d+)% \[", readme(server)) == [
+        ("base", "4.00"), ("sft (sft_run)", "40.00"), ("this adapter", "60.00"),
+    ]  # fmt: skip
+    assert "first" not in readme(server)
+
+
+def test_a_subset_is_called_one(runs, server, tmp_path):
+    folder = evaluation(tmp_path / "eval", runs / "sft_run", [f"{i}?" for i in range(20)], right=5)
+    results = json.loads((folder / "results.json").read_text()) | {"subset": "first 20 of 1,319"}
+    (folder / "results.json").write_text(json.dumps(results))
+    push(runs / "sft_run", server, tmp_path, "--eval", folder)
+    assert "gsm8k (test, first 20 of 1,319)" in readme(server)
+    assert ModelCard(readme(server)).data.eval_results is None
+
+
+# --- an adapter on a merged base --------------------------------------------------------------------------------------
+
+
+def test_an_adapter_on_a_merged_base_goes_with_its_base(runs, server, tmp_path):
+    merged = runs / "merged_run"
+    done = push(merged, server, tmp_path)
+    assert (done.returncode, server.log) == (2, [])
+    assert "add --with-base" in done.stderr
+    assert push(merged, server, tmp_path, "--with-base").returncode == 0
+    files = server.repos[REPO].files
+    base = {"config.json", "generation_config.json", "model.safetensors"}
+    names = {*base, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(files) == PUBLISHED | {f"merged_base/{name}" for name in names}
+    assert "does not fit the original base" in readme(server)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    assert_same_policy(loaded_by_card(server, tmp_path), merged / "merged_base", merged / "adapter")
+
+
+# --- refused before anything is sent ----------------------------------------------------------------------------------
+
+
+def change_manifest(**values):
+    def change(run):
+        file = run / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def drop(name):
+    return lambda run: (run / name).unlink()
+
+
+def append(name, text):
+    return lambda run: (run / name).write_text((run / name).read_text() + text)
+
+
+def other_weights(run):
+    file = run / "adapter/adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 64
+    file.write_bytes(bytes(content))
+
+
+REFUSED = {
+    "no run": (lambda run: shutil.rmtree(run), "holds no run"),
+    "an interrupted run": (change_manifest(exit="running"), r"is not finished \(running\)"),
+    "a failed run": (change_manifest(exit="failed: OutOfMemoryError"), "--resume"),
+    "an evaluation": (change_manifest(stage="eval"), "only adapters are pushed"),
+    "only a pickle": (drop("adapter/adapter_model.safetensors"), "has no adapter_model.safetensors"),
+    "no adapter config": (drop("adapter/adapter_config.json"), "has no adapter_config.json"),
+    "weights of another run": (other_weights, "holds other weights than the run finished with"),
+    "a token in a file": (append("adapter/chat_template.jinja", f"{{# {TOKEN} #}}"), "would publish a token"),
+    "a path in a file": (append("adapter/chat_template.jinja", f"{{# {Path.home()}/x #}}"), "would publish a path"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_before_anything_is_sent(run_dir, server, tmp_path, change, message):
+    change(run_dir)
+    done = push(run_dir, server, tmp_path)
+    assert (done.returncode, server.log, done.stdout) == (2, [], "")
+    assert re.search(message, done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("repo_id", ["model", "me/a/b", "./runs/x", "/tmp/x"])
+def test_a_repository_that_cannot_be_one_is_refused(run_dir, server, tmp_path, repo_id):
+    done = push(run_dir, server, tmp_path, repo_id=repo_id)
+    assert (done.returncode, server.log) == (2, [])
+    assert "OWNER/NAME" in done.stderr
+
+
+def test_numbers_of_another_adapter_are_refused(runs, server, tmp_path):
+    folder = evaluation(tmp_path / "eval", runs / "grpo_run", ["1?"], right=1)
+    sft = runs / "sft_run"
+    assert "neither this adapter nor one it grew from" in push(sft, server, tmp_path, "--eval", folder).stderr
+    stranger = {"adapter_sha256": None, "model": {"name_or_path": "another/base"}}
+    base = evaluation(tmp_path / "base", sft, ["1?"], right=1, **stranger)
+    assert push(sft, server, tmp_path, "--eval", base).returncode == 2
+    unfinished = evaluation(tmp_path / "half", sft, ["1?"], right=1, exit="running")
+    assert "is not finished" in push(sft, server, tmp_path, "--eval", unfinished).stderr
+    assert "no finished evaluation" in push(sft, server, tmp_path, "--eval", tmp_path).stderr
+    assert server.log == []
+
+
+# --- failures of the Hub ----------------------------------------------------------------------------------------------
+
+CREATE, PREUPLOAD, COMMIT = "POST /api/repos/create", "POST .*/preupload/", "POST .*/commit/"
+GATED = {"headers": {"X-Error-Code": "GatedRepo"}}
+FAILURES = {
+    "token refused": ([CREATE, 401], 2, "does not accept the token.*hf auth login.*HF_TOKEN"),
+    "may not create": ([CREATE, 403], 2, "may not write to me/llama-gsm8k.*write access to me"),
+    "may not write": ([COMMIT, 403], 2, "may not write to me/llama-gsm8k"),
+    "gated": ([PREUPLOAD, 403, GATED], 2, "gated: accept its terms at https://huggingface.co/me/llama-gsm8k"),
+    "gone": ([PREUPLOAD, 404, {"headers": {"X-Error-Code": "RepoNotFound"}}], 2, "not there or hidden"),
+    "bad card": (["POST /api/validate-yaml", 400, {"text": "license is unknown"}], 2, "refuses it"),
+    "quota": ([COMMIT, 402, {"text": "Private storage is full"}], 2, r"status 402 \(Private storage is full\)"),
+    "down at the start": ([CREATE, 500], 75, "status 500"),
+    "down at the end": ([COMMIT, 503, {"text": "maintenance"}], 75, r"status 503 \(maintenance\)"),
+    "busy": ([COMMIT, 429], 75, "status 429"),
+    "commit race": ([COMMIT, 412], 75, "status 412"),
+    "cut off in the commit": ([COMMIT, "reset"], 75, "connection to the Hub broke"),
+    "commit done, response lost": ([COMMIT, "lose the response"], 75, "connection to the Hub broke"),
+    "cut off at the start": ([CREATE, "reset"], 75, "connection to the Hub broke"),
+}
+
+
+@pytest.mark.parametrize(("fault", "code", "message"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_failure_is_one_line_and_the_next_try_succeeds(run_dir, server, tmp_path, fault, code, message):
+    pattern, action, details = [*fault, {}][:3]
+    server.fail(pattern, action, **details)
+    done = push(run_dir, server, tmp_path)
+    [line] = [text for text in done.stderr.splitlines() if text.startswith("hub: ")]
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.search(message, line)
+    assert ("try again with" in line) == (code == 75)
+    again = shlex.split(line.split("try again with: ")[1]) if code == 75 else None
+    retried = execute([sys.executable, *again[1:]], server, tmp_path) if again else push(run_dir, server, tmp_path)
+    assert retried.returncode == 0, retried.stderr
+    assert set(server.repos[REPO].files) == PUBLISHED
+    assert len(server.repos[REPO].commits) == 1
+    weights = server.repos[REPO].files["adapter_model.safetensors"]
+    assert hashlib.sha256(weights).hexdigest() == sha256_file(run_dir / "adapter/adapter_model.safetensors")
+
+
+PASSING = {
+    "errors before the upload": [PREUPLOAD, 500, 2],
+    "busy before the upload": [PREUPLOAD, 429, 1],
+    "errors of the storage": ["PUT /blobs/", 503, 2],
+    "cut off in a file": ["PUT /blobs/", "reset", 1],
+    "file kept, response lost": ["PUT /blobs/", "lose the response", 1],
+}
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+def test_a_passing_failure_is_waited_out(run_dir, server, tmp_path, fault):
+    pattern, action, times = fault
+    server.fail(pattern, action, times=times)
+    assert push(run_dir, server, tmp_path).returncode == 0
+    assert sum(re.match(pattern, request) is not None for request in server.log) == times + 1
+    assert set(server.repos[REPO].files) == PUBLISHED
+    assert len(server.repos[REPO].commits) == 1
+
+
+def test_no_network_no_token_offline(run_dir, tmp_path):
+    done = push(run_dir, None, tmp_path)
+    assert (done.returncode, "check the network" in done.stderr) == (75, True)
+    done = push(run_dir, None, tmp_path, HF_TOKEN=None)
+    assert (done.returncode, "hf auth login" in done.stderr) == (2, True)
+    done = push(run_dir, None, tmp_path, HF_HUB_OFFLINE="1")
+    assert (done.returncode, "unset it" in done.stderr) == (2, True)
+
+
+# --- at the end of training -------------------------------------------------------------------------------------------
+
+AT_THE_END = (
+    "import sys, pathlib, posttrain.hub as hub; hub.push_or_explain(pathlib.Path(sys.argv[1]), sys.argv[2], True)"
+)
+
+
+def end_training(run, server, tmp_path, repo_id=REPO):
+    return execute([sys.executable, "-c", AT_THE_END, str(run), repo_id], server, tmp_path)
+
+
+@pytest.mark.parametrize("action", [None, 401, 403, 500, "reset"])
+def test_a_training_run_stays_finished_and_says_how_to_push_it(run_dir, server, tmp_path, action):
+    if action:
+        server.fail(CREATE, action)
+    before = {file: sha256_file(file) for file in files_below(run_dir)}
+    done = end_training(run_dir, server, tmp_path)
+    assert done.returncode == 0
+    assert {file: sha256_file(file) for file in files_below(run_dir)} == before
+    if action is None:
+        assert done.stdout == f"pushed to {server.url}/{REPO}\n"
+        return
+    reason, again = done.stderr.strip().splitlines()[-2:]
+    assert reason.startswith("hub: not pushed: ")
+    command = shlex.split(again.split("push it with: ")[1])
+    assert command[0] == "python"
+    assert execute([sys.executable, *command[1:]], server, tmp_path).returncode == 0
+    assert set(server.repos[REPO].files) == PUBLISHED
+
+
+@pytest.mark.parametrize("repo_id", ["not an id", REPO])
+def test_nothing_at_all_is_raised(run_dir, server, tmp_path, repo_id):
+    (run_dir / "config.yaml").write_bytes(b"\xff{")
+    assert end_training(run_dir, server, tmp_path, repo_id).returncode == 0
+    shutil.rmtree(run_dir)
+    done = end_training(run_dir, server, tmp_path, repo_id)
+    assert (done.returncode, "push it with" in done.stderr) == (0, True)
+
+
+def test_after_merge_and_new_the_command_pushes_the_base_too(runs, server, tmp_path):
+    done = end_training(runs / "merged_run", server, tmp_path)
+    command = shlex.split(done.stderr.split("push it with: ")[1])
+    assert command[-1] == "--with-base"
+    assert execute([sys.executable, *command[1:]], server, tmp_path).returncode == 0
+    assert "merged_base/model.safetensors" in server.repos[REPO].files
+
+
+def test_the_quick_hash_is_the_adapters_identity(runs):
+    from posttrain.adapters import adapter_sha256
+
+    folder = runs / "grpo_run/adapter"
+    assert hub.weights_sha256(folder / "adapter_model.safetensors") == adapter_sha256(folder)

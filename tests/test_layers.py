@@ -1,0 +1,212 @@
+"""Who may import whom, read from the source: imports go one way, and every package that is heavy has its keepers."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("data_prep", "sft_train", "grpo_train", "evaluate")
+
+# Each module imports only from the lines above its own. A new one goes as high up as it can.
+ORDER = """
+rewards
+posttrain
+posttrain.yaml_lines posttrain.trl_fields posttrain.records
+posttrain.faults posttrain.stats
+posttrain.config posttrain.lm_eval_files
+posttrain.run
+posttrain.predictions posttrain.card posttrain.bundled_model
+
+posttrain.report.charts posttrain.report.groups
+posttrain.report.figures posttrain.report.tables
+posttrain.report.page
+posttrain.report
+posttrain.report.__main__
+
+posttrain.chat
+posttrain.models posttrain.hub
+posttrain.adapters posttrain.generate posttrain.trainers posttrain.callbacks
+posttrain.rollouts
+posttrain.training
+posttrain.plan
+
+data_prep sft_train grpo_train evaluate
+"""
+LINES = [line.split() for line in ORDER.splitlines()]
+HEIGHT = {module: height for height, line in enumerate(LINES) for module in line}
+
+# Package -> the modules that may name it, inside a function or not.
+KEEPERS = {
+    "bitsandbytes": {"posttrain.models", "posttrain.adapters"},
+    "peft": {"posttrain.models", "posttrain.adapters", "posttrain.trainers", "posttrain.training"},
+    "trl": {"posttrain.trainers", "sft_train", "grpo_train"},
+    "vllm": {"posttrain.generate"},
+    "datasets": {"posttrain.records", "data_prep"},
+    "reasoning_gym": {"data_prep"},
+    "matplotlib": {"posttrain.report.charts"},
+    "huggingface_hub": {"posttrain.hub", "posttrain.card", "posttrain.chat", "posttrain.adapters", "data_prep"},
+    "gguf": set(),
+    "wandb": set(),  # transformers speaks to the trackers
+}
+# Seconds to import: a wrong setting has to be told before any of them is.
+HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "reasoning_gym"}
+COMMANDS = (*SCRIPTS, "posttrain.report", "posttrain.hub", "posttrain.bundled_model")
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(file): file for file in (*ROOT.glob("*.py"), *ROOT.glob("posttrain/**/*.py"))}
+OURS = sorted(FILES)
+
+
+def imports(nodes: Iterator[ast.AST]) -> set[str]:
+    """Dotted names: `from posttrain import stats` gives posttrain.stats, `import os, re` gives os and re."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def all_imports(module: str) -> set[str]:
+    return imports(ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))))
+
+
+def imports_at_once(module: str) -> set[str]:
+    """What is imported as soon as the module is: nothing inside a function, nothing for type checkers alone."""
+
+    def outside(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            is_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if not is_later and not is_for_types:
+                yield child
+                yield from outside(child)
+
+    return imports(outside(ast.parse(FILES[module].read_text(encoding="utf-8"))))
+
+
+def as_module(name: str) -> str | None:
+    """The module of this project that an imported name is, or is in."""
+    while name and name not in FILES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def own(names: set[str], module: str) -> set[str]:
+    return {found for name in names if (found := as_module(name)) and found != module}
+
+
+def package(name: str) -> str:
+    return name.split(".")[0]
+
+
+# --- between our own modules ------------------------------------------------------------------------------------------
+
+
+def test_the_order_names_every_module_once():
+    assert sorted(module for line in LINES for module in line) == OURS
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_imports_go_one_way(module):
+    upwards = {name for name in own(all_imports(module), module) if HEIGHT[name] >= HEIGHT[module]}
+    assert not upwards
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_nothing_imports_a_script(module):
+    assert not own(all_imports(module), module) & {*SCRIPTS}
+
+
+# --- between our modules and packages ---------------------------------------------------------------------------------
+
+
+def test_the_grader_needs_the_standard_library_alone():
+    assert {package(name) for name in all_imports("rewards")} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_a_package_has_its_keepers(name):
+    found = {module for module in OURS if name in map(package, all_imports(module))}
+    assert found <= KEEPERS[name]
+
+
+@pytest.mark.parametrize("module", ["posttrain.trainers", "posttrain.training"])
+def test_of_peft_only_the_model_class_is_named_by_the_trainers(module):
+    assert {name for name in all_imports(module) if package(name) == "peft"} <= {"peft.PeftModel"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_imports_nothing_heavy_before_it_has_read_its_arguments(command):
+    seen, todo = set(), {command}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        at_once = imports_at_once(module)
+        assert not {package(name) for name in at_once} & HEAVY, module
+        todo |= own(at_once, module) - seen
+
+
+def test_every_package_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    declared = {requirement_name(line) for line in (*project["dependencies"], *extras)}
+    imported = {package(name) for module in OURS for name in all_imports(module)} - sys.stdlib_module_names
+    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic"}
+    wanted = {modules.get(name, name).replace("_", "-") for name in imported - {"posttrain", "rewards"}}
+    assert wanted <= declared
+
+
+def requirement_name(line: str) -> str:
+    return re.match(r"[\w.-]+", line)[0].lower().replace("_", "-").replace(".", "-")
+
+
+# --- the tree in the README -------------------------------------------------------------------------------------------
+
+
+def described() -> dict[str, str]:
+    """Path -> its line, from the tree under `## Files`: two spaces an indent, a folder ends in a slash."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("\n## Files\n")[1].split("```")[1].splitlines()[1:]
+    parents, found = [], {}
+    for line in filter(None, tree):
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, text = line.strip().partition(" ")
+        parents[depth:] = [name]
+        found["".join(parents)] = text.strip()
+    return found
+
+
+def tracked() -> set[str]:
+    """The files of the repository and the folders they are in."""
+    git = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False)
+    if git.returncode:
+        pytest.skip("not a git checkout, so nothing tells the repository's files from others")
+    files = git.stdout.splitlines()
+    return {*files} | {f"{parent}/" for file in files for parent in Path(file).parents if parent != Path()}
+
+
+def test_what_the_readme_describes_exists():
+    assert len(described()) > 30
+    for path, text in described().items():
+        assert text, f"{path} has no description"
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+def test_the_readme_describes_what_exists():
+    top = {path for path in tracked() if "/" not in path.rstrip("/")}
+    nouns = {path for path in tracked() if path.startswith("posttrain/")}
+    hidden = {path for path in top if path.startswith(".")}
+    assert (top | nouns) - hidden <= {*described()}
