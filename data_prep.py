@@ -198,8 +198,8 @@ def leg_counting_solution(item: dict[str, Any]) -> str:
 
     lines, legs = [], []
     for animal, count in item["metadata"]["animals"].items():
-        product = count * ANIMALS[animal]
-        lines.append(f"{count} {animal}{'s' * (count > 1)}: {count}*{ANIMALS[animal]}=<<{count}*{ANIMALS[animal]}={product}>>{product} legs.")
+        product, times = count * ANIMALS[animal], f"{count}*{ANIMALS[animal]}"
+        lines.append(f"{count} {animal}{'s' * (count > 1)}: {times}=<<{times}={product}>>{product} legs.")
         legs.append(product)
     total = sum(legs)
     if len(legs) > 1:
@@ -217,7 +217,9 @@ def check_rows(rows: Iterable[Row], config: DataConfig) -> tuple[list[Row], list
     for row in rows:
         problem = row.problem or gold_problem(solution_text(row.answer, config.calculator_marks))
         if problem:
-            rejected.append({"file": row.file, "line": row.line, "reason": problem, "question": row.question, "answer": row.answer})
+            rejected.append(
+                {"file": row.file, "line": row.line, "reason": problem, "question": row.question, "answer": row.answer}
+            )
         else:
             good.append(row)
     return good, rejected
@@ -229,7 +231,11 @@ def gold_problem(solution: str) -> str:
     except ValueError as error:
         return str(error)
     verdict = grade(solution, gold)
-    return "" if verdict.correct and verdict.strict else f"the gold {gold} does not grade itself: read {verdict.value} by {verdict.method}"
+    return (
+        ""
+        if verdict.correct and verdict.strict
+        else f"the gold {gold} does not grade itself: read {verdict.value} by {verdict.method}"
+    )
 
 
 def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
@@ -310,7 +316,9 @@ def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:
 def to_prompt(question: str, config: DataConfig, shots: list[Row]) -> list[Message]:
     asked = config.prompt.instruction.replace("{question}", question.strip())
     solved = [
-        config.prompt.instruction.replace("{question}", shot.question.strip()) + " " + solution_text(shot.answer, config.calculator_marks)
+        config.prompt.instruction.replace("{question}", shot.question.strip())
+        + " "
+        + solution_text(shot.answer, config.calculator_marks)
         for shot in shots
     ]
     messages = [{"role": "user", "content": "\n\n".join([*solved, asked])}]
@@ -330,7 +338,9 @@ def count_steps(answer: str) -> int:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def describe(examples: list[Example], config: DataConfig, source: Source, repeats: dict[str, int], num_rejected: int) -> dict[str, Any]:
+def describe(
+    examples: list[Example], config: DataConfig, source: Source, repeats: dict[str, int], num_rejected: int
+) -> dict[str, Any]:
     return {
         "stage": "data",
         "name": config.name,
@@ -387,7 +397,9 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
         source.sha256,
         GRADER_VERSION,
     )
-    return same and all((folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in manifest["files"].items())
+    return same and all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in manifest["files"].items()
+    )
 
 
 def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]], manifest: dict[str, Any]) -> None:

@@ -36,7 +36,9 @@ from posttrain.run import (
 
 
 def main() -> None:
-    config, args = settings.from_command_line(EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model")
+    config, args = settings.from_command_line(
+        EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model"
+    )
     if args.regrade:
         return regrade(Path(config.run_dir))
     data = data_entry(config.data.path, config.data.split)
@@ -72,7 +74,11 @@ def load_policy(config: EvalConfig, data: dict[str, Any], run: Run):  # type: ig
         run.record(parent=parent, chain=chain, adapter_sha256=sha256)
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
-    identity = {**config.model.model_dump(), "quantization": config.quantization, "fingerprint": models.fingerprint(base)}
+    identity = {
+        **config.model.model_dump(),
+        "quantization": config.quantization,
+        "fingerprint": models.fingerprint(base),
+    }
     run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
     model = adapters.load_adapter(base, folder, trainable=False) if folder else base
     return models.PolicyCopy(model).model, tokenizer
@@ -84,7 +90,9 @@ def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> No
     source = data["source"]
     is_gsm8k = source.get("repo_id") == "openai/gsm8k" or "gsm8k" in f"{data['name']} {source.get('path', '')}".lower()
     if trained and is_gsm8k:
-        raise ValueError(f"{', '.join(trained)} trained on gsm_symbolic, whose templates are GSM8K test questions: not scored on GSM8K")
+        raise ValueError(
+            f"{', '.join(trained)} trained on gsm_symbolic, whose templates are GSM8K test questions: not scored on GSM8K"
+        )
 
 
 def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
@@ -154,8 +162,8 @@ def write_results(folder: Path, predictions: list[Prediction]) -> None:
 
 
 PROVENANCE = (
-    "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty", "versions",
-    "hardware", "command",
+    "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty",
+    "versions", "hardware", "command",
 )  # fmt: skip
 
 

@@ -30,12 +30,13 @@ def main() -> None:
 
     from posttrain import adapters, training
     from posttrain.chat import load_tokenizer
+    from posttrain.training_data import load_examples
 
     folder = adapters.resolve_adapter(config.adapter)
     start = adapters.check_adapter_fits(folder, config.model)
     adapters.check_mode(config, start)
     tokenizer = load_tokenizer(config.model)
-    train, dev = training.load_examples(config)
+    train, dev = load_examples(config)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
@@ -53,7 +54,11 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
     parent, chain = parent_of(folder, sft_sha256)
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
-    identity = {**config.model.model_dump(), "quantization": config.quantization, "fingerprint": models.fingerprint(base)}
+    identity = {
+        **config.model.model_dump(),
+        "quantization": config.quantization,
+        "fingerprint": models.fingerprint(base),
+    }
     model = adapters.load_adapter(base, folder, trainable=True)
     live = adapters.live_adapter_sha256(model)
     if live != sft_sha256:
@@ -65,7 +70,9 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
         assert config.lora is not None
         model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base")
         identity |= {"name_or_path": str(run.folder / "merged_base"), "quantization": "none"}
-    print(f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
+    print(
+        f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
+    )
     run.record(model=identity, parent=parent, chain=chain, start_sha256=adapters.live_adapter_sha256(model))
     return model
 

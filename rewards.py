@@ -323,8 +323,6 @@ def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[floa
     return [FORMAT_REWARD * _is_well_formed(text, extract(text)) for text in texts]
 
 
-def gated_format_reward(
-    completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any
-) -> list[float]:
+def gated_format_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
     """`format_reward` for right answers only: an all-wrong group that differs in format learns nothing."""
     return [FORMAT_REWARD * (g.correct and g.format_ok) for g in _grades(completions, answer)]

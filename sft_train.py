@@ -29,9 +29,10 @@ def main() -> None:
 
     from posttrain import training
     from posttrain.chat import load_tokenizer
+    from posttrain.training_data import load_examples
 
     tokenizer = load_tokenizer(config.model)
-    train, dev = training.load_examples(config)
+    train, dev = load_examples(config)
     with open_run(config, "sft", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, tokenizer, run)
@@ -52,7 +53,11 @@ def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-unty
         parent, chain = parent_of(folder, adapters.adapter_sha256(folder))
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
-    identity = {**config.model.model_dump(), "quantization": config.quantization, "fingerprint": models.fingerprint(base)}
+    identity = {
+        **config.model.model_dump(),
+        "quantization": config.quantization,
+        "fingerprint": models.fingerprint(base),
+    }
     tokens = adapters.special_token_report(base, tokenizer)
     if config.adapter:
         model = adapters.load_adapter(base, folder, trainable=True)
@@ -60,7 +65,13 @@ def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-unty
         assert config.lora is not None
         model = adapters.new_adapter(base, config.lora, tokenizer)
     print(f"{config.model.name_or_path}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
-    run.record(model=identity, parent=parent, chain=chain, special_tokens=tokens, start_sha256=adapters.live_adapter_sha256(model))
+    run.record(
+        model=identity,
+        parent=parent,
+        chain=chain,
+        special_tokens=tokens,
+        start_sha256=adapters.live_adapter_sha256(model),
+    )
     return model
 
 

@@ -164,9 +164,7 @@ def main() -> None:
         sets = {"recorded": real, "recorded, ####": [with_marker(case) for case in real]}
     else:
         print(f"no recorded outputs: {path} is not there", file=sys.stderr)
-    sets["adversarial"] = [
-        (text, str(rewards.canonical_number(gold)), right) for text, gold, right, _ in VERDICTS
-    ]
+    sets["adversarial"] = [(text, str(rewards.canonical_number(gold)), right) for text, gold, right, _ in VERDICTS]
 
     graders = dict(GRADERS)
     try:
@@ -175,10 +173,7 @@ def main() -> None:
         print("no Math-Verify row: pip install math-verify", file=sys.stderr)
 
     warnings.simplefilter("ignore")
-    results = {
-        name: {set_name: measure(grader, cases) for set_name, cases in sets.items()}
-        for name, grader in graders.items()
-    }
+    results = {name: {set_name: measure(grader, cases) for set_name, cases in sets.items()} for name, grader in graders.items()}
     print(", ".join(f"{name}: {len(cases):,} cases" for name, cases in sets.items()), end="; ")
     print(f"Python {platform.python_version()}, {platform.machine()}, one core\n")
     print(table(results))

@@ -89,7 +89,9 @@ def resolve_adapter(adapter: str) -> Path:
     try:
         return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"adapter {adapter} is neither a local folder nor reachable on the Hub ({type(error).__name__})") from error
+        raise ValueError(
+            f"adapter {adapter} is neither a local folder nor reachable on the Hub ({type(error).__name__})"
+        ) from error
 
 
 def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
@@ -210,7 +212,11 @@ def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
     """
     if config.lora is None:
         return
-    wanted = {"r": config.lora.r, "target_modules": set(config.lora.target_modules), "use_rslora": config.lora.use_rslora}
+    wanted = {
+        "r": config.lora.r,
+        "target_modules": set(config.lora.target_modules),
+        "use_rslora": config.lora.use_rslora,
+    }
     there = {"r": start.r, "target_modules": set(start.target_modules or ()), "use_rslora": start.use_rslora}
     if config.adapter_mode == "rescale" and wanted != there:
         changed = ", ".join(f"{key} {there[key]} -> {wanted[key]}" for key in wanted if wanted[key] != there[key])

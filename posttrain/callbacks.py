@@ -58,21 +58,25 @@ class StopOnNonFinite(TrainerCallback):
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         if bad:
             raise FloatingPointError(
-                f"non-finite gradient at step {state.global_step + 1} in {len(bad)} tensors (first: {bad[0]}); nothing was applied. "
-                f"Lower trainer.learning_rate or trainer.max_grad_norm, or look at the batch in metrics.jsonl; resume with --resume"
+                f"non-finite gradient at step {state.global_step + 1} in {len(bad)} tensors (first: {bad[0]}), not applied. "
+                "Lower trainer.learning_rate or trainer.max_grad_norm; --resume goes on from the last checkpoint"
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         for key in ("loss", "reward", "kl", "grad_norm"):
             value = (logs or {}).get(key)
             if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"{key} is {value} at step {state.global_step}: the run stops here; resume with --resume")
+                raise FloatingPointError(
+                    f"{key} is {value} at step {state.global_step}: the run stops here; resume with --resume"
+                )
 
 
 class DevAccuracy(TrainerCallback):
     """Dev accuracy before the first step, every `every` steps and after the last, with its Wilson interval."""
 
-    def __init__(self, measure: Callable[[], dict[str, float]], log: Callable[[dict[str, float]], None], every: int | None) -> None:
+    def __init__(
+        self, measure: Callable[[], dict[str, float]], log: Callable[[dict[str, float]], None], every: int | None
+    ) -> None:
         self.measure, self.log, self.every = measure, log, every
         self.last_step = -1
 
@@ -108,11 +112,15 @@ class Samples(TrainerCallback):
         if rows:
             best = max(rows, key=lambda row: row["advantage"])
             rewards = " ".join(f"{name} {value:g}" for name, value in best["rewards"].items())
-            print(f"step {state.global_step}: {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}")
+            print(
+                f"step {state.global_step}: {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}"
+            )
 
     def _rows(self, step: int) -> Iterator[dict[str, Any]]:
         log = self.trainer._logs  # TRL's own store of the latest generation batch
-        for index, (prompt, completion, advantage) in enumerate(zip(log["prompt"], log["completion"], log["advantages"], strict=True)):
+        for index, (prompt, completion, advantage) in enumerate(
+            zip(log["prompt"], log["completion"], log["advantages"], strict=True)
+        ):
             text, question = completion[-1]["content"], prompt[-1]["content"]
             yield {
                 "step": step,

@@ -132,9 +132,7 @@ def read_evaluation(folder: Path, run: dict[str, Any], base_name: str) -> Evalua
     if manifest["adapter_sha256"] is None and manifest["model"]["name_or_path"] == base_name:
         label = "base"
     if label is None:
-        raise ValueError(
-            f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR"
-        )
+        raise ValueError(f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR")
     data = manifest["data"]
     rows = read_rows(folder / "questions.jsonl")
     is_gsm8k = question_set_sha256(row["question"] for row in rows) == GSM8K_TEST_SHA256
@@ -255,8 +253,7 @@ def introduction(release: Release) -> str:
     name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{PurePath(base.name).name}`"
     chain = [link["stage"].upper() for link in (*release.manifest["chain"], release.manifest)]
     lines = [
-        f"A LoRA adapter that makes {name} solve grade-school maths problems step by step: "
-        f"{STAGES[release.manifest['stage']]}.",
+        f"A LoRA adapter that makes {name} solve grade-school maths problems step by step: {STAGES[release.manifest['stage']]}.",
         f"Chain: {' -> '.join(['base', *chain])}.",
     ]
     if base.merged:

@@ -126,13 +126,10 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
     except OSError as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
             raise ValueError(
-                f"{name} is gated: accept its licence at https://huggingface.co/{name}, "
-                "then run `hf auth login` or set HF_TOKEN"
+                f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
             ) from error
         if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise ValueError(
-                f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN"
-            ) from error
+            raise ValueError(f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN") from error
         raise ValueError(
             f"{name} could not be loaded: no copy in the local cache and the Hub did not answer. "
             f"Connect to the network, or set model.name_or_path to a local folder ({str(error).splitlines()[0]})"

@@ -321,9 +321,7 @@ def from_command_line(
 
     `flags` are switches of that script alone, name -> help: `regrade="..."` makes `--regrade`.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="say, trainer.learning_rate=2e-4")
     for name, text in (_FLAGS | flags).items():

@@ -94,9 +94,7 @@ def _wrong_value(details: list[ErrorDetails]) -> str:
         allowed = str(context.get("expected") or context.get("expected_tags") or "")
         choices += re.findall(r"'([^']*)'", allowed)
         value = context.get("tag", value)
-        expected.append(
-            _EXPECTED.get(detail["type"]) or allowed or detail["msg"].removeprefix("Input should be ")
-        )
+        expected.append(_EXPECTED.get(detail["type"]) or allowed or detail["msg"].removeprefix("Input should be "))
     hint, wanted = did_you_mean(value, choices), " or ".join(dict.fromkeys(expected))
     if hint and len(wanted) > 120:  # TRL knows dozens of optimizers
         wanted = f"one of {len(choices)} known values"

@@ -200,7 +200,11 @@ class _Rows:
         self.valid[:, : self.length] = torch.cat(valid)[repeat]
         self.positions = torch.cat(positions)[repeat]
         self.step = (GraphStep if self.device.type == "cuda" else EagerStep)(self.model, self.valid.shape[1])
-        self.step.fill([tuple(torch.cat(part) for part in zip(*layer, strict=True)) for layer in zip(*layers, strict=True)], repeat, self.length)
+        self.step.fill(
+            [tuple(torch.cat(part) for part in zip(*layer, strict=True)) for layer in zip(*layers, strict=True)],
+            repeat,
+            self.length,
+        )
         return torch.cat(logits)[repeat]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list, torch.Tensor, torch.Tensor]:
@@ -285,7 +289,12 @@ def last_logits(
 ) -> torch.Tensor:
     """Logits of the last position, (rows, vocabulary); keys and values of all positions go into `buffers`."""
     out = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=buffers, use_cache=True, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=buffers,
+        use_cache=True,
+        logits_to_keep=1,
     )
     return out.logits[:, -1]
 
@@ -428,7 +437,9 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     size = batch_size or auto_batch_size(model, max(lengths) + sampling.max_new_tokens, sampling.num_samples)
     results: list[list[Completion]] = [[] for _ in prompts]
-    for indices, completions in engine_batches(engine, model, prompts, sampling, tokenizer, list(enumerate(plan_batches(lengths, size)))):
+    for indices, completions in engine_batches(
+        engine, model, prompts, sampling, tokenizer, list(enumerate(plan_batches(lengths, size)))
+    ):
         for index, completion in zip(indices, completions, strict=True):
             results[index] = completion
     return results
@@ -443,11 +454,17 @@ def engine_batches(
     batches: Sequence[Batch],
 ) -> Iterator[Finished]:
     """Batch by batch as they are finished: the indices of the prompts and their completions."""
-    run = {"transformers": _transformers_engine, "continuous_batching": _continuous_batching_engine, "vllm": _vllm_engine}[engine]
+    run = {
+        "transformers": _transformers_engine,
+        "continuous_batching": _continuous_batching_engine,
+        "vllm": _vllm_engine,
+    }[engine]
     return run(model, prompts, sampling, tokenizer, batches)
 
 
-def _transformers_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:
+def _transformers_engine(
+    model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
+) -> Iterator[Finished]:
     prepare(model)
     for number, indices in batches:
         yield indices, decode_batch(model, [prompts[i] for i in indices], sampling, tokenizer.eos_token_id, number)

@@ -149,9 +149,7 @@ def _task_metrics(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _task_config(
-    task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int
-) -> dict[str, Any]:
+def _task_config(task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int) -> dict[str, Any]:
     return {
         "task": task,
         "dataset_path": manifest["data"]["path"],

@@ -22,7 +22,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.chat import from_hub, stop_token
 from posttrain.config import Model
 
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
-import rewards
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+import rewards
 from posttrain.chat import chat_ids
 from posttrain.config import Rewards
 from posttrain.config import Rollouts as RolloutSettings
@@ -37,13 +38,20 @@ class Rollouts:
         ids = [chat_ids(self.tokenizer, prompt, add_generation_prompt=True) for prompt in prompts[::size]]
         sampling = Sampling(trainer.max_completion_length, trainer.temperature, trainer.top_p, size, self._next_seed(trainer))
         batch_size = max(1, (self.batch_size or len(prompts)) // size)
+        started = time.perf_counter()
         results = generate(self.copy.refresh(), ids, sampling, self.tokenizer, batch_size, self.engine)
         flat = [completion for group in results for completion in group]
+        self._report(trainer, time.perf_counter() - started, sum(len(completion.ids) for completion in flat))
         return {
             "prompt_ids": [prompt for prompt in ids for _ in range(size)],
             "completion_ids": [completion.ids for completion in flat],
             "logprobs": [completion.logprobs for completion in flat],
         }
+
+    def _report(self, trainer: Any, seconds: float, num_tokens: int) -> None:
+        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        metrics["time/rollout_seconds"].append(seconds)
+        metrics["rollout/tokens_per_second"].append(num_tokens / seconds)
 
     def _next_seed(self, trainer: Any) -> int:
         step = trainer.state.global_step

@@ -176,7 +176,12 @@ def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[dict[str, Any]
     if not (run_dir / "manifest.json").is_file():
         return parent, [{"stage": "adapter", "name": str(adapter_folder), "adapter_sha256": adapter_sha256}]
     manifest = read_manifest(run_dir)
-    link = {"stage": manifest["stage"], "name": manifest["name"], "adapter_sha256": adapter_sha256, "data": manifest.get("data")}
+    link = {
+        "stage": manifest["stage"],
+        "name": manifest["name"],
+        "adapter_sha256": adapter_sha256,
+        "data": manifest.get("data"),
+    }
     return parent, [*manifest["chain"], link]
 
 
@@ -190,7 +195,13 @@ def data_entry(path: Path | str, split: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"no {split} examples at {file}: prepare them with `python data_prep.py --config {_data_config(path)}`")
     manifest = read_manifest(path)
-    return {"name": manifest["name"], "path": str(path), "split": split, "sha256": sha256_file(file), "source": manifest["source"]}
+    return {
+        "name": manifest["name"],
+        "path": str(path),
+        "split": split,
+        "sha256": sha256_file(file),
+        "source": manifest["source"],
+    }
 
 
 def _data_config(path: Path | str) -> str:

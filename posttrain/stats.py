@@ -283,8 +283,7 @@ def _by_steps(questions: Sequence[Question], groups: Sequence[Sequence[Predictio
 
     pairs = sorted(zip(questions, groups, strict=True), key=key)
     return {
-        step_bin(steps): rate((p.id, p.correct) for _, samples in part for p in samples)
-        for steps, part in groupby(pairs, key)
+        step_bin(steps): rate((p.id, p.correct) for _, samples in part for p in samples) for steps, part in groupby(pairs, key)
     }
 
 
@@ -353,9 +352,7 @@ def compare(
     same_prompt = _check_comparable(questions_a, questions_b, names, require_same_prompt)
     graders = _single_grader(predictions_a), _single_grader(predictions_b)
     if graders[0] != graders[1]:
-        raise ValueError(
-            f"{names[0]} was graded by {graders[0]}, {names[1]} by {graders[1]}: evaluate.py --regrade both"
-        )
+        raise ValueError(f"{names[0]} was graded by {graders[0]}, {names[1]} by {graders[1]}: evaluate.py --regrade both")
     field = {"lenient": "correct", "strict": "strict"}[metric]
     means_a = _means(group_samples(questions_a, predictions_a), field)
     by_id = {samples[0].id: samples for samples in group_samples(questions_b, predictions_b)}

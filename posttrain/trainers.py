@@ -65,7 +65,9 @@ class GRPO(MasterWeights, GRPOTrainer):
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
         copy_to_reference(self.model)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         num_rows = len(inputs["advantages"])
         if self.skip_zero_signal:
             inputs = keep_rows(inputs, rows_with_signal(inputs["advantages"]))
@@ -88,7 +90,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         for name, column in zip(self.reward_func_names, scores.T, strict=True):
             if not column.isfinite().all():
                 raise FloatingPointError(
-                    f"reward {name} is not finite at step {self.state.global_step + 1}, completion {int((~column.isfinite()).nonzero()[0])} "
+                    f"reward {name} is not finite at step {self.state.global_step + 1}, "
+                    f"completion {int((~column.isfinite()).nonzero()[0])} "
                     "of the batch: a grader that returns NaN is broken; nothing was applied"
                 )
         return scores
@@ -163,7 +166,11 @@ def add_label_head(model: nn.Module, temperature: float, with_entropy: bool) -> 
         scores = _LabelScores.apply(hidden[mask], weight, labels[mask], temperature, with_entropy)
         log_probs, entropy, is_top1 = (score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores)
         return FusedCausalLMOutput(
-            loss=-log_probs.sum() / mask.sum().clamp(min=1), log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+            loss=-log_probs.sum() / mask.sum().clamp(min=1),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=mask,
         )
 
     model.forward = forward

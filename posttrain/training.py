@@ -15,38 +15,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.adapters import adapter_sha256
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, StopOnNonFinite
 from posttrain.chat import chat_ids
-from posttrain.config import PassRate, TrainConfig
+from posttrain.config import TrainConfig
 from posttrain.generate import Sampling, generate
 from posttrain.models import PolicyCopy, device
-from posttrain.records import Example, Prediction, read_jsonl
+from posttrain.records import Example
 from posttrain.run import Run
 from posttrain.stats import wilson
 from rewards import grade
-
-
-def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """Training and dev examples, as many as the config asks for."""
-    folder = Path(config.data.path)
-    train = read_jsonl(folder / "train.jsonl", Example)
-    if config.data.pass_rate:
-        train = with_pass_rate(train, config.data.pass_rate)
-    dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
-    return train[: config.data.num_train], dev
-
-
-def with_pass_rate(examples: list[Example], settings: PassRate) -> list[Example]:
-    """The questions whose samples in an evaluation run were right in a share between `low` and `high`.
-
-    Questions that a policy always or never solves give groups without signal. Questions it was not asked are left out.
-    """
-    file = Path(settings.run_dir, "predictions.jsonl")
-    if not file.is_file():
-        raise ValueError(f"no samples at {file}: evaluate the train split first (data.split=train generation.samples=8)")
-    samples: dict[str, list[bool]] = {}
-    for prediction in read_jsonl(file, Prediction):
-        samples.setdefault(prediction.id, []).append(prediction.correct)
-    kept = {name for name, hits in samples.items() if settings.low <= sum(hits) / len(hits) <= settings.high}
-    return [example for example in examples if example.id in kept]
 
 
 def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
@@ -71,7 +46,9 @@ def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
             trainer["optim"] = "adamw_torch"
     for key in ("bf16", "fp16"):
         if trainer.pop(key, owned[key]) != owned[key]:
-            raise ValueError(f"trainer.{key} contradicts model.dtype {config.model.dtype}: remove it, the precision follows model.dtype")
+            raise ValueError(
+                f"trainer.{key} contradicts model.dtype {config.model.dtype}: remove it, the precision follows model.dtype"
+            )
     return trainer | owned
 
 
@@ -80,7 +57,9 @@ def tracking(config: TrainConfig, run: Run) -> list[str]:
     if config.tracking == "wandb":
         if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or Path("~/.netrc").expanduser().is_file()):
             os.environ["WANDB_MODE"] = "offline"
-            run.note("tracking wandb: no WANDB_API_KEY and no login, so this run is logged offline; `wandb sync` uploads it later")
+            run.note(
+                "tracking wandb: no WANDB_API_KEY and no login, so this run is logged offline; `wandb sync` uploads it later"
+            )
         run_id = run.manifest.setdefault("wandb_run_id", run.folder.name + "-" + run.manifest["config_sha256"][:8])
         os.environ |= {"WANDB_RUN_ID": run_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.folder)}
         os.environ.setdefault("WANDB_PROJECT", "posttrain")
@@ -97,7 +76,11 @@ def add_callbacks(trainer: Trainer, run: Run, measure: Callable[[], dict[str, fl
 
 
 def dev_accuracy(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dev: list[Example], max_new_tokens: int, copy: PolicyCopy | None = None
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dev: list[Example],
+    max_new_tokens: int,
+    copy: PolicyCopy | None = None,
 ) -> dict[str, float]:
     """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient one."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
@@ -138,9 +121,16 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
     model.save_pretrained(folder, selected_adapters=["default"])
     tokenizer.save_pretrained(folder)
     end = adapter_sha256(folder)
-    run.record(adapter_sha256=end, steps=trainer.state.global_step, train_seconds=trainer.state.log_history[-1].get("train_runtime"))
+    run.record(
+        peak_gib=peak_memory_gib(),
+        adapter_sha256=end,
+        steps=trainer.state.global_step,
+        train_seconds=trainer.state.log_history[-1].get("train_runtime"),
+    )
     if end == start_sha256:
-        raise RuntimeError(f"training left every adapter weight as it was: check trainer.learning_rate and the rewards in {run.folder}")
+        raise RuntimeError(
+            f"training left every adapter weight as it was: check trainer.learning_rate and the rewards in {run.folder}"
+        )
     print(f"adapter: {folder}  sha256 {end[:12]}")
 
 
@@ -158,5 +148,3 @@ def peak_memory_gib() -> float:
     import resource
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-

@@ -120,18 +120,16 @@ def _type(annotation: ast.expr, enums: dict[str, Any]) -> Any:
     # The annotation is code of the library that is imported moments later: evaluating it trusts nothing new.
     type_ = eval(compile(ast.Expression(annotation), "<annotation>", "eval"), names)
     members = get_args(type_)
-    if any(
-        enum in members for enum in enums.values()
-    ):  # `SchedulerType | str`: a value of the enumeration, as text
+    if any(enum in members for enum in enums.values()):  # `SchedulerType | str`: a value of the enumeration, as text
         return Union[tuple(member for member in members if member is not str)]  # noqa: UP007
     return type_
 
 
 def _default(value: ast.expr | None) -> Any:
-    keywords = (
-        {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
-    )
+    keywords = {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
     default = keywords.get("default", value)
+    if isinstance(default, ast.UnaryOp):  # a negative number
+        return ast.literal_eval(default)
     return default.value if isinstance(default, ast.Constant) else None
 
 
@@ -141,9 +139,7 @@ def _default(value: ast.expr | None) -> Any:
 def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Batches that do not hold whole groups of completions: the key at fault, why, the nearest valid one."""
     settings = {name: trainer.get(name, field.default) for name, field in trl_fields("GRPOConfig").items()}
-    too_small = {
-        key: least for key, least in _LEAST.items() if settings[key] is not None and settings[key] < least
-    }
+    too_small = {key: least for key, least in _LEAST.items() if settings[key] is not None and settings[key] < least}
     for key, least in too_small.items():
         yield key, f"should be at least {least}, not {settings[key]}"
     if too_small:
@@ -184,9 +180,7 @@ def _steps_problem(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     key = "steps_per_generation" if settings["steps_per_generation"] else "gradient_accumulation_steps"
     steps, batch, group = settings[key], _global_batch(settings), settings["num_generations"]
     if (completions := batch * steps) % group:
-        product = (
-            f"per_device_train_batch_size x processes ({batch}) x {key} ({steps}) = {completions} completions"
-        )
+        product = f"per_device_train_batch_size x processes ({batch}) x {key} ({steps}) = {completions} completions"
         groups = [size for size in range(2, completions + 1) if completions % size == 0]
         near = " or ".join(map(str, sorted(sorted(groups, key=lambda size: abs(size - group))[:2])))
         more = f"{key} {_nearest(steps, group // math.gcd(batch, group))}"

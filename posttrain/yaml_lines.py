@@ -76,9 +76,7 @@ class Document:
             if not isinstance(parent.get(part), dict):
                 parent[part], self.lines[path[:depth]] = {}, COMMAND_LINE
             parent = parent[part]
-        self.lines = {p: line for p, line in self.lines.items() if p[: len(path)] != path} | {
-            path: COMMAND_LINE
-        }
+        self.lines = {p: line for p, line in self.lines.items() if p[: len(path)] != path} | {path: COMMAND_LINE}
         try:
             node = _compose(text)
         except NotYaml as error:
@@ -90,9 +88,7 @@ class Document:
         self.lines.setdefault(path, _line(node) if line is None else line)
         kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
         if node.anchor:
-            return self.fault(
-                path, f"anchors and aliases are not supported: write the value of &{node.anchor} out"
-            )
+            return self.fault(path, f"anchors and aliases are not supported: write the value of &{node.anchor} out")
         if isinstance(node, MappingNode) and kind == "map":
             return self._mapping(node, path, line)
         if isinstance(node, SequenceNode) and kind == "seq":
@@ -139,14 +135,10 @@ def _compose(text: str) -> Node | None:
     try:
         return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]
     except ReaderError as error:
-        raise NotYaml(
-            text.count("\n", 0, error.position) + 1, "not valid YAML: a control character"
-        ) from error
+        raise NotYaml(text.count("\n", 0, error.position) + 1, "not valid YAML: a control character") from error
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise NotYaml(
-            line, "not valid YAML: " + ", ".join(filter(None, (error.context, error.problem)))
-        ) from error
+        raise NotYaml(line, "not valid YAML: " + ", ".join(filter(None, (error.context, error.problem)))) from error
     except RecursionError as error:
         raise NotYaml(1, "not valid YAML: nested too deeply") from error
 

@@ -235,9 +235,7 @@ def make_runs(root, num_questions=1319, num_samples=1, limit=None, seed=7, train
         predictions = answer(questions, num_samples, habits, rng)
         if name == "grpo" and hostile is not None:
             target = questions[hostile]
-            predictions = [
-                predict(target, p.sample, HOSTILE, "stop") if p.id == target["id"] else p for p in predictions
-            ]
+            predictions = [predict(target, p.sample, HOSTILE, "stop") if p.id == target["id"] else p for p in predictions]
         notes = ["paged_adamw_32bit needs CUDA: adamw_torch is used"] if name == "sft" else []
         run = manifest("eval", name, chain, parent=parent(root, chain), notes=notes)
         size = {"limit": limit, "dataset_size": 1319} if limit else {}

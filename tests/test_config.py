@@ -66,13 +66,9 @@ def replaced(block: dict[str, Any], path: str, value: Any, rename: str | None = 
     return {**{key: old for key, old in block.items() if key != first}, rename or first: value}
 
 
-def faults_of(
-    tmp_path: Path, cls: type[settings.Settings], document: dict[str, Any] | str, *overrides: str
-) -> list[str]:
+def faults_of(tmp_path: Path, cls: type[settings.Settings], document: dict[str, Any] | str, *overrides: str) -> list[str]:
     file = tmp_path / "c.yaml"
-    file.write_text(
-        document if isinstance(document, str) else "\n".join(to_lines(document)), encoding="utf-8"
-    )
+    file.write_text(document if isinstance(document, str) else "\n".join(to_lines(document)), encoding="utf-8")
     try:
         load(file, overrides, cls)
     except ConfigError as error:
@@ -106,18 +102,14 @@ def test_the_table_covers_every_schema_and_source() -> None:
     stages = {DataConfig, SftConfig, GrpoConfig, EvalConfig}
     assert {cls for cls, _ in VALID} == stages
     assert {source["kind"] for source in SOURCES} | {"gsm_symbolic"} == {
-        kind
-        for member in get_args(settings.Source)
-        for kind in get_args(member.model_fields["kind"].annotation)
+        kind for member in get_args(settings.Source) for kind in get_args(member.model_fields["kind"].annotation)
     }
     assert len(known_keys(GrpoConfig)) > 180 and "trainer.num_generations" in known_keys(GrpoConfig)
     assert "trainer.warmup_steps" in known_keys(SftConfig) and "trainer.beta" not in known_keys(SftConfig)
 
 
 @by_schema
-def test_every_misspelt_key_is_named_with_its_line(
-    tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]
-) -> None:
+def test_every_misspelt_key_is_named_with_its_line(tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]) -> None:
     for path in keys_of(cls, valid):
         block, _, key = path.rpartition(".")
         middle = max(1, len(key) // 2)
@@ -261,9 +253,7 @@ def test_wrong_bytes_and_paths(tmp_path: Path) -> None:
 
 
 def test_an_alias_bomb_costs_nothing(tmp_path: Path) -> None:
-    assert (
-        "anchors and aliases are not supported" in faults_of(tmp_path, EvalConfig, BOMB)[0]
-    )  # 9^15 texts if expanded
+    assert "anchors and aliases are not supported" in faults_of(tmp_path, EvalConfig, BOMB)[0]  # 9^15 texts if expanded
 
 
 @pytest.mark.parametrize(
@@ -349,16 +339,10 @@ def test_numbers(tmp_path: Path, written: str, read: float) -> None:
     (tmp_path / "c.yaml").write_text(GOOD + f"generation: {{temperature: {written}}}", encoding="utf-8")
     in_file = load(tmp_path / "c.yaml", [], EvalConfig)
     given = load(tmp_path / "c.yaml", [f"generation.temperature={written}"], EvalConfig)
-    assert (
-        in_file == given
-        and given.generation.temperature == read
-        and isinstance(given.generation.temperature, float)
-    )
+    assert in_file == given and given.generation.temperature == read and isinstance(given.generation.temperature, float)
 
 
-@pytest.mark.parametrize(
-    "text", ["no", "yes", "on", "off", "y", "2026-11-24", "1:30", "=", "<<", "a#b", "~a", "Norway: no"]
-)
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "y", "2026-11-24", "1:30", "=", "<<", "a#b", "~a", "Norway: no"])
 def test_text_stays_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(GOOD, encoding="utf-8")
     written = json.dumps(text) if ": " in text else text
@@ -518,9 +502,7 @@ def test_group_rules_are_those_of_trl(trl: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
-def test_the_nearest_valid_values_are_valid_and_nearest(
-    monkeypatch: pytest.MonkeyPatch, num_processes: int
-) -> None:
+def test_the_nearest_valid_values_are_valid_and_nearest(monkeypatch: pytest.MonkeyPatch, num_processes: int) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(num_processes))
     for batch, steps, group in itertools.product((1, 2, 3, 8), (1, 2, 5), (2, 4, 7, 8)):
         trainer = {
@@ -617,18 +599,14 @@ def test_dump_loads_back(tmp_path: Path, text: str) -> None:
 
 
 @by_schema
-def test_dump_of_every_schema_loads_back(
-    tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]
-) -> None:
+def test_dump_of_every_schema_loads_back(tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]) -> None:
     config = cls.model_validate(valid)
     (tmp_path / "c.yaml").write_text(settings.dump(config), encoding="utf-8")
     assert load(tmp_path / "c.yaml", [], cls) == config
 
 
 @by_schema
-def test_the_hash_sees_what_changes_results_and_nothing_else(
-    cls: type[settings.Settings], valid: dict[str, Any]
-) -> None:
+def test_the_hash_sees_what_changes_results_and_nothing_else(cls: type[settings.Settings], valid: dict[str, Any]) -> None:
     sha = settings.config_sha256(cls.model_validate(valid))
     assert sha == settings.config_sha256(cls.model_validate(dict(reversed(valid.items()))))
     elsewhere = {"output_dir": "d"} if cls is DataConfig else {"run_dir": "d", "tracking": "wandb"}
@@ -637,9 +615,7 @@ def test_the_hash_sees_what_changes_results_and_nothing_else(
     assert sha != settings.config_sha256(cls.model_validate({**valid, "seed": 7}))
     if cls in (SftConfig, GrpoConfig):
         assert sha == settings.config_sha256(cls.model_validate({**valid, "hub": {"repo_id": "me/x"}}))
-        assert sha != settings.config_sha256(
-            cls.model_validate({**valid, "trainer": {"learning_rate": 1e-3}})
-        )
+        assert sha != settings.config_sha256(cls.model_validate({**valid, "trainer": {"learning_rate": 1e-3}}))
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -691,19 +667,13 @@ from_command_line(GrpoConfig, __doc__)
 """
 
 
-@pytest.mark.parametrize(
-    "override, code", [("seed=1", 0), ("trainer.learning_rat=1", 2), ("trainer.num_generations=7", 2)]
-)
-def test_a_fast_process_that_imports_nothing_heavy_and_writes_nothing(
-    tmp_path: Path, override: str, code: int
-) -> None:
+@pytest.mark.parametrize("override, code", [("seed=1", 0), ("trainer.learning_rat=1", 2), ("trainer.num_generations=7", 2)])
+def test_a_fast_process_that_imports_nothing_heavy_and_writes_nothing(tmp_path: Path, override: str, code: int) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "c.yaml").write_text("\n".join(to_lines(VALID[1][1])), encoding="utf-8")
     command = [sys.executable, "-B", "script.py", "--config", "c.yaml", override]
     before = os.times()
-    done = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     after = os.times()
     # Processor seconds, not the clock's: it waits for nothing, and other tests may share the machine.
     seconds = after.children_user + after.children_system - before.children_user - before.children_system

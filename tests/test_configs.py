@@ -48,10 +48,7 @@ def all_of(cls: type[Settings]) -> list[Any]:
 
 def header(file: str) -> list[str]:
     lines = Path(file).read_text(encoding="utf-8").splitlines()
-    return [
-        line.removeprefix("#")
-        for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))]
-    ]
+    return [line.removeprefix("#") for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))]]
 
 
 def commands(file: str) -> Iterator[list[str]]:
@@ -171,9 +168,7 @@ def test_the_pass_rates_it_reads_are_sampled_by_the_command_above_it(file: str) 
         "train",
         settings.adapter,
     )
-    assert first.generation.samples >= 8 and first.generation.temperature == settings.trainer.get(
-        "temperature", 1.0
-    )
+    assert first.generation.samples >= 8 and first.generation.temperature == settings.trainer.get("temperature", 1.0)
     assert settings.data.pass_rate.low < 1 / first.generation.samples
 
 

@@ -126,13 +126,10 @@ def evaluation(folder, run, questions, right, **changes):
     """An evaluation run of this run's adapter, in which the first `right` questions are solved."""
     manifest = json.loads((run / "manifest.json").read_text())
     rows = [
-        {"id": str(i), "split": "test", "question": text, "answer": "72", "num_steps": 2, "prompt": text}
-        | {"prompt_sha256": "0"}
+        {"id": str(i), "split": "test", "question": text, "answer": "72", "num_steps": 2, "prompt": text} | {"prompt_sha256": "0"}
         for i, text in enumerate(questions)
     ]
-    predictions = [
-        made_runs.predict(row, 0, "#### 72" if i < right else "#### 5", "stop") for i, row in enumerate(rows)
-    ]
+    predictions = [made_runs.predict(row, 0, "#### 72" if i < right else "#### 5", "stop") for i, row in enumerate(rows)]
     made = made_runs.manifest("eval", folder.name, manifest["chain"], adapter_sha256=manifest["adapter_sha256"])
     return made_runs.write_eval(folder, rows, predictions, made | {"model": manifest["model"]} | changes)
 
@@ -572,9 +569,7 @@ def test_no_network_no_token_offline(run_dir, tmp_path):
 
 # --- at the end of training -------------------------------------------------------------------------------------------
 
-AT_THE_END = (
-    "import sys, pathlib, posttrain.hub as hub; hub.push_or_explain(pathlib.Path(sys.argv[1]), sys.argv[2], True)"
-)
+AT_THE_END = "import sys, pathlib, posttrain.hub as hub; hub.push_or_explain(pathlib.Path(sys.argv[1]), sys.argv[2], True)"
 
 
 def end_training(run, server, tmp_path, repo_id=REPO):

@@ -20,7 +20,7 @@ posttrain
 posttrain.yaml_lines posttrain.trl_fields posttrain.records
 posttrain.faults posttrain.stats
 posttrain.config posttrain.lm_eval_files
-posttrain.run
+posttrain.run posttrain.training_data
 posttrain.predictions posttrain.card posttrain.bundled_model
 
 posttrain.report.charts posttrain.report.groups
@@ -30,11 +30,10 @@ posttrain.report
 posttrain.report.__main__
 
 posttrain.chat
-posttrain.models posttrain.hub
+posttrain.models posttrain.hub posttrain.plan
 posttrain.adapters posttrain.generate posttrain.trainers posttrain.callbacks
 posttrain.rollouts
 posttrain.training
-posttrain.plan
 
 data_prep sft_train grpo_train evaluate
 """
@@ -50,7 +49,7 @@ KEEPERS = {
     "datasets": {"posttrain.records", "data_prep"},
     "reasoning_gym": {"data_prep"},
     "matplotlib": {"posttrain.report.charts"},
-    "huggingface_hub": {"posttrain.hub", "posttrain.card", "posttrain.chat", "posttrain.adapters", "data_prep"},
+    "huggingface_hub": {"posttrain.hub", "posttrain.card", "posttrain.chat", "posttrain.adapters", "posttrain.plan", "data_prep"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers
 }

@@ -33,9 +33,7 @@ COMMANDS = sorted({shlex.join(words): words for words in commands()}.items())
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     # A make that runs these tests hands its own flags and variables down.
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK")}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 

@@ -18,9 +18,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium chromium-driver"
-)
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here: apt-get install chromium chromium-driver")
 
 HOSTILE = 3  # index of the question whose last completion tries to break out
 FLAGS = (
@@ -247,8 +245,7 @@ def test_answers_are_highlighted_in_the_colour_of_their_verdict(page, prediction
         for run, card in enumerate(page.find(".card")):
             p = predictions[run][index]
             marks = page.js(
-                "return [...arguments[0].querySelectorAll('mark.answer')]"
-                ".map((mark) => [mark.textContent, mark.className])",
+                "return [...arguments[0].querySelectorAll('mark.answer')].map((mark) => [mark.textContent, mark.className])",
                 card,
             )
             if p.value is not None:
@@ -338,9 +335,7 @@ def contrast(page, selector):
         """,
         selector,
     )
-    light, dark = sorted(
-        (luminance([float(v) for v in re.findall(r"[\d.]+", color)[:3]]) for color in colors), reverse=True
-    )
+    light, dark = sorted((luminance([float(v) for v in re.findall(r"[\d.]+", color)[:3]]) for color in colors), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 

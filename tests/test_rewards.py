@@ -168,9 +168,7 @@ def test_a_rendered_number_comes_back_under_every_decoration(
 
 @settings(max_examples=300, deadline=None)
 @given(numbers, numbers, st.sampled_from(DECORATIONS), st.sampled_from(WORKINGS))
-def test_grading_is_invariant_to_decoration(
-    x: Fraction, gold: Fraction, decoration: str, working: str
-) -> None:
+def test_grading_is_invariant_to_decoration(x: Fraction, gold: Fraction, decoration: str, working: str) -> None:
     text = working + decoration.format(*[plain(x)] * decoration.count("{}"))
     bare = grade(f"#### {plain(x)}", plain(gold))
     assert grade(text, plain(gold)).correct == bare.correct == (x == gold), text
@@ -360,9 +358,7 @@ def test_a_missing_gold_is_an_error() -> None:
         correctness_reward(GROUP, ["42"])
 
 
-@pytest.mark.parametrize(
-    "broken", [None, 42, [{"role": "assistant", "content": None}], [{"role": "assistant"}]]
-)
+@pytest.mark.parametrize("broken", [None, 42, [{"role": "assistant", "content": None}], [{"role": "assistant"}]])
 def test_what_is_no_completion_is_an_error_not_a_zero(broken: Any) -> None:
     with pytest.raises((TypeError, AttributeError, KeyError)):
         correctness_reward([broken], ["42"])

@@ -36,9 +36,7 @@ def recorded_outputs() -> list[tuple[str, str, bool]]:
 def test_agreement_with_the_recorded_verdicts() -> None:
     outputs = recorded_outputs()
     assert len(outputs) == 5265
-    assert [
-        solution for solution, gold, is_correct in outputs if grade(solution, gold).correct != is_correct
-    ] == []
+    assert [solution for solution, gold, is_correct in outputs if grade(solution, gold).correct != is_correct] == []
 
 
 def test_agreement_where_the_same_outputs_use_our_marker() -> None:

@@ -158,9 +158,7 @@ def test_bootstrap_is_seeded_and_agrees_with_resampling_one_by_one():
         stats.bootstrap([])
 
 
-@pytest.mark.parametrize(
-    ("n", "c", "k", "expected"), [(10, 3, 5, 0.916667), (16, 4, 4, 0.728022), (4, 1, 4, 1), (4, 0, 4, 0)]
-)
+@pytest.mark.parametrize(("n", "c", "k", "expected"), [(10, 3, 5, 0.916667), (16, 4, 4, 0.728022), (4, 1, 4, 1), (4, 0, 4, 0)])
 def test_pass_at_k_known(n, c, k, expected):
     assert stats.pass_at_k(n, c, k) == pytest.approx(expected, abs=5e-7)
 

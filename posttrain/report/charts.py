@@ -305,15 +305,11 @@ def _lines_png(axis: Any, chart: Chart) -> None:
         curve = running_mean(series.points) if smooth else series.points
         axis.plot(xs, [p.y for p in curve], color=color, linewidth=1.4, label=series.label)
         if all(p.low is not None for p in series.points):
-            axis.fill_between(
-                xs, [p.low for p in series.points], [p.high for p in series.points], color=color, alpha=0.15
-            )
+            axis.fill_between(xs, [p.low for p in series.points], [p.high for p in series.points], color=color, alpha=0.15)
     axis.set_yticks(y_ticks(chart), [number(t, chart.percent) for t in y_ticks(chart)])
 
 
-def _errorbar(
-    axis: Any, xs: Sequence[float], ys: Sequence[float], points: Sequence[Point], which: str, color: str
-) -> None:
+def _errorbar(axis: Any, xs: Sequence[float], ys: Sequence[float], points: Sequence[Point], which: str, color: str) -> None:
     known = [i for i, p in enumerate(points) if p.low is not None and p.high is not None]
     below = [points[i].y - (points[i].low or 0.0) for i in known]
     above = [(points[i].high or 0.0) - points[i].y for i in known]

@@ -188,8 +188,7 @@ def page_data(groups: Sequence[Group], curves: Iterable[Chart]) -> dict[str, Any
 
 def _curve_data(chart: Chart) -> dict[str, Any]:
     series = [
-        {"label": s.label, "x": [p.x for p in s.points], "y": [float(f"{p.y:.5g}") for p in s.points]}
-        for s in chart.series
+        {"label": s.label, "x": [p.x for p in s.points], "y": [float(f"{p.y:.5g}") for p in s.points]} for s in chart.series
     ]
     return {"percent": chart.percent, "series": series}
 
@@ -200,9 +199,7 @@ def _group_data(group: Group) -> dict[str, Any]:
     questions = group.runs[0].questions
     by_id = [{samples[0].id: samples for samples in run.samples} for run in group.runs]
     ordered = [[samples[question["id"]] for question in questions] for samples in by_id]
-    runs = [
-        {"label": run.label, "num_samples": run.results["num_samples"], "prompt": _prompts(run)} for run in group.runs
-    ]
+    runs = [{"label": run.label, "num_samples": run.results["num_samples"], "prompt": _prompts(run)} for run in group.runs]
     return {
         "title": group.title,
         "subset": group.subset,

@@ -1,0 +1,224 @@
+"""`--dry-run`: what follows from a config before anything is trained. Arithmetic, two rows with their mask, memory, checks.
+
+Needs the data set and the tokenizer, never the weights; without a reachable tokenizer it says so and shows the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from posttrain import training_data
+from posttrain.config import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
+from posttrain.records import Example
+from posttrain.run import num_processes
+from posttrain.trl_fields import trl_fields
+
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+def show_sft_plan(config: SftConfig) -> None:
+    train, dev = training_data.load_examples(config)
+    value = trainer_values(config, "SFTConfig")
+    batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
+    steps = num_steps(value, len(train), batch)
+    print(f"SFT: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
+    tokenizer = tokenizer_or_none(config.model)
+    if tokenizer:
+        show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
+        for example in train[:2]:
+            print(masked(tokenizer, example))
+        show_stop(tokenizer)
+    show_memory(config, value["per_device_train_batch_size"], value["max_length"] or 1024, value["gradient_checkpointing"])
+
+
+def show_grpo_plan(config: GrpoConfig) -> None:
+    train, dev = training_data.load_examples(config)
+    value = trainer_values(config, "GRPOConfig")
+    group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
+    batch = value["per_device_train_batch_size"] * accumulation * num_processes()
+    window = value["generation_batch_size"] or value["per_device_train_batch_size"] * num_processes() * (
+        value["steps_per_generation"] or accumulation
+    )
+    steps = num_steps(value, len(train) * group, batch)
+    print(f"GRPO from {config.adapter} ({config.adapter_mode}): {len(train)} questions, {len(dev)} dev rows")
+    print(
+        f"{batch_line(value)} = {batch} completions a step, {batch // group} questions x {group}; "
+        f"{window} completions generated at once; {steps} steps, {steps * batch} completions "
+        f"of at most {value['max_completion_length']} tokens"
+    )
+    gate = "only with a right answer" if config.rewards.gate_format else "right or wrong"
+    print(
+        f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}); beta {value['beta']:g}"
+    )
+    tokenizer = tokenizer_or_none(config.model)
+    if tokenizer:
+        from posttrain.chat import chat_ids
+
+        lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
+        print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
+        show_stop(tokenizer)
+    show_memory(
+        config,
+        value["per_device_train_batch_size"],
+        256 + value["max_completion_length"],
+        value["gradient_checkpointing"],
+    )
+    show_cache(config.model, window, 256 + value["max_completion_length"])
+
+
+def show_eval_plan(config: EvalConfig, asked: list[Example]) -> None:
+    generation = config.generation
+    how = "greedy" if generation.temperature == 0 else f"temperature {generation.temperature}, {generation.samples} samples"
+    subset = " (a subset)" if config.data.limit else ""
+    print(f"evaluate {config.model.name_or_path} + {config.adapter or 'no adapter'}")
+    print(f"on {len(asked)} questions{subset} of {config.data.path}, into {config.run_dir}")
+    print(f"{how}, at most {generation.max_new_tokens} tokens; engine {config.engine}; base {config.quantization}")
+    tokenizer = tokenizer_or_none(config.model)
+    if tokenizer and asked:
+        print(tokenizer.apply_chat_template(asked[0].prompt, add_generation_prompt=True, tokenize=False))
+        show_stop(tokenizer)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def trainer_values(config: SftConfig | GrpoConfig, name: str) -> dict[str, Any]:
+    """The trainer's fields with TRL's defaults filled in."""
+    return {key: config.trainer.get(key, field.default) for key, field in trl_fields(name).items()}
+
+
+def num_steps(value: dict[str, Any], num_rows: int, batch: int) -> int:
+    if value["max_steps"] > 0:
+        return value["max_steps"]
+    return math.ceil(num_rows / batch) * math.ceil(value["num_train_epochs"])
+
+
+def batch_line(value: dict[str, Any]) -> str:
+    rows, accumulation = value["per_device_train_batch_size"], value["gradient_accumulation_steps"]
+    return f"batch {rows} x accumulation {accumulation} x processes {num_processes()}"
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_or_none(model: Model) -> Any:
+    from posttrain.chat import load_tokenizer
+
+    try:
+        return load_tokenizer(model)
+    except ValueError as error:
+        print(f"tokens are not shown: {error}")
+        return None
+
+
+def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: float) -> None:
+    from posttrain.chat import chat_ids
+
+    sample = train[:1000]
+    wholes = [len(chat_ids(tokenizer, example.prompt + example.completion)) for example in sample]
+    prompts = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in sample]
+    mean, over = sum(wholes) / len(wholes), sum(length > max_length for length in wholes)
+    trained = (sum(wholes) - sum(prompts)) / sum(wholes)
+    print(
+        f"tokens: {mean:.0f} a row (longest {max(wholes)}, {over} of {len(sample)} over max_length {max_length}), "
+        f"{trained:.0%} of them trained on; about {mean * len(train) * epochs:,.0f} in all"
+    )
+
+
+def masked(tokenizer: Any, example: Example) -> str:
+    """A row as the model sees it, the part without loss dimmed."""
+    from posttrain.chat import chat_ids
+
+    prompt = chat_ids(tokenizer, example.prompt, add_generation_prompt=True)
+    whole = chat_ids(tokenizer, example.prompt + example.completion)
+    return f"{DIM}{tokenizer.decode(prompt)}{PLAIN}{tokenizer.decode(whole[len(prompt) :])}"
+
+
+def show_stop(tokenizer: Any) -> None:
+    from posttrain.chat import template_specials
+
+    specials = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} {token}" for token in template_specials(tokenizer))
+    print(f"stops on {tokenizer.eos_token} ({tokenizer.eos_token_id}), pads with {tokenizer.pad_token}")
+    print(f"special tokens of the template: {specials}")
+    print("whether the base model was trained on these tokens is measured when its weights load (lora.train_special_tokens)")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+BYTES = {
+    "nf4": 0.516 + 0.016,
+    "nf4_unpacked": 2.0,
+    "none": 2.0,
+}  # a weight of a linear layer; NF4 with double quantization
+
+
+def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool) -> None:
+    shape = model_shape(config.model)
+    if shape is None:
+        return
+    linear, embedding = shape["linear"], shape["embedding"]
+    width = 2 if config.model.dtype != "float32" else 4
+    weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
+    lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
+    layers = 1 if checkpointing else shape["layers"]
+    activations = (
+        rows * length * width * (layers * (10 * shape["hidden"] + 4 * shape["intermediate"]) + shape["layers"] * shape["hidden"])
+    )
+    total = weights + lora + activations
+    print(
+        f"memory, estimated: base {gib(weights)}, adapter with optimizer {gib(lora)}, activations of {rows} x {length} tokens "
+        f"{gib(activations)}{' (checkpointed)' if checkpointing else ''}; about {gib(total)} and the output head's tiles"
+    )
+
+
+def show_cache(model: Model, rows: int, length: int) -> None:
+    shape = model_shape(model)
+    if shape:
+        print(
+            f"rollouts: a bf16 copy of the linear layers {gib(2 * shape['linear'])}, "
+            f"keys and values of {rows} rows {gib(rows * length * shape['kv'])}"
+        )
+
+
+def lora_parameters(config: TrainConfig, shape: dict[str, Any]) -> float:
+    """Of a rank-r adapter on every linear layer; those on fewer targets are smaller."""
+    rank = config.lora.r if config.lora else 32
+    hidden, inner, kv = shape["hidden"], shape["intermediate"], shape["kv_width"]
+    sizes = {"q_proj": 2 * hidden, "o_proj": 2 * hidden, "k_proj": hidden + kv, "v_proj": hidden + kv}
+    sizes |= {name: hidden + inner for name in ("gate_proj", "up_proj", "down_proj")}
+    targets = config.lora.target_modules if config.lora else list(sizes)
+    return rank * shape["layers"] * sum(sizes.get(target, 2 * hidden) for target in targets)
+
+
+def model_shape(model: Model) -> dict[str, Any] | None:
+    """Sizes out of config.json: of a local folder, or of the local Hub cache."""
+    file = Path(model.name_or_path, "config.json")
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model.name_or_path, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            print("memory is not estimated: the model's config.json is not on this machine yet")
+            return None
+        file = Path(cached)
+    c = json.loads(file.read_text(encoding="utf-8"))
+    hidden, inner, layers, heads = (
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_hidden_layers"],
+        c["num_attention_heads"],
+    )
+    kv_width = c.get("num_key_value_heads", heads) * (c.get("head_dim") or hidden // heads)
+    linear = layers * (2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * inner)
+    embedding = c["vocab_size"] * hidden * (1 if c.get("tie_word_embeddings") else 2)
+    return {
+        "hidden": hidden, "intermediate": inner, "layers": layers, "kv_width": kv_width, "linear": linear, "embedding": embedding,
+        "kv": 2 * layers * kv_width * 2,
+    }  # fmt: skip
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,33 @@
+"""Which examples a training run reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.config import PassRate, TrainConfig
+from posttrain.records import Example, Prediction, read_jsonl
+
+
+def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """Training and dev examples, as many as the config asks for."""
+    folder = Path(config.data.path)
+    train = read_jsonl(folder / "train.jsonl", Example)
+    if config.data.pass_rate:
+        train = with_pass_rate(train, config.data.pass_rate)
+    dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
+    return train[: config.data.num_train], dev
+
+
+def with_pass_rate(examples: list[Example], settings: PassRate) -> list[Example]:
+    """The questions whose samples in an evaluation run were right in a share between `low` and `high`.
+
+    Questions that a policy always or never solves give groups without signal. Questions it was not asked are left out.
+    """
+    file = Path(settings.run_dir, "predictions.jsonl")
+    if not file.is_file():
+        raise ValueError(f"no samples at {file}: evaluate the train split first (data.split=train generation.samples=8)")
+    samples: dict[str, list[bool]] = {}
+    for prediction in read_jsonl(file, Prediction):
+        samples.setdefault(prediction.id, []).append(prediction.correct)
+    kept = {name for name, hits in samples.items() if settings.low <= sum(hits) / len(hits) <= settings.high}
+    return [example for example in examples if example.id in kept]
