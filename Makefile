@@ -42,8 +42,7 @@ demo model: export PYTHONWARNINGS := ignore
 # One thread for each physical core; one that waits leaves its core to others.
 demo model: export OMP_NUM_THREADS := $(CORES)
 demo model: export OMP_WAIT_POLICY := PASSIVE
-# On a CPU, glibc gives large blocks back to the kernel, and the next step has every page of them faulted in again. Kept
-# instead, SFT of the demo's model ran 3.6 times as fast (25 -> 91 tokens/s, NF4 off, two cores).
+# On a CPU, glibc gives large blocks back to the kernel, and the next step has every page of them faulted in again.
 demo model: export MALLOC_MMAP_MAX_ := 0
 demo model: export MALLOC_TRIM_THRESHOLD_ := 100000000000
 demo model: export MALLOC_TOP_PAD_ := 268435456

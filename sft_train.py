@@ -13,6 +13,8 @@ the run is refused; dev accuracy is measured before and after; a non-finite grad
 
 from __future__ import annotations
 
+from typing import Any
+
 from posttrain import config as settings
 from posttrain.config import SftConfig
 from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of
@@ -46,7 +48,8 @@ def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-unty
     """The base with a new adapter, or with one to continue; what it is made of goes into the manifest."""
     from posttrain import adapters, models
 
-    parent, chain = None, []
+    parent: dict[str, Any] | None = None
+    chain: list[dict[str, Any]] = []
     if config.adapter:
         folder = adapters.resolve_adapter(config.adapter)
         adapters.check_adapter_fits(folder, config.model)

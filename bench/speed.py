@@ -67,7 +67,13 @@ def parties(args: argparse.Namespace) -> dict[str, Any]:
     """Name -> the command that runs it into a folder."""
     adapter = args.work / "ours-sft-fast-0"
     ours = [f"model.name_or_path={args.model}", f"model.attn_implementation={args.attention}", f"data.path={args.data}"]
-    ours += ["data.num_dev=0", "data.num_train=2000", "trainer.logging_steps=1", "trainer.save_strategy=no"]
+    ours += [
+        "data.num_dev=0",
+        "data.num_train=2000",
+        "trainer.logging_steps=1",
+        "trainer.save_strategy=no",
+        "trainer.eval_strategy=no",
+    ]
     shape = [f"lora={{r: 32, alpha: 64, target_modules: {TARGETS}}}", f"trainer.max_steps={args.steps}"]
     fast = [
         "quantization=nf4_unpacked",

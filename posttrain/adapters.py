@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -105,7 +106,7 @@ def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
     return config
 
 
-def _known(values: dict, cls: type) -> dict:
+def _known(values: dict[str, Any], cls: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}
 
 
@@ -157,7 +158,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
 # --- special tokens ---------------------------------------------------------------------------------------------------
 
 
-def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """For every special token the template emits: its embedding row's norm against the trained rows.
 
     Llama-3 *base* models never saw `<|eot_id|>` or the header tokens, LoRA leaves their rows frozen, and a model that

@@ -242,6 +242,8 @@ class SftConfig(TrainConfig):
             yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
+        if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
+            yield ("trainer", "eval_strategy"), "needs dev rows: set data.num_dev above 0, or eval_strategy to no"
 
 
 class GrpoConfig(TrainConfig):

@@ -24,6 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config import Engine
 
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 BLOCK = 32  # steps between two looks for finished rows, and the step in which key and value buffers grow
 
 
@@ -89,13 +90,13 @@ class Buffers:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.layers: Layers = []
         self.position: torch.Tensor | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):
             rows, heads, _, head_dim = key.shape
-            self.layers.append(tuple(key.new_zeros(rows, heads, self.capacity, head_dim) for _ in range(2)))  # type: ignore[arg-type]
+            self.layers.append(tuple(key.new_zeros(rows, heads, self.capacity, head_dim) for _ in range(2)))
         keys, values = self.layers[layer]
         if self.position is not None:
             keys.index_copy_(2, self.position, key)
@@ -111,7 +112,7 @@ class Buffers:
 
     def take(self, rows: torch.Tensor, capacity: int) -> None:
         """Keep these rows, in this order and possibly repeated, in buffers of a new capacity."""
-        self.layers = [tuple(_resized(tensor, rows, self.length, capacity) for tensor in layer) for layer in self.layers]  # type: ignore[misc]
+        self.layers = [tuple(_resized(tensor, rows, self.length, capacity) for tensor in layer) for layer in self.layers]
         self.capacity = capacity
 
 
@@ -207,7 +208,7 @@ class _Rows:
         )
         return torch.cat(logits)[repeat]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list, torch.Tensor, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Layers, torch.Tensor, torch.Tensor]:
         """One slice, padded on the left: last logits, keys and values padded to the batch's width, valid, next positions."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -305,7 +306,7 @@ class EagerStep:
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.model, self.most = model, capacity
 
-    def fill(self, layers: list, rows: torch.Tensor, length: int) -> None:
+    def fill(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
         self.buffers = Buffers(length)
         self.buffers.layers, self.buffers.length = layers, length
         self.keep(rows, length)
@@ -333,7 +334,7 @@ class GraphStep:
         self.model, self.capacity = model, -(-capacity // 128) * 128
         self.graphs: dict[tuple[int, int], _Graph] = model.__dict__.setdefault("_step_graphs", {})
 
-    def fill(self, layers: list, rows: torch.Tensor, length: int) -> None:
+    def fill(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
         self.graph = self._graph(len(rows))
         self.graph.load(layers, rows, length)
 
@@ -364,7 +365,7 @@ class _Graph:
         self.lowest = torch.finfo(model.dtype).min
         self.mask = torch.zeros(num_rows, 1, 1, capacity, dtype=model.dtype, device=device)
         self.buffers = Buffers(capacity)
-        self.buffers.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.position = self.buffers.position = torch.zeros(1, dtype=torch.long, device=device)
         self._run(model)  # makes the buffers, and whatever the kernels set up on first use
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -374,7 +375,7 @@ class _Graph:
     def _run(self, model: PreTrainedModel) -> torch.Tensor:
         return last_logits(model, self.ids, self.mask, self.positions, self.buffers)
 
-    def load(self, layers: list, rows: torch.Tensor, length: int) -> None:
+    def load(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
         for own, layer in zip(self.buffers.layers, layers, strict=True):
             for target, source in zip(own, layer, strict=True):
                 target[: len(rows), :, :length] = source[rows, :, :length]
@@ -386,7 +387,7 @@ class _Graph:
         self.mask.fill_(self.lowest)
         self.mask[:n, 0, 0, : valid.shape[1]].masked_fill_(valid, 0.0)
         self.mask[n:] = 0.0
-        self.buffers.position.fill_(length)
+        self.position.fill_(length)
         self.graph.replay()
         return self.logits[:n]
 

@@ -182,7 +182,7 @@ class PolicyCopy:
         return self.model
 
 
-def _plain_config(config: Any) -> dict:
+def _plain_config(config: Any) -> dict[str, Any]:
     values = config.to_dict()
     for key in ("quantization_config", "architectures", "_name_or_path", "dtype", "torch_dtype"):
         values.pop(key, None)

@@ -28,6 +28,7 @@ class Rollouts:
 
     def __init__(self, copy: PolicyCopy, tokenizer: PreTrainedTokenizerBase, seed: int, settings: RolloutSettings) -> None:
         self.copy, self.tokenizer, self.seed = copy, tokenizer, seed
+        assert settings.engine != "trl", "TRL makes its own completions then"
         self.engine, self.batch_size = settings.engine, settings.batch_size
         self._step, self._calls = -1, 0
 

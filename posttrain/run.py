@@ -45,8 +45,8 @@ class Run:
     def __init__(self, folder: Path, manifest: dict[str, Any], lock: FileLock | None) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.started = time.time()
         self._lock = lock
+        self._started = time.time() - manifest["seconds"]  # an interrupted run's time counts
 
     @property
     def is_main(self) -> bool:
@@ -61,7 +61,7 @@ class Run:
                 self.save()
 
     def record(self, **fields: Any) -> None:
-        self.manifest.update(fields)
+        self.manifest.update(fields, seconds=round(time.time() - self._started, 1))
         self.save()
 
     def append(self, file: str, row: dict[str, Any]) -> None:
@@ -74,8 +74,7 @@ class Run:
             write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, status: str = "ok") -> None:
-        seconds = self.manifest.get("seconds", 0.0) + time.time() - self.started
-        self.record(exit=status, finished=_utc(), seconds=round(seconds, 1))
+        self.record(exit=status, finished=_utc())
         if self._lock:
             self._lock.release()
 
@@ -98,20 +97,27 @@ def open_run(config: Settings, stage: str, folder: str, resume: bool) -> Iterato
 
 
 def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
-    if not is_main_process():
-        return Run(folder, {"notes": [], "chain": []}, None)
-    check_reusable(config, folder, resume)
+    if is_main_process():
+        check_reusable(config, folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = _locked(folder, config, resume) if is_main_process() else None
+    before = read_manifest(folder) if (folder / "manifest.json").is_file() else {}
+    first = {"started": _utc(), "seconds": 0.0} | {key: before[key] for key in ("started", "seconds") if key in before}
+    run = Run(folder, {**before, **_opening(config, stage, folder), **first}, lock)
+    if run.is_main:
+        write_atomic(folder / "config.yaml", dump(config))
+    run.save()
+    return run
+
+
+def _locked(folder: Path, config: Settings, resume: bool) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder} is in use by another process: wait for it, or choose another run_dir") from None
-    before = read_manifest(folder) if (folder / "manifest.json").is_file() else {}
-    run = Run(folder, {**before, **_opening(config, stage, folder), "seconds": before.get("seconds", 0.0)}, lock)
-    write_atomic(folder / "config.yaml", dump(config))
-    run.save()
-    return run
+    check_reusable(config, folder, resume)  # again: another process may have finished since
+    return lock
 
 
 def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
@@ -124,6 +130,8 @@ def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     before = read_manifest(folder)
     if before["config_sha256"] != config_sha256(config):
         raise ValueError(f"{folder} belongs to a run with other settings ({_changed(config, folder)}): choose another run_dir")
+    if changed := _changed_input(before):
+        raise ValueError(f"{folder} belongs to a run over another {changed}, which has changed since: choose another run_dir")
     if before["exit"] == "ok":
         raise AlreadyDone(f"{folder} already holds this run, finished {before['finished']}: nothing to do")
     if not resume and any(folder.glob("checkpoints/checkpoint-*")):
@@ -136,7 +144,18 @@ def _changed(config: Settings, folder: Path) -> str:
     old = _flat(YAML(typ="safe", pure=True).load((folder / "config.yaml").read_text(encoding="utf-8")))
     new = _flat(config.model_dump(mode="json"))
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in sorted(old | new) if old.get(key) != new.get(key)]
-    return "; ".join(changed[:4]) or "data or code it depends on changed"
+    return "; ".join(changed[:4]) or "those of another version of this project"
+
+
+def _changed_input(manifest: dict[str, Any]) -> Path | None:
+    """What the run read that is no longer what it was: its data, or the adapter of the run it starts from."""
+    data, parent = manifest.get("data"), manifest.get("parent")
+    if data and (file := Path(data["path"], f"{data['split']}.jsonl")).is_file() and sha256_file(file) != data["sha256"]:
+        return file
+    if parent and Path(parent["run_dir"], "manifest.json").is_file():
+        run_dir = Path(parent["run_dir"])
+        return run_dir / "adapter" if read_manifest(run_dir)["adapter_sha256"] != parent["adapter_sha256"] else None
+    return None
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -154,7 +173,6 @@ def _opening(config: Settings, stage: str, folder: Path) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
         "hardware": hardware(),
         "seed": getattr(config, "seed", None),
-        "started": _utc(),
         "finished": None,
         "exit": "running",
         "config_sha256": config_sha256(config),
@@ -171,9 +189,10 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
 
 def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The `parent` entry for a run that starts from this adapter, and the chain that leads to it."""
-    run_dir = adapter_folder.parent
-    parent = {"run_dir": str(run_dir), "adapter_sha256": adapter_sha256}
-    if not (run_dir / "manifest.json").is_file():
+    parent = {"run_dir": str(adapter_folder.parent), "adapter_sha256": adapter_sha256}
+    above = (adapter_folder.parent, adapter_folder.parent.parent)  # of adapter/, of checkpoints/checkpoint-5/
+    run_dir = next((folder for folder in above if (folder / "manifest.json").is_file()), None)
+    if run_dir is None:
         return parent, [{"stage": "adapter", "name": str(adapter_folder), "adapter_sha256": adapter_sha256}]
     manifest = read_manifest(run_dir)
     link = {
@@ -189,17 +208,19 @@ def data_entry(path: Path | str, split: str) -> dict[str, Any]:
     """What the manifest says of the data.
 
     Raises:
-        ValueError: the data set is not prepared; the text has the command that prepares it.
+        ValueError: the data set is not prepared, or not as data_prep.py left it; the text has the command that prepares it.
     """
-    file = Path(path, f"{split}.jsonl")
-    if not file.is_file():
-        raise ValueError(f"no {split} examples at {file}: prepare them with `python data_prep.py --config {_data_config(path)}`")
-    manifest = read_manifest(path)
+    file, command = Path(path, f"{split}.jsonl"), f"python data_prep.py --config {_data_config(path)}"
+    if not file.is_file() or not Path(path, "manifest.json").is_file():
+        raise ValueError(f"no {split} examples at {file}: prepare them with `{command}`")
+    manifest, sha256 = read_manifest(path), sha256_file(file)
+    if manifest["files"].get(file.name) != sha256:
+        raise ValueError(f"{file} is not what {path}/manifest.json says it is: prepare it again with `{command}`")
     return {
         "name": manifest["name"],
         "path": str(path),
         "split": split,
-        "sha256": sha256_file(file),
+        "sha256": sha256,
         "source": manifest["source"],
     }
 
@@ -207,7 +228,7 @@ def data_entry(path: Path | str, split: str) -> dict[str, Any]:
 def _data_config(path: Path | str) -> str:
     """The YAML in configs/ that writes this folder."""
     for candidate in sorted((ROOT / "configs").glob("data_*.yaml")):
-        if f"output_dir: {path}\n" in candidate.read_text(encoding="utf-8"):
+        if f"output_dir: {Path(path)}\n" in candidate.read_text(encoding="utf-8"):
             return f"configs/{candidate.name}"
     return "configs/data_<name>.yaml"
 
@@ -217,7 +238,7 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
+    return {"commit": git("rev-parse", "--verify", "--quiet", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
 
 
 def hardware() -> dict[str, Any]:

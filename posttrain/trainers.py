@@ -24,6 +24,8 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 MASTER_DTYPE = torch.float32
+# Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
+ROUNDING = 1e-6
 
 
 class MasterWeights:
@@ -33,7 +35,7 @@ class MasterWeights:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
         if not masters:
             raise ValueError("the model has no trainable parameter: load the adapter with trainable=True (trl#6700)")
-        super().__init__(*args, model=model, **kwargs)
+        super().__init__(*args, model=model, **kwargs)  # type: ignore[call-arg]  # a mixin: this is TRL's trainer
         for name, parameter in model.named_parameters():
             if name in masters:
                 parameter.data = masters[name].to(parameter.device)
@@ -94,6 +96,9 @@ class GRPO(MasterWeights, GRPOTrainer):
                     f"completion {int((~column.isfinite()).nonzero()[0])} "
                     "of the batch: a grader that returns NaN is broken; nothing was applied"
                 )
+        self._metrics["train" if self.model.training else "eval"]["frac_groups_without_signal"].append(
+            groups_without_signal(scores, self.reward_weights, self.num_generations)
+        )
         return scores
 
     def _log_mismatch(self, inputs: dict[str, Any]) -> None:
@@ -104,9 +109,15 @@ class GRPO(MasterWeights, GRPOTrainer):
             self._metrics["train"]["rollout/logp_difference"].append(difference[mask].mean().item())
 
 
+def groups_without_signal(scores: torch.Tensor, weights: torch.Tensor, size: int) -> float:
+    """Share of groups whose weighted rewards are all equal. scores (completions, functions), weights (functions,)."""
+    rewards = (scores * weights.to(scores.device)).sum(1).view(-1, size)
+    return ((rewards.amax(1) - rewards.amin(1)) < ROUNDING).float().mean().item()
+
+
 def rows_with_signal(advantages: torch.Tensor) -> torch.Tensor:
     """Indices of rows with an advantage; one row at least, so that the loss stays connected to the model."""
-    rows = (advantages != 0).nonzero().squeeze(1)
+    rows = (advantages.abs() > ROUNDING).nonzero().squeeze(1)
     return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=advantages.device)
 
 

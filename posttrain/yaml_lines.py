@@ -133,7 +133,7 @@ def read(path: Path | str) -> Document:
 
 def _compose(text: str) -> Node | None:
     try:
-        return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]
+        return YAML(typ="safe", pure=True).compose(text)
     except ReaderError as error:
         raise NotYaml(text.count("\n", 0, error.position) + 1, "not valid YAML: a control character") from error
     except MarkedYAMLError as error:

@@ -188,7 +188,7 @@ def grpo_metrics(num_steps, rng):
             "completions/mean_length": 128 - 0.02 * step + rng.gauss(0, 5),
             "completions/clipped_ratio": abs(rng.gauss(0.02, 0.01)),
             "entropy": 0.31 - 0.0003 * step + rng.gauss(0, 0.01),
-            "frac_reward_zero_std": abs(rng.gauss(0.3, 0.1)),
+            "frac_groups_without_signal": abs(rng.gauss(0.3, 0.1)),
             "grad_norm": abs(rng.gauss(0.2, 0.05)),
             "learning_rate": 3e-5,
             "lora_moved_share": 0.999,

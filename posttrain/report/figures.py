@@ -19,7 +19,7 @@ CURVES: tuple[tuple[str, bool, dict[str, str]], ...] = (
     ("Completion length, tokens", False, {"completions/mean_length": "mean"}),
     ("Cut-off completions", True, {"completions/clipped_ratio": "share"}),
     ("Entropy, nats per token", False, {"entropy": "entropy"}),
-    ("Groups with equal rewards", True, {"frac_reward_zero_std": "share"}),
+    ("Groups with equal rewards", True, {"frac_groups_without_signal": "share"}),
     ("Reward spread within groups", False, {"reward_std": "deviation"}),
     ("Adapter weights moved by a step", True, {"lora_moved_share": "share"}),
     ("Gradient norm", False, {"grad_norm": "norm"}),
