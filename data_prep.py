@@ -34,7 +34,7 @@ from posttrain.records import (
     write_atomic,
     write_jsonl,
 )
-from posttrain.run import exit_on_user_error, git_state
+from posttrain.run import exit_on_user_error, git_state, read_manifest
 from rewards import GRADER_VERSION, gold_answer, grade
 
 SPLITS = ("train", "dev", "test")
@@ -46,15 +46,20 @@ def main() -> None:
     config, args = settings.from_command_line(DataConfig, __doc__)
     source = read_source(config)
     folder = Path(config.output_dir)
+    refuse_foreign(folder)
     if is_current(config, source, folder):
         print(f"{folder} is up to date: same settings, same source, nothing to do")
         return
-    rows, rejected = check_rows(source.rows, config)
+
+    from posttrain.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    rows, rejected = check_rows(source.rows, config, special_tokens(tokenizer))
     refuse_too_many(rejected, config)
     rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
     shots = few_shot_rows(rows, config)
     examples = [to_example(row, config, shots) for row in rows]
-    manifest = describe(examples, config, source, repeats, len(rejected))
+    manifest = describe(examples, config, source, repeats, len(rejected), tokenizer)
     print(summary(manifest))
     if not args.dry_run:
         write(folder, examples, rejected, manifest)
@@ -97,7 +102,8 @@ def read_source(config: DataConfig) -> Source:
         case _:
             rows = list(generated_rows(source, config.seed))
     digest = sha256_text("".join(f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}\n" for row in rows))
-    return Source(rows, digest, source.model_dump(mode="json"))
+    origin = {"sampled_from": sampled_source(source)} if source.kind == "rejection_sampled" else {}
+    return Source(rows, digest, source.model_dump(mode="json") | origin)
 
 
 def hub_rows(source: settings.HubSource) -> Iterator[Row]:
@@ -172,6 +178,12 @@ def sampled_rows(source: settings.RejectionSampledSource) -> Iterator[Row]:
         yield Row(str(run_dir), number, "train", questions[name]["question"], text)
 
 
+def sampled_source(source: settings.RejectionSampledSource) -> dict[str, Any]:
+    """The source of the questions: what a model trained on the samples has seen."""
+    found: dict[str, Any] = read_manifest(source.run_dir)["data"]["source"]
+    return found
+
+
 def generated_rows(source: settings.GeneratorSource, seed: int) -> Iterator[Row]:
     """Offline word problems from reasoning-gym, each split from seeds of its own, no question twice."""
     import reasoning_gym
@@ -211,11 +223,13 @@ def leg_counting_solution(item: dict[str, Any]) -> str:
 # --- rows -> examples -------------------------------------------------------------------------------------------------
 
 
-def check_rows(rows: Iterable[Row], config: DataConfig) -> tuple[list[Row], list[dict[str, Any]]]:
+def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows whose gold answer is a number and grades itself as right; the others with file, line and reason."""
     good, rejected = [], []
     for row in rows:
-        problem = row.problem or gold_problem(solution_text(row.answer, config.calculator_marks))
+        problem = (
+            row.problem or special_problem(row, specials) or gold_problem(solution_text(row.answer, config.calculator_marks))
+        )
         if problem:
             rejected.append(
                 {"file": row.file, "line": row.line, "reason": problem, "question": row.question, "answer": row.answer}
@@ -223,6 +237,18 @@ def check_rows(rows: Iterable[Row], config: DataConfig) -> tuple[list[Row], list
         else:
             good.append(row)
     return good, rejected
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    from posttrain.chat import special_ids
+
+    return {str(tokenizer.convert_ids_to_tokens(token)) for token in special_ids(tokenizer)}
+
+
+def special_problem(row: Row, specials: set[str]) -> str:
+    """`<|im_end|>` in a text becomes the token itself: a question could end its own turn and begin the answer."""
+    found = sorted(token for token in specials if token in row.question or token in row.answer)
+    return f"holds {found[0]}, which the tokenizer reads as a special token" if found else ""
 
 
 def gold_problem(solution: str) -> str:
@@ -339,7 +365,7 @@ def count_steps(answer: str) -> int:
 
 
 def describe(
-    examples: list[Example], config: DataConfig, source: Source, repeats: dict[str, int], num_rejected: int
+    examples: list[Example], config: DataConfig, source: Source, repeats: dict[str, int], num_rejected: int, tokenizer: Any
 ) -> dict[str, Any]:
     return {
         "stage": "data",
@@ -348,25 +374,24 @@ def describe(
         "source_sha256": source.sha256,
         "config_sha256": settings.config_sha256(config),
         "grader": GRADER_VERSION,
+        "prompt": config.prompt.model_dump(),
         **git_state(),
         "counts": {split: sum(example.split == split for example in examples) for split in SPLITS},
         "rejected": num_rejected,
         **repeats,
-        "prompt_tokens": None,
         "warning": "made from GSM8K test questions (arXiv:2410.05229): never report GSM8K for a model trained on this"
         if source.describe["kind"] == "gsm_symbolic"
         else None,
-        **token_lengths(examples, config),
+        **token_lengths(examples, config, tokenizer),
     }
 
 
-def token_lengths(examples: list[Example], config: DataConfig) -> dict[str, Any]:
+def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -> dict[str, Any]:
     """Percentiles of prompt and whole lengths in the real tokenizer's tokens, and the share over `max_length`."""
     from tqdm import tqdm
 
-    from posttrain.chat import chat_ids, load_tokenizer
+    from posttrain.chat import chat_ids
 
-    tokenizer = load_tokenizer(config.tokenizer)
     prompts, wholes = [], []
     for example in tqdm(examples, desc="tokenizing", unit="row", disable=None):
         prompts.append(len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)))
@@ -391,21 +416,30 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
     """The folder holds what these settings and this source give, undamaged."""
     if not (folder / "manifest.json").is_file():
         return False
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     same = (manifest["config_sha256"], manifest["source_sha256"], manifest["grader"]) == (
         settings.config_sha256(config),
         source.sha256,
         GRADER_VERSION,
     )
-    return same and all(
-        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in manifest["files"].items()
+    return (
+        same
+        and bool(manifest["files"])
+        and all((folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in manifest["files"].items())
     )
 
 
+def refuse_foreign(folder: Path) -> None:
+    """A folder that data_prep.py did not write may hold the only copy of something, say of the source itself."""
+    ours = (folder / "manifest.json").is_file() and read_manifest(folder).get("stage") == "data"
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise ValueError(f"{folder} is not empty and holds no data set of data_prep.py: choose another output_dir")
+
+
 def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
-    """The manifest comes last: a folder without one is not a data set."""
+    """The files' hashes come last: until then, and after a kill, no stage takes the folder for a data set."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
+    write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": {}}, indent=2) + "\n")
     for split in SPLITS:
         write_jsonl(folder / f"{split}.jsonl", [example for example in examples if example.split == split])
     write_jsonl(folder / "rejected.jsonl", rejected)

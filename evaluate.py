@@ -20,6 +20,7 @@ from typing import Any
 from posttrain import config as settings
 from posttrain import stats
 from posttrain.config import EvalConfig
+from posttrain.lm_eval_files import write_lm_eval_files
 from posttrain.predictions import Parts, judge, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.run import (
@@ -30,7 +31,6 @@ from posttrain.run import (
     num_processes,
     open_run,
     parent_of,
-    process_index,
     read_manifest,
 )
 
@@ -49,29 +49,48 @@ def main() -> None:
 
         return show_eval_plan(config, asked)
     check_reusable(config, config.run_dir, resume=True)
+
+    from posttrain.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    adapter, origin = find_adapter(config, data)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
-        run.record(data=data | {"size": len(examples)}, limit=config.data.limit)
-        policy, tokenizer = load_policy(config, data, run)
+        run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
+        policy = load_policy(config, adapter, tokenizer, run)
         write_questions(asked, tokenizer, run)
         parts = Parts(run.folder)
         predict(config, asked, policy, tokenizer, parts, run)
         if run.is_main:
-            write_results(run.folder, parts.gather(asked, config.generation.samples))
+            predictions = parts.gather(asked, config.generation.samples)
+            run.record(generated_seconds=run.seconds)
+            write_results(run.folder, predictions)
 
 
-def load_policy(config: EvalConfig, data: dict[str, Any], run: Run):  # type: ignore[no-untyped-def]
+def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The adapter's folder, and what the manifest says of it.
+
+    Raises:
+        ValueError: there is none, it belongs to another base, it has seen the questions, or the run was begun with another.
+    """
+    if not config.adapter:
+        return None, {}
+    from posttrain import adapters
+
+    folder = adapters.resolve_adapter(config.adapter)
+    adapters.check_adapter_fits(folder, config.model)
+    sha256 = adapters.adapter_sha256(folder)
+    parent, chain = parent_of(folder, sha256)
+    refuse_contaminated(chain, data)
+    begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else {}
+    if begun.get("adapter_sha256") not in (None, sha256):
+        raise ValueError(f"{folder} has changed since {config.run_dir} was begun with it: choose another run_dir")
+    return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
+
+
+def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, run: Run) -> Any:
     """The plain model to generate with; what it is made of goes into the manifest."""
     from posttrain import adapters, models
-    from posttrain.chat import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model)
-    folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
-    if folder:
-        adapters.check_adapter_fits(folder, config.model)
-        sha256 = adapters.adapter_sha256(folder)
-        parent, chain = parent_of(folder, sha256)
-        refuse_contaminated(chain, data)
-        run.record(parent=parent, chain=chain, adapter_sha256=sha256)
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
     identity = {
@@ -80,19 +99,24 @@ def load_policy(config: EvalConfig, data: dict[str, Any], run: Run):  # type: ig
         "fingerprint": models.fingerprint(base),
     }
     run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
-    model = adapters.load_adapter(base, folder, trainable=False) if folder else base
-    return models.PolicyCopy(model).model, tokenizer
+    model = adapters.load_adapter(base, adapter, trainable=False) if adapter else base
+    return models.PolicyCopy(model).model
 
 
 def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> None:
     """GSM-Symbolic's templates are GSM8K test questions (arXiv:2410.05229): a score after training on it means nothing."""
-    trained = [link["name"] for link in chain if (link.get("data") or {}).get("source", {}).get("kind") == "gsm_symbolic"]
+    trained = [link["name"] for link in chain if "gsm_symbolic" in kinds((link.get("data") or {}).get("source"))]
     source = data["source"]
     is_gsm8k = source.get("repo_id") == "openai/gsm8k" or "gsm8k" in f"{data['name']} {source.get('path', '')}".lower()
     if trained and is_gsm8k:
         raise ValueError(
             f"{', '.join(trained)} trained on gsm_symbolic, whose templates are GSM8K test questions: not scored on GSM8K"
         )
+
+
+def kinds(source: dict[str, Any] | None) -> list[str]:
+    """A source's kind, and that of the questions it was sampled from."""
+    return [source["kind"], *kinds(source.get("sampled_from"))] if source else []
 
 
 def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
@@ -121,8 +145,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.samples, config.seed)
     size = batch_size(config, prompts, policy, run)
-    pending = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
-    share = pending[process_index() :: num_processes()]
+    share = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
     todo = sum(len(batch) for _, batch in share)
     with tqdm(total=todo, unit="question", desc=run.manifest.get("name"), disable=None) as bar:
         for indices, completions in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
@@ -150,20 +173,25 @@ def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: R
 
 
 def write_results(folder: Path, predictions: list[Prediction]) -> None:
-    """results.json, made of questions, predictions and manifest alone; and the numbers on the console."""
+    """results.json and lm-eval's files, made of questions, predictions and manifest alone; the numbers on the console.
+
+    Nothing in results.json depends on how often the run was interrupted: its times and commands stay in the manifest.
+    """
     manifest = read_manifest(folder)
     questions = list(read_rows(folder / "questions.jsonl"))
     data = manifest["data"]
     results = stats.summarize(questions, predictions, dataset=data["name"], limit=manifest["limit"], dataset_size=data["size"])
     results["provenance"] = {key: manifest.get(key) for key in PROVENANCE}
     results["prompts_sha256"] = sha256_text("".join(question["prompt_sha256"] for question in questions))
+    seconds = {"seconds": manifest.get("generated_seconds", manifest["seconds"])}
+    write_lm_eval_files(folder / "lm_eval", questions, predictions, results, manifest | seconds, data.get("num_shots", 0))
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(headline(manifest["name"], results))
 
 
 PROVENANCE = (
     "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty",
-    "versions", "hardware", "command",
+    "versions", "hardware",
 )  # fmt: skip
 
 

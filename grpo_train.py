@@ -68,7 +68,7 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
         adapters.rescale(model, config.lora.alpha)
     elif config.adapter_mode == "merge_and_new":
         assert config.lora is not None
-        model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base")
+        model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base", config.seed)
         identity |= {"name_or_path": str(run.folder / "merged_base"), "quantization": "none"}
     print(
         f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"

@@ -66,7 +66,7 @@ def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-unty
         model = adapters.load_adapter(base, folder, trainable=True)
     else:
         assert config.lora is not None
-        model = adapters.new_adapter(base, config.lora, tokenizer)
+        model = adapters.new_adapter(base, config.lora, tokenizer, config.seed)
     print(f"{config.model.name_or_path}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
     run.record(
         model=identity,

@@ -39,10 +39,14 @@ def main() -> None:
 
 def run_lm_eval(args: argparse.Namespace, out: Path) -> None:
     """From a folder of its own, so that our evaluate.py does not stand in for the library `evaluate`."""
-    tasks = (ROOT / "bench" / "lm_eval").resolve()
-    out.mkdir(parents=True)
+    manifest = read_manifest(args.run_dir)
+    model = manifest["model"]
+    tasks = (out / "task").resolve()
+    tasks.mkdir(parents=True)
     (out / "posttrain_questions.jsonl").write_bytes((args.run_dir / "questions.jsonl").read_bytes())
-    model = read_manifest(args.run_dir)["model"]
+    task = (ROOT / "bench" / "lm_eval" / "posttrain_gsm8k.yaml").read_text(encoding="utf-8")
+    limit = f"max_gen_toks: {manifest['generation']['max_new_tokens']}"
+    (tasks / "posttrain_gsm8k.yaml").write_text(task.replace("max_gen_toks: 160", limit), encoding="utf-8")
     arguments = f"pretrained={Path(model['name_or_path']).resolve()},dtype={model['dtype']},add_bos_token=False"
     command = [
         args.lm_eval,

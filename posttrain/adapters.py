@@ -21,14 +21,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.chat import looks_local, template_specials
 from posttrain.config import GrpoConfig, Lora, Model
-from posttrain.models import base_weight, forget_quantization, packed_linears
+from posttrain.models import PolicyCopy
 
 ADAPTER_FILE = "adapter_model.safetensors"
 TWIN = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
 
 
-def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    """A fresh LoRA adapter; with the embedding rows of untrained special tokens if the settings ask for them."""
+def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
+    """A fresh LoRA adapter, its random half from the seed alone; with rows of special tokens if the settings ask for them."""
     rows = special_tokens_to_train(base, lora, tokenizer)
     config = LoraConfig(
         r=lora.r,
@@ -42,7 +42,9 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
     missing = [target for target in lora.target_modules if not any(n.endswith(target) for n, _ in base.named_modules())]
     if missing:
         raise ValueError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
-    return _ready(peft.get_peft_model(base, config))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _ready(peft.get_peft_model(base, config))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
@@ -140,18 +142,12 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """Fold the adapter into an unpacked copy of the base and drop it. The result is a plain bf16 model.
+    """The policy as a plain model: the adapter folded into an unpacked copy of the base, summed in fp32, rounded once.
 
-    `merge_and_unload` on packed NF4 would round the sum back to 4 bits (peft#1043, #2321), so the base is unpacked first.
+    PEFT's `merge_and_unload` on packed NF4 would round the sum back to 4 bits (peft#1043, #2321).
     """
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and packed_linears(module):
-            weight = base_weight(module.get_base_layer())
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            module.base_layer = linear
-    merged = model.merge_and_unload()
-    forget_quantization(merged)
+    merged = PolicyCopy(model).model
+    merged.config._attn_implementation = model.get_base_model().config._attn_implementation
     return merged
 
 
@@ -239,7 +235,7 @@ def rescale(model: PeftModel, alpha: int) -> None:
             module.lora_B["default"].weight.data *= factor
 
 
-def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PeftModel:
+def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> PeftModel:
     """Fold the adapter into the base, store that base, and put a fresh adapter on it: the reference is then the base.
 
     The stored folder is the base the new adapter belongs to; evaluation and the Hub need it.
@@ -250,4 +246,4 @@ def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizer
         tokenizer.save_pretrained(folder)
     merged.name_or_path = merged.config._name_or_path = str(folder)
     merged.requires_grad_(False)
-    return new_adapter(merged, lora, tokenizer)
+    return new_adapter(merged, lora, tokenizer, seed)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
+from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -484,14 +484,22 @@ def _continuous_batching_engine(
         pad_token_id=tokenizer.pad_token_id,
     )
     for number, indices in batches:
-        torch.manual_seed(sampling.seed * 1_000_003 + number)
         inputs = [list(prompts[i]) for i in indices for _ in range(sampling.num_samples)]
-        with torch.no_grad():  # it fails inside inference_mode
-            outputs = model.generate_batch(inputs=inputs, generation_config=settings, progress_bar=False)
+        paging = None if model.device.type == "cuda" else _just_enough(inputs, sampling.max_new_tokens)
+        with torch.random.fork_rng(), torch.no_grad():  # it fails inside inference_mode
+            torch.manual_seed((sampling.seed * 1_000_003 + number) % 2**63)
+            outputs = model.generate_batch(inputs, settings, continuous_batching_config=paging, progress_bar=False)
         ordered = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[1]))
         flat = [_as_completion(list(output.generated_tokens), tokenizer.eos_token_id) for output in ordered]
         k = sampling.num_samples
         yield indices, [flat[start : start + k] for start in range(0, len(flat), k)]
+
+
+def _just_enough(inputs: Sequence[Sequence[int]], max_new_tokens: int) -> ContinuousBatchingConfig:
+    """A cache for these sequences alone; left to itself, on CPU it takes nine tenths of the memory and fills it first."""
+    page, longest = 64, max(map(len, inputs))
+    pages = sum(-(-(len(ids) + max_new_tokens) // page) for ids in inputs)
+    return ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=max(longest, len(inputs), 1024))
 
 
 def _vllm_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:

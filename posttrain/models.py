@@ -153,6 +153,8 @@ class PolicyCopy:
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=base.dtype)
         self._adopt()
+        if base.config.tie_word_embeddings:
+            self.model.tie_weights()  # trained token rows are folded into one matrix, not into two
         self.refresh()
         self.model.eval()
         self.model.generation_config = base.generation_config

@@ -1,7 +1,8 @@
 """Predictions of one evaluation as they come: part files, one for each process, that survive a kill at any byte.
 
 A batch counts when all of its rows are whole. What a kill tore is cut off, its batch generated again with the same result,
-and `gather` puts one copy of every row into predictions.jsonl in the order of the questions.
+and `gather` puts one copy of every row into predictions.jsonl in the order of the questions. A batch belongs to a process
+by its number alone: processes that start at different moments, or go on after a kill, leave none out.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from posttrain.records import Example, Prediction, to_json, write_jsonl
-from posttrain.run import process_index
+from posttrain.run import num_processes, process_index
 from rewards import GRADER_VERSION, grade
 
 PARTS = "predictions.part*.jsonl"
+GATHERED = "predictions.jsonl"
 
 
 def judge(example: Example, sample: int, completion: str, finish: str, num_tokens: int) -> Prediction:
@@ -52,16 +54,17 @@ class Parts:
 
     def rows(self) -> dict[tuple[str, int], Prediction]:
         """Every whole row of every process, by question and sample."""
-        files = sorted(self.folder.glob(PARTS))
+        files = [*self.folder.glob(PARTS), *self.folder.glob(GATHERED)]
         return {(row.id, row.sample): row for file in files for row in _whole_rows(file)}
 
     def pending(self, batches: Iterable[list[int]], asked: Sequence[Example], num_samples: int) -> list[tuple[int, list[int]]]:
-        """Numbered batches that are not on disk yet."""
+        """This process's numbered batches that are not on disk yet."""
         done = self.rows()
         return [
             (number, batch)
             for number, batch in enumerate(batches)
-            if any((asked[i].id, sample) not in done for i in batch for sample in range(num_samples))
+            if number % num_processes() == process_index()
+            and any((asked[i].id, sample) not in done for i in batch for sample in range(num_samples))
         ]
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -77,10 +80,10 @@ class Parts:
         return rows
 
     def gather(self, asked: Sequence[Example], num_samples: int) -> list[Prediction]:
-        """Write predictions.jsonl, in the order of the questions, and drop the parts."""
+        """Write predictions.jsonl, in the order of the questions and in the verdict of one grader, and drop the parts."""
         rows = self.wait(len(asked) * num_samples)
-        ordered = [rows[example.id, sample] for example in asked for sample in range(num_samples)]
-        write_jsonl(self.folder / "predictions.jsonl", ordered)
+        ordered = [regraded(rows[example.id, sample], example) for example in asked for sample in range(num_samples)]
+        write_jsonl(self.folder / GATHERED, ordered)
         for file in self.folder.glob(PARTS):
             file.unlink()
         return ordered

@@ -9,9 +9,11 @@ It is created first, locked while in use, refused when it belongs to other setti
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -60,8 +62,13 @@ class Run:
                 self.manifest["notes"].append(text)
                 self.save()
 
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run so far, earlier attempts included."""
+        return round(time.time() - self._started, 1)
+
     def record(self, **fields: Any) -> None:
-        self.manifest.update(fields, seconds=round(time.time() - self._started, 1))
+        self.manifest.update(fields, seconds=self.seconds)
         self.save()
 
     def append(self, file: str, row: dict[str, Any]) -> None:
@@ -99,11 +106,13 @@ def open_run(config: Settings, stage: str, folder: str, resume: bool) -> Iterato
 def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
     if is_main_process():
         check_reusable(config, folder, resume)
+    check_machine(config)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _locked(folder, config, resume) if is_main_process() else None
     before = read_manifest(folder) if (folder / "manifest.json").is_file() else {}
     first = {"started": _utc(), "seconds": 0.0} | {key: before[key] for key in ("started", "seconds") if key in before}
-    run = Run(folder, {**before, **_opening(config, stage, folder), **first}, lock)
+    origin: dict[str, Any] = {"parent": None, "chain": [], "adapter_sha256": None}
+    run = Run(folder, {**origin, **before, **_opening(config, stage, folder), **first}, lock)
     if run.is_main:
         write_atomic(folder / "config.yaml", dump(config))
     run.save()
@@ -120,10 +129,14 @@ def _locked(folder: Path, config: Settings, resume: bool) -> FileLock:
     return lock
 
 
+# What a run that is killed as it opens leaves behind.
+BEFORE_MANIFEST = frozenset((".lock", "config.yaml", "config.yaml.partial", "manifest.json.partial"))
+
+
 def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     """Refuse a directory that this run may not write to. Writes nothing."""
     folder = Path(folder)
-    if not folder.exists() or not any(path for path in folder.iterdir() if path.name != ".lock"):
+    if not folder.exists() or BEFORE_MANIFEST.issuperset(path.name for path in folder.iterdir()):
         return
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is not empty and holds no run: choose another run_dir")
@@ -164,6 +177,31 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {key: v for name, value in values.items() for key, v in _flat(value, f"{prefix}.{name}" if prefix else name).items()}
 
 
+def check_machine(config: Settings) -> None:
+    """Refuse what this machine cannot do, before the run directory is made and anything is loaded.
+
+    A paged optimizer is no such setting: another one takes its place (training.py), and the manifest has a note.
+    """
+    import torch
+
+    asked = _flat(config.model_dump(mode="json"))
+    for key in ("engine", "rollouts.engine"):
+        if asked.get(key) == "vllm" and not importlib.util.find_spec("vllm"):
+            raise ValueError(
+                f"{key} vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or {key}=transformers"
+            )
+    for key, needs_cuda, instead in CUDA_ONLY:
+        if re.fullmatch(needs_cuda, str(asked.get(key))) and not torch.cuda.is_available():
+            raise ValueError(f"{key} {asked[key]} needs CUDA, and this machine has none: {instead}")
+
+
+CUDA_ONLY = (
+    ("model.attn_implementation", "flash_attention_.*", "use model.attn_implementation=sdpa"),
+    ("model.dtype", "float16", "use model.dtype=bfloat16"),
+    ("trainer.tf32", "True", "remove it"),
+)
+
+
 def _opening(config: Settings, stage: str, folder: Path) -> dict[str, Any]:
     return {
         "stage": stage,
@@ -176,10 +214,7 @@ def _opening(config: Settings, stage: str, folder: Path) -> dict[str, Any]:
         "finished": None,
         "exit": "running",
         "config_sha256": config_sha256(config),
-        "parent": None,
-        "adapter_sha256": None,
         "notes": [],
-        "chain": [],
     }
 
 
@@ -222,6 +257,7 @@ def data_entry(path: Path | str, split: str) -> dict[str, Any]:
         "split": split,
         "sha256": sha256,
         "source": manifest["source"],
+        "num_shots": manifest.get("prompt", {}).get("num_shots", 0),
     }
 
 

@@ -156,6 +156,7 @@ def copy_to_reference(model: PeftModel) -> None:
         if "default" in parts:
             reference = parameters[".".join("ref" if part == "default" else part for part in parts)]
             reference.data = parameter.detach().to(MASTER_DTYPE, copy=True)
+            reference.requires_grad_(False)  # PEFT leaves token rows trainable, and the optimizer would count them
 
 
 # --- the output head on CPU -------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_reproduction_of_grpo() -> None:
         32,
         ALL_LINEAR,
     )
-    assert (settings.adapter, settings.adapter_mode) == (sft.run_dir, "merge_and_new")
+    assert (settings.adapter, settings.adapter_mode) == (sft.run_dir, "rescale")
     assert (settings.data.num_train, settings.rewards.correctness, settings.rewards.format) == (
         1000,
         1.0,

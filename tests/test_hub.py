@@ -67,11 +67,11 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
             run.record(parent=above, chain=chain)
         if merge:
             start = adapters.load_adapter(base, parent / "adapter", trainable=True)
-            model = adapters.merged_with_new(start, lora, tokenizer, folder / "merged_base")
+            model = adapters.merged_with_new(start, lora, tokenizer, folder / "merged_base", 0)
             identity["name_or_path"] = str(folder / "merged_base")
         else:
             base.name_or_path = base.config._name_or_path = name_or_path
-            model = adapters.new_adapter(base, lora, tokenizer)
+            model = adapters.new_adapter(base, lora, tokenizer, 0)
         assert isinstance(model, PeftModel)
         train_a_little(model, seed=len(str(folder.name)))
         model.save_pretrained(folder / "adapter", selected_adapters=["default"])

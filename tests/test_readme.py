@@ -93,6 +93,17 @@ def test_a_command_is_understood_by_its_program(command, words):
     check(words)
 
 
+@pytest.mark.parametrize("arguments", [(), ("QUICK=1",)], ids=["in full", "quick"])
+def test_every_step_of_the_demo_is_understood_by_its_program(arguments):
+    lines = run("make", "--dry-run", "demo", *arguments).stdout.splitlines()
+    steps = [
+        words for line in lines if (words := shlex.split(line))[:1] == ["python"] and "pip" not in words and "venv" not in words
+    ]
+    assert len(steps) == 8  # model, data, three evaluations, two trainings, report
+    for words in steps:
+        check(words)
+
+
 @pytest.mark.parametrize("session", [part for block in blocks("console") for part in re.split(r"(?m)^\$ ", block)[1:]])
 def test_a_shown_mistake_is_answered_as_shown(session):
     command, *answer = session.splitlines()

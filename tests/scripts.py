@@ -1,0 +1,113 @@
+"""The scripts as a user runs them, from a folder of his: in this process, because their imports take longer than their work.
+
+    python tests/scripts.py '[["data_prep", "--config", "data.yaml"], ...]'    # several in one fresh process, as JSON
+
+`tiny_pipeline` runs all four on the tiny configs, once for every test file that asks.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+def run(script, *arguments, cwd="."):
+    """A script's exit code and what it said; an error that is not the user's comes through as the exception it is."""
+    from posttrain.run import exit_on_user_error
+
+    module = importlib.import_module(script)
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            exit_on_user_error(module.main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def start(script, *arguments, cwd=".", **environment):
+    """The same in a process of its own that has everything imported already. It can be killed."""
+    process = multiprocessing.get_context("fork").Process(target=_run_and_exit, args=(script, arguments, cwd, environment))
+    process.start()
+    return process
+
+
+def _run_and_exit(script, arguments, cwd, environment):
+    os.environ |= environment
+    sys.exit(run(script, *arguments, cwd=cwd).code)
+
+
+def run_fresh(*commands, cwd=".", **environment):
+    """Several commands one after the other in one new process, which reads its environment as it starts."""
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps([[str(word) for word in command] for command in commands])],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [Done(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def tree(folder):
+    """Every file below a folder with its content and time of change: what must not differ when nothing is written."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+def workplace(folder, model, *, data=None):
+    """A folder as a user has it: models/tiny, and data/tiny if it is prepared already."""
+    for name, source in (("models", model), ("data", data)):
+        if source:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "tiny").symlink_to(source)
+    return folder
+
+
+EVALUATIONS = ("base", "sft_tiny", "grpo_tiny")
+
+
+@functools.cache
+def tiny_pipeline(folder, model):
+    """data_prep, SFT, GRPO and three evaluations in `folder`; what each of them said, by name."""
+    workplace(folder, model)
+    said = {}
+    for stage, script, *more in (
+        ("data", "data_prep"),
+        ("sft", "sft_train", "trainer.optim=paged_adamw_32bit"),
+        ("grpo", "grpo_train"),
+    ):
+        said[stage] = run(script, "--config", CONFIGS / f"{stage}_tiny.yaml", *more, cwd=folder)
+    for name in EVALUATIONS:
+        adapter = [] if name == "base" else [f"adapter=runs/{name}"]
+        said[name] = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", *adapter, cwd=folder)
+    assert {done.code for done in said.values()} == {0}, said
+    return said
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    print(json.dumps([asdict(run(*command)) for command in json.loads(sys.argv[1])]))
