@@ -145,6 +145,8 @@ def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             return Row(file, number, split, problem=f"{key!r} is missing, empty or not text")
+        if re.search("[\ud800-\udfff]", row[key]):
+            return Row(file, number, split, problem=f"{key!r} holds half a character, as \\ud83d alone is")
     return Row(file, number, split, row["question"], row["answer"])
 
 

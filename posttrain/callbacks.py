@@ -80,12 +80,9 @@ class DevAccuracy(TrainerCallback):
         self.measure, self.log, self.every = measure, log, every
         self.last_step = -1
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self._run(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the next step and not at the end of the last: a row logged there would take the place of the loss's."""
+        if state.global_step == 0 or (self.every and state.global_step % self.every == 0):
             self._run(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -475,6 +475,8 @@ def _continuous_batching_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
     """transformers' own continuous batching; it keeps no log-probabilities."""
+    if model.config._attn_implementation == "grouped":  # prepared for the decode loop before
+        model.config._attn_implementation = "sdpa"
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.temperature > 0,

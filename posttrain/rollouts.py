@@ -46,7 +46,7 @@ class Rollouts:
         return {
             "prompt_ids": [prompt for prompt in ids for _ in range(size)],
             "completion_ids": [completion.ids for completion in flat],
-            "logprobs": [completion.logprobs for completion in flat],
+            "logprobs": [completion.logprobs for completion in flat] if flat[0].logprobs else None,
         }
 
     def _report(self, trainer: Any, seconds: float, num_tokens: int) -> None:

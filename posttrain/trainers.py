@@ -8,6 +8,8 @@
 3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
    `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
 4. Learner batches. TRL pads a micro-batch to the longest sequence of the whole generation batch; ours is cut to its own.
+5. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters, and
+   its continuous batching casts the trained model to bf16 for good (`unwrapped_model.to`); here the masters come back.
 tests/test_trainers.py fails when upstream changes any of them.
 """
 
@@ -65,22 +67,30 @@ class GRPO(MasterWeights, GRPOTrainer):
     def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+            raise ValueError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
         copy_to_reference(self.model)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        num_rows = len(inputs["advantages"])
+        whole = inputs
         if self.skip_zero_signal:
             inputs = keep_rows(inputs, rows_with_signal(inputs["advantages"]))
         inputs = trim(inputs)
-        if self.correct_mismatch and "sampling_per_token_logps" in inputs:
-            inputs["old_per_token_logps"] = inputs["sampling_per_token_logps"]
+        if self.correct_mismatch:
+            inputs["old_per_token_logps"] = sampled_logps(inputs)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._log_mismatch(inputs)
-        if self.loss_type in ("grpo", "dr_grpo"):  # these average over the rows they are given
-            loss = loss * len(inputs["advantages"]) / num_rows
-        return loss
+        return loss * share_kept(self.loss_type, inputs, whole)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        masters = [(parameter, parameter.data) for parameter in self.model.parameters() if parameter.dtype == MASTER_DTYPE]
+        with self.accelerator.autocast():
+            result = super()._generate_single_turn(*args, **kwargs)
+        for parameter, data in masters:
+            parameter.data = data
+        return result
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -115,6 +125,14 @@ def groups_without_signal(scores: torch.Tensor, weights: torch.Tensor, size: int
     return ((rewards.amax(1) - rewards.amin(1)) < ROUNDING).float().mean().item()
 
 
+def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:
+    if "sampling_per_token_logps" not in inputs:
+        raise ValueError(
+            "rollouts.correct_mismatch needs an engine that keeps log-probabilities: set rollouts.engine=transformers"
+        )
+    return inputs["sampling_per_token_logps"]
+
+
 def rows_with_signal(advantages: torch.Tensor) -> torch.Tensor:
     """Indices of rows with an advantage; one row at least, so that the loss stays connected to the model."""
     rows = (advantages.abs() > ROUNDING).nonzero().squeeze(1)
@@ -124,6 +142,15 @@ def rows_with_signal(advantages: torch.Tensor) -> torch.Tensor:
 def keep_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     size = len(inputs["advantages"])
     return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == size else v for k, v in inputs.items()}
+
+
+def share_kept(loss_type: str, kept: dict[str, Any], whole: dict[str, Any]) -> float:
+    """The factor that makes a loss over some rows the same as over all: some types average over what they are given."""
+    if loss_type in ("grpo", "dr_grpo", "sapo", "luspo"):
+        return len(kept["advantages"]) / len(whole["advantages"])
+    if loss_type == "bnpo":
+        return float(kept["completion_mask"].sum() / whole["completion_mask"].sum().clamp(min=1))
+    return 1.0
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:

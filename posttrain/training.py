@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,8 @@ def add_callbacks(trainer: Trainer, run: Run, measure: Callable[[], dict[str, fl
     trainer.add_callback(StopOnNonFinite())
     trainer.add_callback(Metrics(run))
     if measure:
-        trainer.add_callback(DevAccuracy(measure, trainer.log, every))
+        # Past TRL's `log`, which would move what it has gathered of the training steps into this row.
+        trainer.add_callback(DevAccuracy(measure, functools.partial(Trainer.log, trainer), every))
 
 
 def dev_accuracy(
@@ -125,7 +127,7 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
         peak_gib=peak_memory_gib(),
         adapter_sha256=end,
         steps=trainer.state.global_step,
-        train_seconds=trainer.state.log_history[-1].get("train_runtime"),
+        train_seconds=next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row),
     )
     if end == start_sha256:
         raise RuntimeError(

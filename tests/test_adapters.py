@@ -313,7 +313,9 @@ def test_an_adapter_of_another_base_is_refused(saved, settings, tiny_model_dir, 
     assert check_adapter_fits(folder, settings).r == 4
     shutil.copytree(tiny_model_dir, tmp_path / "other")
     other = Model(name_or_path=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=rf"belongs to base {tiny_model_dir}, not to {other.name_or_path}: set model.name_or_path"):
+    with pytest.raises(
+        ValueError, match=rf"belongs to base {tiny_model_dir}, not to {other.name_or_path}: set model.name_or_path"
+    ):
         check_adapter_fits(folder, other)
     with pytest.raises(ValueError, match="belongs to base"):
         check_adapter_fits(folder, Model(name_or_path="meta-llama/Llama-3.2-3B"))
@@ -460,5 +462,3 @@ def test_a_stored_base_is_not_written_again(load, tokenizer, tmp_path):
         if seed == 0:
             stored = (tmp_path / "model.safetensors").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == stored
-
-

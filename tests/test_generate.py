@@ -338,6 +338,12 @@ def test_continuous_batching_is_equal_greedily(unprepared, tokenizer, prompts, e
     assert finishes == ["stop" if tokens[-1] == tokenizer.eos_token_id else "length" for tokens in expected]
 
 
+def test_engines_take_turns_on_one_model(unprepared, tokenizer, prompts, expected):
+    """As in GRPO, whose rollouts and dev accuracy share the copy of the policy."""
+    for name in ("transformers", CONTINUOUS, "transformers"):
+        assert ids(generate(unprepared, prompts[:3], Sampling(LENGTH), tokenizer, 3, name)) == [[t] for t in expected[:3]], name
+
+
 def test_continuous_batching_draws_by_its_seed_alone(unprepared, tokenizer, prompts):
     before = torch.get_rng_state()
     first, again, other = (

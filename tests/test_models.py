@@ -10,7 +10,15 @@ from posttrain import models
 from posttrain.adapters import hold_fp32, new_adapter
 from posttrain.chat import load_tokenizer
 from posttrain.config import Lora, Model
-from posttrain.models import PolicyCopy, align_special_tokens, base_weight, check_stop_token, fingerprint, load_base, packed_linears
+from posttrain.models import (
+    PolicyCopy,
+    align_special_tokens,
+    base_weight,
+    check_stop_token,
+    fingerprint,
+    load_base,
+    packed_linears,
+)
 
 IDS = torch.tensor([[5, 300, 301, 2, 17, 400], [1, 2, 3, 4, 5, 6]])
 FORMS = ("nf4", "nf4_unpacked", "none")
@@ -266,7 +274,9 @@ def test_folding_is_done_in_fp32_and_rounded_once(adapted):
     policy = adapted()
     copied = PolicyCopy(policy).model
     layer = policy.get_base_model().model.layers[1].mlp.up_proj
-    exact = layer.base_layer.weight.double() + 2.0 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    exact = (
+        layer.base_layer.weight.double() + 2.0 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    )
     folded = copied.model.layers[1].mlp.up_proj.weight
     assert folded.dtype == torch.bfloat16
     assert ((folded.double() - exact).abs() <= exact.abs() * 2**-8).all()
@@ -308,5 +318,3 @@ def test_hold_fp32_touches_what_is_trained_alone(adapted):
 
 def test_the_device_is_the_cpu_where_there_is_no_other():
     assert models.device() == torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-

@@ -82,6 +82,32 @@ def adapter_tensors(model, name="default"):
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(parts) or f"{parts}." in n}
 
 
+def pay(trainer, reward):
+    """Let `reward(completion_ids) -> list` decide alone: the real ones pay a random model nothing."""
+
+    def only(completion_ids, **_):
+        return reward(completion_ids)
+
+    def nothing(completion_ids, **_):
+        return [0.0] * len(completion_ids)
+
+    trainer.reward_funcs[:] = [only, nothing]
+    trainer.reward_func_names[:] = ["only", "nothing"]
+    return trainer
+
+
+def by_content(completion_ids):
+    """Some reward that differs within a group, from what was sampled."""
+    return [float(sum(ids) % 3) for ids in completion_ids]
+
+
+def scored(trainer):
+    """One generation batch with its advantages, as the learner receives it before it is shuffled and cut up."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
 def liven(model):
     """Larger weights: the random Llama then says something else at every token, where it would repeat its last one."""
     import torch

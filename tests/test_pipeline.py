@@ -1,0 +1,167 @@
+"""data -> SFT -> GRPO -> evaluation -> report -> card, by the scripts themselves, on a model of two layers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import CONFIGS, EVALUATIONS, ROOT, run, tiny_pipeline, tree
+
+from posttrain.records import read_rows
+from posttrain.run import read_manifest
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, tiny_model_dir):
+    folder = tmp_path_factory.getbasetemp() / "pipeline"
+    tiny_pipeline.said = tiny_pipeline(folder, tiny_model_dir)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, pipeline):
+    """A copy that may be changed."""
+    return shutil.copytree(pipeline, tmp_path / "copy", symlinks=True)
+
+
+def metrics(run_dir, key):
+    return [row[key] for row in read_rows(run_dir / "metrics.jsonl") if key in row]
+
+
+# --- one run of everything --------------------------------------------------------------------------------------------
+
+
+def test_every_stage_finishes_and_says_where_its_result_is(pipeline):
+    said = tiny_pipeline.said
+    assert "train 32 dev 4 test 8; 0 rejected" in said["data"].out and "wrote data/tiny" in said["data"].out
+    for stage in ("sft", "grpo"):
+        manifest = read_manifest(pipeline / "runs" / f"{stage}_tiny")
+        assert manifest["exit"] == "ok" and manifest["adapter_sha256"][:12] in said[stage].out
+    for name in EVALUATIONS:
+        assert f"eval_tiny_{name}: " in said[name].out and " of 8 on tiny" in said[name].out
+
+
+def test_three_adapters_are_three(pipeline):
+    sft, grpo = (read_manifest(pipeline / "runs" / name) for name in ("sft_tiny", "grpo_tiny"))
+    assert grpo["start_sha256"] == sft["adapter_sha256"] == grpo["parent"]["adapter_sha256"]  # GRPO goes on where SFT ended
+    assert len({sft["start_sha256"], sft["adapter_sha256"], grpo["adapter_sha256"]}) == 3
+    texts = [(pipeline / "runs" / f"eval_tiny_{name}" / "predictions.jsonl").read_text() for name in EVALUATIONS]
+    assert texts[0] != texts[1]
+
+
+def test_training_learns_and_its_curves_are_there(pipeline):
+    runs = pipeline / "runs"
+    losses = metrics(runs / "sft_tiny", "loss")
+    assert len(losses) == 6 and losses[-1] < losses[0]  # 30 steps, logged every 5
+    assert len(metrics(runs / "sft_tiny", "dev/accuracy")) == len(metrics(runs / "grpo_tiny", "dev/accuracy")) == 2
+    for key in ("reward", "rewards/correctness_reward/mean", "rewards/format_reward/mean", "kl", "completions/clipped_ratio"):
+        assert len(metrics(runs / "grpo_tiny", key)) == 2, key
+    assert metrics(runs / "grpo_tiny", "kl")[0] == 0.0  # the reference is the policy that it starts from
+    assert min(metrics(runs / "sft_tiny", "lora_moved_share")) > 0.9
+    assert max(metrics(runs / "grpo_tiny", "reward")) > 0
+
+
+def test_the_report_reads_the_run_directories(place):
+    names = [f"runs/eval_tiny_{name}" for name in EVALUATIONS]
+    before = tree(place / "runs")
+    done = run("posttrain.report", *names, "--out", "report", cwd=place)
+    assert done.code == 0, done.err
+    page = (place / "report" / "report.html").read_text(encoding="utf-8")
+    table = (place / "report" / "report.md").read_text(encoding="utf-8")
+    for name in EVALUATIONS:
+        assert f"eval_tiny_{name}" in table and f"eval_tiny_{name}" in page
+    assert "report.html" in done.out and list((place / "report").glob("*.png"))
+    assert tree(place / "runs") == before
+
+
+def test_the_card_is_made_of_the_run(place):
+    from posttrain.hub import Request, all_files, read_release
+
+    evaluations = tuple(place / "runs" / f"eval_tiny_{name}" for name in EVALUATIONS)
+    request = Request(place / "runs" / "grpo_tiny", "me/tiny-grpo", evals=evaluations, base_model="me/tiny")
+    files = all_files(read_release(request))
+    card = files["README.md"].decode()
+    assert "base_model: me/tiny" in card and "base -> SFT -> GRPO" in card
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files.keys()
+    assert not [name for name in files if "optimizer" in name or name.endswith(".bin")]
+
+
+def test_all_of_it_again_is_nothing_to_do(place):
+    before = {path: entry and entry[0] for path, entry in tree(place).items()}
+    for stage, script, *more in (
+        ("data", "data_prep"),
+        ("sft", "sft_train", "trainer.optim=paged_adamw_32bit"),
+        ("grpo", "grpo_train"),
+        ("eval", "evaluate"),
+        ("eval", "evaluate", "adapter=runs/sft_tiny"),
+    ):
+        done = run(script, "--config", CONFIGS / f"{stage}_tiny.yaml", *more, cwd=place)
+        assert done.code == 0 and "nothing to do" in done.out
+    assert {path: entry and entry[0] for path, entry in tree(place).items()} == before
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "step", "more"),
+    [("sft_tiny", "sft_train", 15, ["trainer.optim=paged_adamw_32bit"]), ("grpo_tiny", "grpo_train", 1, [])],
+)
+def test_a_resumed_run_ends_where_it_would_have(place, name, script, step, more):
+    folder, config = place / "runs" / name, CONFIGS / f"{name.removesuffix('_tiny')}_tiny.yaml"
+    whole = read_manifest(folder)
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{step}":
+            shutil.rmtree(checkpoint)
+    (folder / "checkpoints" / f"checkpoint-{step + 1}").mkdir()  # killed while it was written
+    shutil.rmtree(folder / "adapter")
+    (folder / "manifest.json").write_text(json.dumps(whole | {"exit": "running", "adapter_sha256": None}))
+
+    before = tree(folder)
+    done = run(script, "--config", config, *more, cwd=place)
+    assert done.code == 2 and "unfinished run of these settings: add --resume" in done.err and tree(folder) == before
+    done = run(script, "--config", config, *more, "--resume", cwd=place)
+    assert done.code == 0 and f"resuming from runs/{name}/checkpoints/checkpoint-{step}\n" in done.out, done
+    resumed = read_manifest(folder)
+    assert (resumed["exit"], resumed["steps"], resumed["started"]) == ("ok", whole["steps"], whole["started"])
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"]  # bit for bit
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_every_stage_with_two_processes(place):
+    def launch(script, *arguments):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / script), *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    half = ("data.num_dev=0", "trainer.save_strategy=no")
+    launch(
+        "sft_train.py", "--config", CONFIGS / "sft_tiny.yaml", "run_dir=runs/sft2", "trainer.per_device_train_batch_size=4", *half
+    )
+    sft, one = read_manifest(place / "runs" / "sft2"), read_manifest(place / "runs" / "sft_tiny")
+    assert (
+        sft["exit"] == "ok" and sft["steps"] == 30 and sft["adapter_sha256"] not in (sft["start_sha256"], one["adapter_sha256"])
+    )
+    losses, alone = metrics(place / "runs" / "sft2", "loss"), metrics(place / "runs" / "sft_tiny", "loss")
+    assert losses[0] == pytest.approx(alone[0], rel=0.02) and len(losses) == len(alone)  # the same rows in a step, halved
+
+    more = ("run_dir=runs/grpo2", "adapter=runs/sft2", "trainer.per_device_train_batch_size=8")
+    launch("grpo_train.py", "--config", CONFIGS / "grpo_tiny.yaml", *more, *half)
+    grpo = read_manifest(place / "runs" / "grpo2")
+    assert grpo["exit"] == "ok" and grpo["parent"]["adapter_sha256"] == sft["adapter_sha256"] != grpo["adapter_sha256"]
+    assert metrics(place / "runs" / "grpo2", "kl")[0] == 0.0
+
+    said = launch("evaluate.py", "--config", CONFIGS / "eval_tiny.yaml", "run_dir=runs/eval2", "adapter=runs/sft_tiny")
+    assert said.count(" of 8 on tiny") == 1
+    two, alone = (place / "runs" / name / "predictions.jsonl" for name in ("eval2", "eval_tiny_sft_tiny"))
+    assert Path(two).read_bytes() == alone.read_bytes()

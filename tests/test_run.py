@@ -1,0 +1,349 @@
+"""A run directory tells the truth: whose it is, what it holds, how it ended; and nobody writes over it."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
+
+from posttrain import training
+from posttrain.config import EvalConfig, SftConfig, load
+from posttrain.run import (
+    AlreadyDone,
+    check_machine,
+    check_reusable,
+    data_entry,
+    exit_on_user_error,
+    open_run,
+    parent_of,
+    read_manifest,
+)
+
+CONTRACT = {
+    *("stage", "name", "command", "commit", "dirty", "versions", "hardware", "seed", "started", "finished", "seconds", "exit"),
+    *("config_sha256", "parent", "adapter_sha256", "notes", "chain"),
+}
+
+
+def sft(folder, *overrides):
+    return load(CONFIGS / "sft_tiny.yaml", [f"run_dir={folder}", *overrides], SftConfig)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "one"
+
+
+@pytest.fixture
+def finished(folder):
+    with open_run(sft(folder), "sft", str(folder), resume=False) as run:
+        run.record(adapter_sha256="a" * 64)
+    return folder
+
+
+# --- what it holds ----------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_is_there_from_the_first_moment(folder):
+    config = sft(folder, "seed=7")
+    with open_run(config, "sft", str(folder), resume=False) as run:
+        during = read_manifest(folder)
+        assert during.keys() >= CONTRACT and (during["exit"], during["finished"]) == ("running", None)
+        run.record(model={"name_or_path": "x"})
+        assert read_manifest(folder)["model"] == {"name_or_path": "x"}
+        run.append("metrics.jsonl", {"step": 1})
+    after = read_manifest(folder)
+    assert (after["exit"], after["stage"], after["name"], after["seed"]) == ("ok", "sft", "one", 7)
+    assert after["finished"] >= after["started"] and after["versions"]["torch"] and after["hardware"]["num_cpus"] >= 1
+    assert load(folder / "config.yaml", [], SftConfig) == config
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("out of memory\nwith more lines"), "failed: RuntimeError: out of memory"),
+        (KeyboardInterrupt(), "failed: KeyboardInterrupt: "),
+        (SystemExit(3), "failed: SystemExit: 3"),
+    ],
+)
+def test_a_failure_is_written_down_and_goes_on_up(folder, error, told):
+    with pytest.raises(type(error)), open_run(sft(folder), "sft", str(folder), resume=False):
+        raise error
+    assert read_manifest(folder)["exit"] == told and read_manifest(folder)["finished"]
+    with open_run(sft(folder), "sft", str(folder), resume=False):  # no checkpoint: it simply begins again
+        pass
+    assert read_manifest(folder)["exit"] == "ok"
+
+
+def test_the_first_start_and_the_time_of_every_attempt_count(folder):
+    with pytest.raises(RuntimeError), open_run(sft(folder), "sft", str(folder), resume=False) as run:
+        first = read_manifest(folder)["started"]
+        run.record(seconds=0)
+        time.sleep(1.1)  # more than the resolution of `started`
+        raise RuntimeError
+    spent = read_manifest(folder)["seconds"]
+    assert spent >= 1
+    with open_run(sft(folder), "sft", str(folder), resume=True):
+        time.sleep(0.2)
+    after = read_manifest(folder)
+    assert after["started"] == first and after["seconds"] >= spent + 0.1
+
+
+def test_a_note_is_said_and_kept_once(folder, capsys):
+    with open_run(sft(folder), "sft", str(folder), resume=False) as run:
+        for _ in range(2):
+            run.note("trainer.optim x is y here")
+    assert read_manifest(folder)["notes"] == ["trainer.optim x is y here"]
+    assert "note: trainer.optim x is y here" in capsys.readouterr().err
+
+
+def test_only_the_main_process_writes(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with open_run(sft(folder, "tracking=wandb"), "sft", str(folder), resume=False) as run:
+        run.record(model="x")
+        run.note("said by the other one")
+        run.append("metrics.jsonl", {})
+        assert run.manifest["config_sha256"]  # what names the tracker's run
+    assert list(folder.iterdir()) == []
+
+
+# --- whose it is ------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_begun_again(finished):
+    before = tree(finished)
+    with pytest.raises(AlreadyDone, match="already holds this run, finished 2.*: nothing to do"):
+        check_reusable(sft(finished), finished, resume=False)
+    with pytest.raises(AlreadyDone), open_run(sft(finished), "sft", str(finished), resume=True):
+        pass
+    assert tree(finished) == before
+
+
+def test_other_settings_are_refused_by_name_and_both_values(finished):
+    before = tree(finished)
+    other = sft(finished, "trainer.learning_rate=2e-4", "seed=1")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"seed: 42 there, 1 here; trainer.learning_rate: 0.01 there, 0.0002 here"):
+            check_reusable(other, finished, resume)
+        with pytest.raises(ValueError, match="choose another run_dir"), open_run(other, "sft", str(finished), resume):
+            pass
+    assert tree(finished) == before
+
+
+def test_who_is_told_does_not_make_another_run(finished):
+    with pytest.raises(AlreadyDone):
+        check_reusable(sft(finished, "tracking=tensorboard", "hub.repo_id=me/x"), finished, resume=False)
+
+
+def test_an_unfinished_run_with_a_checkpoint_asks_for_resume(folder):
+    with pytest.raises(RuntimeError), open_run(sft(folder), "sft", str(folder), resume=False):
+        (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+        raise RuntimeError
+    before = tree(folder)
+    with pytest.raises(ValueError, match="unfinished run of these settings: add --resume"):
+        check_reusable(sft(folder), folder, resume=False)
+    assert tree(folder) == before
+    check_reusable(sft(folder), folder, resume=True)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(folder):
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("...")
+    with pytest.raises(ValueError, match="not empty and holds no run"), open_run(sft(folder), "sft", str(folder), resume=True):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "left", [[], [".lock"], [".lock", "config.yaml.partial"], [".lock", "config.yaml", "manifest.json.partial"]]
+)
+def test_killed_as_it_opened_it_opens_again(folder, left):
+    folder.mkdir(parents=True)
+    for name in left:
+        (folder / name).write_text("")
+    with open_run(sft(folder), "sft", str(folder), resume=False):
+        pass
+    assert read_manifest(folder)["exit"] == "ok"
+
+
+def test_data_that_has_changed_is_other_data(finished, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("{}\n")
+    manifest = read_manifest(finished)
+    entry = {"path": str(data), "split": "train", "sha256": "0" * 64}
+    (finished / "manifest.json").write_text(json.dumps(manifest | {"data": entry}))
+    with pytest.raises(ValueError, match=r"over another .*train\.jsonl, which has changed since"):
+        check_reusable(sft(finished), finished, resume=True)
+
+
+def test_an_adapter_that_was_trained_again_is_another_adapter(finished, tmp_path):
+    parent = {"run_dir": str(finished), "adapter_sha256": "a" * 64}
+    child = tmp_path / "child"
+    with open_run(sft(child), "sft", str(child), resume=False) as run:
+        run.record(parent=parent)
+    with pytest.raises(AlreadyDone):
+        check_reusable(sft(child), child, resume=False)
+    (finished / "manifest.json").write_text(json.dumps(read_manifest(finished) | {"adapter_sha256": "b" * 64}))
+    with pytest.raises(ValueError, match="over another .*adapter, which has changed since"):
+        check_reusable(sft(child), child, resume=False)
+
+
+# --- in use -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model_dir, tiny_data_dir):
+    return workplace(tmp_path, tiny_model_dir, data=tiny_data_dir)
+
+
+def test_a_second_process_is_turned_away_and_the_first_goes_on(place, capfd):
+    arguments = ("--config", CONFIGS / "eval_tiny.yaml")
+    config = load(CONFIGS / "eval_tiny.yaml", [f"run_dir={place}/runs/eval_tiny_base"], EvalConfig)
+    with open_run(config, "eval", config.run_dir, resume=False) as first:
+        before = tree(place)
+        done = run("evaluate", *arguments, cwd=place)
+        assert done.code == 2 and "runs/eval_tiny_base is in use by another process" in done.err
+        second = start("evaluate", *arguments, cwd=place)
+        second.join()
+        assert second.exitcode == 2
+        assert tree(place) == before
+        first.record(model="still mine")
+    assert read_manifest(config.run_dir)["exit"] == "ok" and read_manifest(config.run_dir)["model"] == "still mine"
+
+
+def test_the_lock_dies_with_its_process(folder):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open_run(sft(folder), "sft", str(folder), resume=False):
+            os.write(writer, b"open")
+            time.sleep(60)
+    os.read(reader, 4)
+    with pytest.raises(ValueError, match="in use"), open_run(sft(folder), "sft", str(folder), resume=False):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert read_manifest(folder)["exit"] == "running"
+    with open_run(sft(folder), "sft", str(folder), resume=False):
+        pass
+    assert read_manifest(folder)["exit"] == "ok"
+
+
+# --- where it comes from ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, tiny_model_dir):
+    folder = tmp_path_factory.getbasetemp() / "pipeline"
+    tiny_pipeline(folder, tiny_model_dir)
+    return folder / "runs"
+
+
+def test_a_reader_can_print_the_chain_from_manifests_alone(pipeline):
+    link, printed = pipeline / "eval_tiny_grpo_tiny", []
+    while link:
+        manifest = read_manifest(link)
+        printed.insert(0, (manifest["stage"], manifest["adapter_sha256"]))
+        link = manifest["parent"] and pipeline.parent / manifest["parent"]["run_dir"]
+    hashes = [read_manifest(pipeline / name)["adapter_sha256"] for name in ("sft_tiny", "grpo_tiny")]
+    assert printed == [("sft", hashes[0]), ("grpo", hashes[1]), ("eval", hashes[1])]
+    chain = read_manifest(pipeline / "eval_tiny_grpo_tiny")["chain"]
+    assert [(row["stage"], row["name"], row["adapter_sha256"]) for row in chain] == [
+        ("sft", "sft_tiny", hashes[0]),
+        ("grpo", "grpo_tiny", hashes[1]),
+    ]
+    assert read_manifest(pipeline / "eval_tiny_base")["chain"] == [] and read_manifest(pipeline / "sft_tiny")["parent"] is None
+
+
+def test_a_checkpoint_is_of_the_run_that_made_it(pipeline):
+    _, chain = parent_of(pipeline / "grpo_tiny" / "checkpoints" / "checkpoint-1", "c" * 64)
+    assert [(row["stage"], row["adapter_sha256"][:1] == "c") for row in chain] == [("sft", False), ("grpo", True)]
+
+
+def test_an_adapter_from_elsewhere_is_named(tmp_path):
+    parent, chain = parent_of(tmp_path / "downloaded", "d" * 64)
+    assert parent["adapter_sha256"] == "d" * 64
+    assert chain == [{"stage": "adapter", "name": str(tmp_path / "downloaded"), "adapter_sha256": "d" * 64}]
+
+
+def test_data_that_is_not_prepared_is_told_with_the_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path in ("data/gsm8k", "data/gsm8k/", "./data/gsm8k"):
+        with pytest.raises(ValueError, match=r"prepare them with `python data_prep\.py --config configs/data_gsm8k\.yaml`"):
+            data_entry(path, "train")
+    with pytest.raises(ValueError, match=r"no dev examples at data/mine/dev\.jsonl.*configs/data_<name>\.yaml"):
+        data_entry("data/mine", "dev")
+
+
+# --- what a machine cannot do -----------------------------------------------------------------------------------------
+
+
+def test_a_paged_optimizer_is_replaced_and_noted(pipeline):
+    (note,) = read_manifest(pipeline / "sft_tiny")["notes"]
+    assert "paged_adamw_32bit" in note and "adamw_torch" in note
+
+
+def test_wandb_without_a_key_goes_offline(folder, monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = sft(folder, "tracking=wandb")
+    for resume in (False, True):  # a resumed run continues its curve
+        with pytest.raises(RuntimeError), open_run(config, "sft", str(folder), resume) as run:
+            assert training.tracking(config, run) == ["wandb"]
+            run.save()
+            raise RuntimeError
+        (note,) = read_manifest(folder)["notes"]
+        assert "logged offline" in note and os.environ["WANDB_MODE"] == "offline"
+        assert os.environ["WANDB_RUN_ID"] == read_manifest(folder)["wandb_run_id"]
+        monkeypatch.delenv("WANDB_MODE")
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "told"),
+    [
+        ("sft", "model.attn_implementation=flash_attention_2", "model.attn_implementation flash_attention_2 needs CUDA"),
+        ("eval", "model.dtype=float16", "model.dtype float16 needs CUDA"),
+        ("sft", "trainer.tf32=true", "trainer.tf32 True needs CUDA"),
+        ("eval", "engine=vllm", "engine vllm needs the package"),
+    ],
+)
+def test_a_setting_that_this_machine_cannot_honour_is_told(tmp_path, config, override, told):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    cls = SftConfig if config == "sft" else EvalConfig
+    check_machine(load(CONFIGS / f"{config}_tiny.yaml", [], cls))
+    with pytest.raises(ValueError, match=told):
+        check_machine(load(CONFIGS / f"{config}_tiny.yaml", [override], cls))
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/sft_train.py"])
+    with pytest.raises(SystemExit) as stop:
+        exit_on_user_error(lambda: data_entry(tmp_path, "train"))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("sft_train.py: no train examples at")
+
+
+@pytest.mark.parametrize(
+    "fault", [lambda: int("x"), lambda: json.loads("{"), lambda: {}["x"], lambda: dict(zip("a", "", strict=True))]
+)
+def test_a_fault_of_the_program_is_a_traceback(fault):
+    with pytest.raises((ValueError, KeyError)):
+        exit_on_user_error(fault)
+
+
+def test_nothing_to_do_is_no_error(finished, capsys):
+    exit_on_user_error(lambda: check_reusable(sft(finished), finished, resume=False))
+    assert "nothing to do" in capsys.readouterr().out
+    assert ROOT not in finished.parents
