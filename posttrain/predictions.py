@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from posttrain.records import Example, Prediction, to_json, write_jsonl
+from posttrain.records import Example, Prediction, cut_torn_tail, to_json, write_jsonl
 from posttrain.run import num_processes, process_index
 from rewards import GRADER_VERSION, grade
 
@@ -50,7 +50,7 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mine = folder / f"predictions.part{process_index()}.jsonl"
-        _cut_torn_tail(self.mine)
+        cut_torn_tail(self.mine)
 
     def rows(self) -> dict[tuple[str, int], Prediction]:
         """Every whole row of every process, by question and sample."""
@@ -92,9 +92,3 @@ class Parts:
 def _whole_rows(file: Path) -> Iterator[Prediction]:
     for line in file.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
         yield Prediction(**json.loads(line))
-
-
-def _cut_torn_tail(file: Path) -> None:
-    if file.is_file():
-        content = file.read_bytes()
-        os.truncate(file, content.rfind(b"\n") + 1)

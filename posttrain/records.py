@@ -78,6 +78,12 @@ def write_atomic(path: Path | str, text: str) -> None:
     partial.replace(path)
 
 
+def cut_torn_tail(file: Path) -> None:
+    """Cut off what follows the last line break: a row that a kill interrupted."""
+    if file.is_file():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+
+
 def to_json(row: Any) -> str:
     return json.dumps(dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row, ensure_ascii=False)  # type: ignore[arg-type]
 

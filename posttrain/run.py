@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from posttrain.config import Settings, config_sha256, dump
-from posttrain.records import sha256_file, to_json, write_atomic
+from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 
 PACKAGES = (
     "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
@@ -114,6 +114,8 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
     origin: dict[str, Any] = {"parent": None, "chain": [], "adapter_sha256": None}
     run = Run(folder, {**origin, **before, **_opening(config, stage, folder), **first}, lock)
     if run.is_main:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_torn_tail(folder / name)
         write_atomic(folder / "config.yaml", dump(config))
     run.save()
     return run

@@ -8,8 +8,8 @@
 3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
    `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
 4. Learner batches. TRL pads a micro-batch to the longest sequence of the whole generation batch; ours is cut to its own.
-5. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters, and
-   its continuous batching casts the trained model to bf16 for good (`unwrapped_model.to`); here the masters come back.
+5. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
+   inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
 tests/test_trainers.py fails when upstream changes any of them.
 """
 
@@ -67,6 +67,11 @@ class GRPO(MasterWeights, GRPOTrainer):
     def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        if self.use_transformers_continuous_batching:
+            raise ValueError(
+                "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
+                "use rollouts.engine=continuous_batching, which runs on a copy"
+            )
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise ValueError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
         copy_to_reference(self.model)
@@ -85,12 +90,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         return loss * share_kept(self.loss_type, inputs, whole)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        masters = [(parameter, parameter.data) for parameter in self.model.parameters() if parameter.dtype == MASTER_DTYPE]
         with self.accelerator.autocast():
-            result = super()._generate_single_turn(*args, **kwargs)
-        for parameter, data in masters:
-            parameter.data = data
-        return result
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)

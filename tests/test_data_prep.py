@@ -1,5 +1,6 @@
 """Every source gives rows that grade themselves, splits that do not touch, and a folder that is whole or not a data set."""
 
+import itertools
 import json
 import random
 import re
@@ -134,7 +135,7 @@ def test_seeds_of_the_splits_are_further_apart_than_any_split_is_long():
     configs = [load(file, [], DataConfig) for file in CONFIGS.glob("**/data_*.yaml")]
     sizes = [getattr(c.source, f"num_{split}") for c in configs for split in data_prep.SPLITS if hasattr(c.source, "num_dev")]
     starts = sorted(seed * 1_000_000_000 + first for seed in range(4) for first in data_prep.SEED_RANGES.values())
-    assert sizes and min(b - a for a, b in zip(starts, starts[1:], strict=False)) > 1000 * max(sizes)
+    assert sizes and min(b - a for a, b in itertools.pairwise(starts)) > 1000 * max(sizes)
 
 
 def test_svamp(prepare, tmp_path):

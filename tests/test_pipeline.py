@@ -72,7 +72,7 @@ def test_the_report_reads_the_run_directories(place):
     page = (place / "report" / "report.html").read_text(encoding="utf-8")
     table = (place / "report" / "report.md").read_text(encoding="utf-8")
     for name in EVALUATIONS:
-        assert f"eval_tiny_{name}" in table and f"eval_tiny_{name}" in page
+        assert f"| tiny_{name} (" in table and f"tiny_{name}" in page
     assert "report.html" in done.out and list((place / "report").glob("*.png"))
     assert tree(place / "runs") == before
 
@@ -110,7 +110,7 @@ def test_all_of_it_again_is_nothing_to_do(place):
     ("name", "script", "step", "more"),
     [("sft_tiny", "sft_train", 15, ["trainer.optim=paged_adamw_32bit"]), ("grpo_tiny", "grpo_train", 1, [])],
 )
-def test_a_resumed_run_ends_where_it_would_have(place, name, script, step, more):
+def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, step, more):
     folder, config = place / "runs" / name, CONFIGS / f"{name.removesuffix('_tiny')}_tiny.yaml"
     whole = read_manifest(folder)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
@@ -119,6 +119,8 @@ def test_a_resumed_run_ends_where_it_would_have(place, name, script, step, more)
     (folder / "checkpoints" / f"checkpoint-{step + 1}").mkdir()  # killed while it was written
     shutil.rmtree(folder / "adapter")
     (folder / "manifest.json").write_text(json.dumps(whole | {"exit": "running", "adapter_sha256": None}))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # and while this was
 
     before = tree(folder)
     done = run(script, "--config", config, *more, cwd=place)
@@ -128,6 +130,9 @@ def test_a_resumed_run_ends_where_it_would_have(place, name, script, step, more)
     resumed = read_manifest(folder)
     assert (resumed["exit"], resumed["steps"], resumed["started"]) == ("ok", whole["steps"], whole["started"])
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]  # bit for bit
+    logged = {row["step"]: row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row}  # the last row counts
+    before = {row["step"]: row["loss"] for row in read_rows(pipeline / "runs" / name / "metrics.jsonl") if "loss" in row}
+    assert logged == before
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

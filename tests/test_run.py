@@ -216,6 +216,18 @@ def test_a_second_process_is_turned_away_and_the_first_goes_on(place, capfd):
     assert read_manifest(config.run_dir)["exit"] == "ok" and read_manifest(config.run_dir)["model"] == "still mine"
 
 
+def test_a_run_that_ends_between_the_look_and_the_lock_is_not_begun_again(folder, monkeypatch):
+    def meanwhile(config):
+        monkeypatch.undo()
+        with open_run(sft(folder), "sft", str(folder), resume=False):
+            pass
+
+    monkeypatch.setattr("posttrain.run.check_machine", meanwhile)  # called after the directory was looked at
+    with pytest.raises(AlreadyDone), open_run(sft(folder), "sft", str(folder), resume=False):
+        pass
+    assert read_manifest(folder)["exit"] == "ok"
+
+
 def test_the_lock_dies_with_its_process(folder):
     reader, writer = os.pipe()
     child = os.fork()
