@@ -33,6 +33,9 @@ ROUNDING = 1e-6
 class MasterWeights:
     """Mixin: the trainer starts from exactly the weights it was given, in fp32."""
 
+    state: Any  # both are the trainer's
+    processing_class: Any
+
     def __init__(self, *args: Any, model: PeftModel, score_labels_only: bool = True, **kwargs: Any) -> None:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
         if not masters:
@@ -44,9 +47,25 @@ class MasterWeights:
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             add_label_head(model.get_base_model(), getattr(self, "temperature", 1.0), isinstance(self, GRPOTrainer))
 
+    def check_loss(self, loss: torch.Tensor, ids: torch.Tensor) -> None:
+        """Stop before a loss that is not a number is propagated, and name the batch it comes from."""
+        if not loss.isfinite():
+            text = self.processing_class.decode(ids[0], skip_special_tokens=True)
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, in the batch that begins with {text[:200]!r}; "
+                "nothing was applied. --resume goes on from the last checkpoint"
+            )
+
 
 class SFT(MasterWeights, SFTTrainer):
     """SFTTrainer with fp32 master weights; entropy is logged only where it is computed."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
+        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for mode in ("train", "eval"):
@@ -86,6 +105,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         if self.correct_mismatch:
             inputs["old_per_token_logps"] = sampled_logps(inputs)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
         return loss * share_kept(self.loss_type, inputs, whole)
 

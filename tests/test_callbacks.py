@@ -1,0 +1,393 @@
+"""What a run watches, writes and refuses: rows, moved weights, numbers that are none, dev accuracy, samples, checkpoints."""
+
+import copy
+import functools
+import json
+import math
+
+import pytest
+import torch
+from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from posttrain.adapters import new_adapter
+from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
+from posttrain.chat import chat_ids, load_tokenizer
+from posttrain.config import Lora, Model
+from posttrain.models import load_base
+from posttrain.records import Example, as_dataset, read_jsonl, read_rows
+from posttrain.stats import wilson
+from posttrain.training import add_callbacks, dev_accuracy, last_checkpoint, save_adapter, trainer_arguments
+from rewards import extract, grade
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory):
+    return Tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def sft(tiny):
+    with tiny.sft({"learning_rate": 1e-2}) as trainer:
+        trainer.train()
+        save_adapter(trainer, trainer.run, trainer.processing_class, "")
+        return trainer.run.folder
+
+
+def rows_of(trainer):
+    return list(read_rows(trainer.run.folder / "metrics.jsonl"))
+
+
+# --- metrics.jsonl ----------------------------------------------------------------------------------------------------
+
+
+def test_every_logged_row_is_written_with_its_step_and_time(tiny):
+    with tiny.sft({"max_steps": 3}) as trainer:
+        trainer.train()
+        logged = [{k: v for k, v in row.items() if k != "total_flos"} for row in trainer.state.log_history]
+        written = rows_of(trainer)
+    assert [{k: v for k, v in row.items() if k != "time"} for row in written] == logged
+    assert [row["step"] for row in written] == [1, 2, 3, 3]
+    assert written[0]["time"] <= written[-1]["time"]
+    assert {"loss", "grad_norm", "learning_rate", "lora_moved_share", "mean_token_accuracy"} <= written[0].keys()
+
+
+GRPO_KEYS = {
+    "loss", "grad_norm", "learning_rate", "lora_moved_share", "kl", "entropy", "reward", "reward_std", "frac_reward_zero_std",
+    "frac_groups_without_signal", "completions/mean_length", "completions/clipped_ratio", "rewards/correctness_reward/mean",
+    "rewards/format_reward/mean", "num_markers", "rollout/logp_difference", "rollout/tokens_per_second",
+}  # fmt: skip
+
+
+def test_grpo_writes_the_signals_one_watches(tiny, sft):
+    with tiny.grpo(sft, {"beta": 0.04}) as trainer:
+        trainer.train()
+        assert rows_of(trainer)[0].keys() >= GRPO_KEYS
+
+
+# --- the share of weights that moved ----------------------------------------------------------------------------------
+
+
+def share_of_one_step(dtype, learning_rate):
+    """Of one step of AdamW, whose first step is the learning rate in every entry."""
+    weight = torch.nn.Parameter(torch.linspace(-0.1, 0.1, 1001).to(dtype))
+    model = torch.nn.Module()
+    model.weight = weight
+    reported = []
+    watch = MovedShare(lambda key, value: reported.append((key, value)))
+    args, state = TrainingArguments(output_dir="x", logging_steps=1, use_cpu=True), type("State", (), {"global_step": 0})()
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    watch.on_pre_optimizer_step(args, state, None, model)
+    torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0).step()
+    watch.on_optimizer_step(args, state, None, model)
+    ((key, share),) = reported
+    assert key == "lora_moved_share"
+    assert share == int((weight != before).sum()) / weight.numel()
+    return share
+
+
+def test_the_moved_share_is_one_in_fp32_and_less_in_bf16_at_small_steps():
+    assert [share_of_one_step(torch.float32, rate) for rate in (1e-4, 3e-5, 1e-6)] == pytest.approx([1.0] * 3, abs=0.005)
+    in_bf16 = [share_of_one_step(torch.bfloat16, rate) for rate in (1e-2, 1e-4, 3e-5, 1e-6)]
+    assert in_bf16 == sorted(in_bf16, reverse=True)
+    assert in_bf16[0] > 0.99
+    # A step moves |w| below lr * 2^8 to 2^9: half the spacing of bf16 is |w| * 2^-8 to 2^-9.
+    assert 3e-5 * 2**8 / 0.1 * 0.9 < in_bf16[2] < 3e-5 * 2**9 / 0.1 * 1.1
+    assert in_bf16[3] < 0.01
+
+
+def test_a_run_logs_one_in_fp32_over_nf4(tiny):
+    with tiny.sft({"max_steps": 3, "learning_rate": 1e-5}) as trainer:
+        trainer.train()
+        shares = [row["lora_moved_share"] for row in rows_of(trainer) if "lora_moved_share" in row]
+    assert shares[0] == pytest.approx(0.5, abs=0.01)  # B is 0 at first, so A, half of the entries, has no gradient yet
+    assert all(share > 0.99 for share in shares[1:])
+
+
+def test_upstreams_bf16_adapter_stands_still_at_that_rate(tiny, tiny_model_dir, tmp_path):
+    settings = Model(name_or_path=str(tiny_model_dir))
+    tokenizer = load_tokenizer(settings)
+    model = new_adapter(load_base(settings, "nf4", tokenizer), Lora(**LORA), tokenizer, seed=0)
+    args = SFTConfig(
+        output_dir=str(tmp_path), bf16=True, use_cpu=True, report_to=[], max_steps=3, learning_rate=1e-5, logging_steps=1
+    )
+    data = as_dataset(read_jsonl(f"{tiny.data}/train.jsonl", Example), ("prompt", "completion"))
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    shares = []
+    trainer.add_callback(MovedShare(lambda _, value: shares.append(value)))
+    first = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
+    trainer.train()
+    assert shares[-1] < 0.9
+    moved = sum(int((model.get_parameter(name) != value).sum()) for name, value in first.items())
+    assert moved / sum(value.numel() for value in first.values()) < 0.2
+
+
+def test_the_share_is_measured_at_logged_steps_alone(tiny):
+    with tiny.sft({"max_steps": 4, "logging_steps": 2}) as trainer:
+        clones = []
+        watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MovedShare))
+        trainer.add_callback(Look(lambda: clones.append(len(watch.before))))
+        trainer.train()
+    assert clones == [0, 28, 0, 28]
+
+
+class Look(TrainerCallback):
+    """Calls a function before every optimizer step, after the other callbacks did what they do then."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.look()
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+class PoisonGradient(TrainerCallback):
+    """From the given step on, one entry of one gradient is `value`."""
+
+    def __init__(self, value, step):
+        self.value, self.step = value, step
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step + 1 == self.step:
+            parameter = next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n)
+            parameter.register_hook(self.poison)
+        self.weights = adapter_tensors(model)
+
+    def poison(self, grad):
+        grad = grad.clone()
+        grad[0, 0] = self.value
+        return grad
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(tiny, value, clip):
+    with tiny.sft({"max_steps": 4, "max_grad_norm": clip, "gradient_accumulation_steps": 2}) as trainer:
+        poison = PoisonGradient(value, step=3)
+        trainer.add_callback(poison)
+        with pytest.raises(FloatingPointError, match=r"non-finite gradient at step 3, not applied.*learning_rate"):
+            trainer.train()
+        assert trainer.state.global_step == 2
+        for name, tensor in adapter_tensors(trainer.model).items():
+            assert torch.equal(tensor, poison.weights[name]), name
+
+
+def test_upstream_applies_a_gradient_that_is_no_number_and_logs_nothing(tiny):
+    """`logging_nan_inf_filter` is on by default; ours is off, and the run is stopped before."""
+    assert TrainingArguments(output_dir="x", use_cpu=True).logging_nan_inf_filter
+    with tiny.sft({"max_steps": 1}) as trainer:
+        assert not trainer.args.logging_nan_inf_filter
+        trainer.remove_callback(StopOnNonFinite)
+        trainer.add_callback(PoisonGradient(math.nan, step=1))
+        trainer.train()
+        assert any(tensor.isnan().any() for tensor in adapter_tensors(trainer.model).values())
+
+
+@pytest.mark.parametrize("key", ["loss", "reward", "kl", "grad_norm"])
+def test_a_logged_number_that_is_none_stops_the_run(tiny, key):
+    with tiny.sft() as trainer:
+        trainer.log({key: 1.0})
+        with pytest.raises(FloatingPointError, match=rf"{key} is nan at step 0: the run stops here"):
+            trainer.log({key: math.nan})
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_batch(tiny, sft, stage):
+    """By an infinite weight of the frozen base, as a broken download has it."""
+    with tiny.sft(quantization="none") if stage == "sft" else tiny.grpo(sft, quantization="none") as trainer:
+        before = adapter_tensors(trainer.model)
+        trainer.add_callback(BreakBase())
+        with pytest.raises(FloatingPointError, match=r"loss is nan at step 1, in the batch that begins with 'user\\n\w+ has \d+"):
+            trainer.train()
+        for name, tensor in adapter_tensors(trainer.model).items():
+            assert torch.equal(tensor, before[name])
+
+
+class BreakBase(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.data[0, 0] = math.nan
+
+
+# --- dev accuracy -----------------------------------------------------------------------------------------------------
+
+
+def with_dev(tiny, num_dev=6):
+    return {"data": {"path": tiny.data, "num_dev": num_dev}}
+
+
+@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_dev_rows_come_before_between_and_after_and_take_no_other_row_s_place(tiny, sft, stage, every):
+    settings = with_dev(tiny) | {"dev_every_steps": every}
+    trainer_settings = {"max_steps": 4, "max_length": 160}
+    manager = tiny.sft(trainer_settings, **settings) if stage == "sft" else tiny.grpo(sft, {"max_steps": 4}, **settings)
+    with manager as trainer:
+        trainer.train()
+        rows = rows_of(trainer)
+    dev = [row for row in rows if "dev/accuracy" in row]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in dev] == ([0, 2, 4] if every else [0, 4])
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert len({frozenset(row) for row in steps}) == 1  # the same keys in every row
+    assert {key for row in dev for key in row if not key.startswith("dev/")} == {"step", "time", "epoch"}
+    assert {"lora_moved_share"} <= steps[0].keys()
+
+
+def test_upstream_drops_the_loss_of_a_step_at_whose_end_something_is_logged(tiny):
+    """Why DevAccuracy measures at the beginning of the next step: `on_log` clears `control.should_log`."""
+
+    class AtStepEnd(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.log({"dev/accuracy": 0.5})
+
+    with tiny.sft({"max_steps": 2}) as trainer:
+        trainer.add_callback(AtStepEnd())
+        trainer.train()
+        rows = rows_of(trainer)
+    assert not any("loss" in row for row in rows), "transformers logs both now: DevAccuracy may measure at the end of a step"
+    assert "mean_token_accuracy" in rows[0]  # and TRL's `log` moves what it has gathered into that row
+
+
+def test_a_resumed_run_does_not_measure_its_start_again(tiny):
+    config = tiny.sft_config(
+        {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "max_length": 160}, dev_every_steps=2, **with_dev(tiny, 2)
+    )
+    with pytest.raises(KeyboardInterrupt), opened(config) as trainer:
+        trainer.add_callback(Interrupt())
+        trainer.train()
+    with opened(config, resume=True) as trainer:
+        trainer.train(resume_from_checkpoint=last_checkpoint(trainer.run, resume=True))
+        rows = rows_of(trainer)
+    assert [row["step"] for row in rows if "dev/accuracy" in row] == [0, 2, 4]
+
+
+class Interrupt(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_dev_accuracy_is_what_grading_one_by_one_gives(tiny, tiny_model_dir, tiny_data_dir):
+    """A random model is never right, so the golds are made of what it says: half of them right, a third strictly so."""
+    settings = Model(name_or_path=str(tiny_model_dir))
+    tokenizer = load_tokenizer(settings)
+    policy = load_base(settings, "none", tokenizer)
+    examples = read_jsonl(tiny_data_dir / "dev.jsonl", Example)[:6]
+    plain = copy.deepcopy(policy).eval()
+    texts = []
+    for example in examples:
+        ids = torch.tensor([chat_ids(tokenizer, example.prompt, add_generation_prompt=True)])
+        out = plain.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        texts.append(tokenizer.decode(out, skip_special_tokens=True))
+    values = [extract(text).value for text in texts]
+    golds = [value if index % 2 else "123456" for index, value in enumerate(values)]
+    dev = [Example(**{**as_dict(example), "answer": gold or "7"}) for example, gold in zip(examples, golds, strict=True)]
+    measured = dev_accuracy(policy, tokenizer, dev, max_new_tokens=12)
+    grades = [grade(text, example.answer) for text, example in zip(texts, dev, strict=True)]
+    right = sum(verdict.correct for verdict in grades)
+    low, high = wilson(right, 6)
+    assert measured["dev/accuracy"] == right / 6
+    assert measured["dev/accuracy_strict"] == sum(verdict.strict for verdict in grades) / 6
+    assert (measured["dev/accuracy_low"], measured["dev/accuracy_high"]) == (low, high)
+    assert low <= right / 6 <= high
+    assert measured["dev/clipped_ratio"] == 1.0
+
+
+def as_dict(example):
+    return {name: getattr(example, name) for name in example.__dataclass_fields__}
+
+
+def test_dev_accuracy_follows_the_policy_and_leaves_it_in_training(tiny, sft):
+    with tiny.grpo(sft, **with_dev(tiny)) as trainer:
+        trainer.model.train()
+        before = adapter_tensors(trainer.model)
+        watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DevAccuracy))
+        watch.measure()
+        assert trainer.model.training
+        assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(trainer.model).items())
+
+
+def test_without_dev_examples_nothing_is_measured(tiny):
+    with tiny.sft() as trainer:
+        assert not any(isinstance(callback, DevAccuracy) for callback in trainer.callback_handler.callbacks)
+        add_callbacks(trainer, trainer.run, lambda: {"dev/accuracy": 1.0}, None)
+        (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DevAccuracy))
+        assert isinstance(watch.log, functools.partial)
+        assert watch.log.func is Trainer.log
+
+
+# --- samples.jsonl ----------------------------------------------------------------------------------------------------
+
+
+def test_samples_hold_every_completion_of_a_step_with_its_verdict(tiny, sft, tiny_data_dir, capsys):
+    golds = {e.prompt[-1]["content"]: e.answer for e in read_jsonl(tiny_data_dir / "train.jsonl", Example)}
+    with tiny.grpo(sft, {"max_steps": 2, "scale_rewards": "none"}) as trainer:
+        pay(trainer, by_content)
+        trainer.train()
+        rows = list(read_rows(trainer.run.folder / "samples.jsonl"))
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
+    for start in range(0, 16, 4):
+        group = rows[start : start + 4]
+        assert len({row["question"] for row in group}) == 1
+        rewards = [row["rewards"]["only"] for row in group]
+        assert [row["advantage"] for row in group] == pytest.approx([r - sum(rewards) / 4 for r in rewards], abs=1e-4)
+    for row in rows:
+        assert row["gold"] == golds[row["question"]]
+        assert row["value"] == extract(row["completion"]).value
+        assert row["rewards"]["nothing"] == 0.0
+    best = max(rows[:8], key=lambda row: row["advantage"])
+    assert (
+        f"step 1: only {best['rewards']['only']:g} nothing 0, read {best['value']}, gold {best['gold']}"
+        in capsys.readouterr().out
+    )
+
+
+# --- checkpoints and arguments ----------------------------------------------------------------------------------------
+
+
+def test_the_last_complete_checkpoint_is_found_by_its_number(tiny):
+    with tiny.sft() as trainer:
+        folder = trainer.run.folder / "checkpoints"
+        for step in (2, 10, 9, 12):
+            (folder / f"checkpoint-{step}").mkdir(parents=True)
+            if step != 12:  # cut off while it was written
+                (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+        assert last_checkpoint(trainer.run, resume=True) == str(folder / "checkpoint-10")
+        assert last_checkpoint(trainer.run, resume=False) is None
+
+
+def test_without_a_checkpoint_a_resumed_run_begins_again(tiny):
+    with tiny.sft() as trainer:
+        assert last_checkpoint(trainer.run, resume=True) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has the paged optimizer")
+def test_a_paged_optimizer_gives_way_without_cuda_and_the_run_says_so(tiny):
+    with tiny.sft({"optim": "paged_adamw_32bit"}) as trainer:
+        assert trainer.args.optim == "adamw_torch"
+        assert any("paged_adamw_32bit" in note and "adamw_torch" in note for note in trainer.run.manifest["notes"])
+        assert json.loads((trainer.run.folder / "manifest.json").read_text())["notes"] == trainer.run.manifest["notes"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key", "value"), [("bfloat16", "bf16", False), ("float32", "bf16", True), ("float32", "fp16", True)]
+)
+def test_a_precision_that_contradicts_the_models_is_refused(tiny, tiny_model_dir, dtype, key, value):
+    config = tiny.sft_config({key: value}, model={"name_or_path": str(tiny_model_dir), "dtype": dtype}, quantization="none")
+    with pytest.raises(ValueError, match=rf"trainer.{key} contradicts model.dtype {dtype}: remove it"), opened(config):
+        pass
+
+
+def test_what_the_run_owns_overrides_nothing_that_the_block_may_hold(tiny):
+    config = tiny.sft_config({"learning_rate": 3e-4, "bf16": True}, seed=7)
+    with opened(config) as trainer:
+        arguments = trainer_arguments(config, trainer.run)
+        assert arguments["seed"] == 7
+        assert arguments["learning_rate"] == 3e-4
+        assert arguments["output_dir"] == str(trainer.run.folder / "checkpoints")
+        assert trainer.args.bf16
+        assert not trainer.args.remove_unused_columns
