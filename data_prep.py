@@ -35,6 +35,7 @@ from posttrain.records import (
     write_jsonl,
 )
 from posttrain.run import exit_on_user_error, git_state, read_manifest
+from posttrain.stats import train_test_overlap
 from rewards import GRADER_VERSION, gold_answer, grade
 
 SPLITS = ("train", "dev", "test")
@@ -175,9 +176,18 @@ def sampled_rows(source: settings.RejectionSampledSource) -> Iterator[Row]:
     for sample in read_jsonl(run_dir / "predictions.jsonl", Prediction):
         if sample.strict and sample.format_ok and len(kept[sample.id]) < source.max_per_question:
             kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), sample.completion.strip())
-    solutions = ((name, text) for name, texts in kept.items() for text in texts.values())
-    for number, (name, text) in enumerate(solutions, 1):
-        yield Row(str(run_dir), number, "train", questions[name]["question"], text)
+    solutions = [(questions[name]["question"], text) for name, texts in kept.items() for text in texts.values()]
+    if source.with_gold:
+        solutions += gold_solutions(Path(read_manifest(run_dir)["data"]["path"]))
+    for number, (question, text) in enumerate(solutions, 1):
+        yield Row(str(run_dir), number, "train", question, text)
+
+
+def gold_solutions(folder: Path) -> list[tuple[str, str]]:
+    """Questions and worked solutions of a prepared data set's training rows."""
+    if not (folder / "train.jsonl").is_file():
+        raise ValueError(f"no {folder}/train.jsonl, which was sampled from: prepare it again, or set source.with_gold=false")
+    return [(row.question, row.completion[-1]["content"].strip()) for row in read_jsonl(folder / "train.jsonl", Example)]
 
 
 def sampled_source(source: settings.RejectionSampledSource) -> dict[str, Any]:
@@ -381,11 +391,21 @@ def describe(
         "counts": {split: sum(example.split == split for example in examples) for split in SPLITS},
         "rejected": num_rejected,
         **repeats,
+        "ngram_overlap": ngram_overlap(examples),
         "warning": "made from GSM8K test questions (arXiv:2410.05229): never report GSM8K for a model trained on this"
         if source.describe["kind"] == "gsm_symbolic"
         else None,
         **token_lengths(examples, config, tokenizer),
     }
+
+
+def ngram_overlap(examples: list[Example]) -> dict[str, int]:
+    """How many test questions share 13 words in a row with one of train or dev; equal questions are gone by now."""
+    asked = {True: [], False: []}  # type: dict[bool, list[str]]
+    for example in examples:
+        asked[example.split == "test"].append(example.question)
+    overlap = train_test_overlap(asked[False], asked[True])
+    return {"ngram": overlap["ngram"], "test_questions": overlap["k"]}
 
 
 def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -> dict[str, Any]:
@@ -453,7 +473,8 @@ def summary(manifest: dict[str, Any]) -> str:
     counts = " ".join(f"{split} {manifest['counts'][split]}" for split in SPLITS)
     lines = [
         f"{manifest['name']}: {counts}; {manifest['rejected']} rejected, {manifest['duplicates']} duplicates, "
-        f"{manifest['train_test_overlap']} train rows that are in the test split (dropped)",
+        f"{manifest['train_test_overlap']} train rows that are in the test split (dropped), "
+        "{test_questions} test questions that share {ngram} words in a row with train".format(**manifest["ngram_overlap"]),
         f"tokens ({manifest['tokenizer']}): prompt {manifest['prompt_tokens']}, completion {manifest['completion_tokens']}; "
         f"{manifest['share_over_max_length']:.2%} of rows over {manifest['max_length']}",
     ]

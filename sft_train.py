@@ -13,6 +13,7 @@ the run is refused; dev accuracy is measured before and after; a non-finite grad
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from posttrain import config as settings
@@ -29,30 +30,31 @@ def main() -> None:
         return show_sft_plan(config)
     check_reusable(config, config.run_dir, args.resume)
 
-    from posttrain import training
+    from posttrain import adapters, training
     from posttrain.chat import load_tokenizer
     from posttrain.training_data import load_examples
 
+    folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
+    if folder:
+        adapters.check_adapter_fits(folder, config.model)
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
     with open_run(config, "sft", config.run_dir, args.resume) as run:
         run.record(data=data)
-        model = load_policy(config, tokenizer, run)
+        model = load_policy(config, folder, tokenizer, run)
         trainer = make_trainer(config, run, model, tokenizer, train, dev)
         trainer.train(resume_from_checkpoint=training.last_checkpoint(run, args.resume))
         training.save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
     training.push_if_asked(config, run)
 
 
-def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-untyped-def]
+def load_policy(config: SftConfig, folder: Path | None, tokenizer, run: Run):  # type: ignore[no-untyped-def]
     """The base with a new adapter, or with one to continue; what it is made of goes into the manifest."""
     from posttrain import adapters, models
 
     parent: dict[str, Any] | None = None
     chain: list[dict[str, Any]] = []
-    if config.adapter:
-        folder = adapters.resolve_adapter(config.adapter)
-        adapters.check_adapter_fits(folder, config.model)
+    if folder:
         parent, chain = parent_of(folder, adapters.adapter_sha256(folder))
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
@@ -62,7 +64,7 @@ def load_policy(config: SftConfig, tokenizer, run: Run):  # type: ignore[no-unty
         "fingerprint": models.fingerprint(base),
     }
     tokens = adapters.special_token_report(base, tokenizer)
-    if config.adapter:
+    if folder:
         model = adapters.load_adapter(base, folder, trainable=True)
     else:
         assert config.lora is not None

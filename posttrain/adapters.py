@@ -62,11 +62,11 @@ def _ready(model: PeftModel) -> PeftModel:
 
 
 def hold_fp32(model: nn.Module) -> None:
-    """Bring every trainable weight to fp32.
+    """Bring every trainable weight to fp32, whatever PEFT made of it; trainers.py keeps it there.
 
     TRL casts the adapters of a quantized model to bf16 (sft_trainer.py, grpo_trainer.py: "the PEFT adapter weights are
     converted to bf16"), where an update of relative size below 2^-9 rounds to nothing: at a learning rate of 3e-5 that
-    is most of them. Called again after the trainer is built and after a checkpoint is loaded.
+    is most of them.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

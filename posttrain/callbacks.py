@@ -43,8 +43,8 @@ class MovedShare(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if self.before:
-            moved = sum(int((p != old).sum()) for p, old in zip(trainable(model), self.before, strict=True))
-            self.report("lora_moved_share", moved / sum(old.numel() for old in self.before))
+            moved = torch.stack([(p != old).sum() for p, old in zip(trainable(model), self.before, strict=True)]).sum()
+            self.report("lora_moved_share", moved.item() / sum(old.numel() for old in self.before))
             self.before = []
 
 
@@ -55,8 +55,9 @@ class StopOnNonFinite(TrainerCallback):
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        # Which tensor it began in is not known any more: taking the norm has spread it over all.
-        if not all(p.grad.isfinite().all() for p in trainable(model) if p.grad is not None):
+        # Which tensor it began in is not known any more: taking the norm has spread it over all. One norm is one wait for
+        # a GPU, where a question to each of hundreds of tensors is hundreds.
+        if not nn.utils.get_total_norm(p.grad for p in trainable(model) if p.grad is not None).isfinite():
             raise FloatingPointError(
                 f"non-finite gradient at step {state.global_step + 1}, not applied. "
                 "Lower trainer.learning_rate or trainer.max_grad_norm; --resume goes on from the last checkpoint"

@@ -193,6 +193,7 @@ class RejectionSampledSource(Settings):
     kind: Literal["rejection_sampled"]
     run_dir: str
     max_per_question: PositiveInt = 4
+    with_gold: bool = False  # the worked solutions of all questions as well, as in the paper (arXiv 2308.01825)
 
 
 Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource

@@ -7,6 +7,7 @@ reads. Both are one JSON object a line, so any tool can read them.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -59,9 +60,16 @@ def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
 
 
 def read_rows(path: Path | str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as lines:
+    """The rows of a JSONL file, or of `path`.gz where only that is there: results/ keeps predictions compressed."""
+    compressed = Path(f"{path}.gz")
+    read = gzip.open if compressed.is_file() and not Path(path).is_file() else open
+    with read(compressed if read is gzip.open else path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
+
+
+def holds_rows(path: Path | str) -> bool:
+    return Path(path).is_file() or Path(f"{path}.gz").is_file()
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> None:

@@ -8,7 +8,8 @@
 3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
    `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
 4. Learner batches. TRL pads a micro-batch to the longest sequence of the whole generation batch; ours is cut to its own.
-5. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
+5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt of a micro-batch once.
+6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
 tests/test_trainers.py fails when upstream changes any of them.
 """
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import DynamicCache
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -113,8 +116,18 @@ class GRPO(MasterWeights, GRPOTrainer):
         with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Checkpointed layers keep no keys and values to share.
+        scorer = model if self.args.gradient_checkpointing else share_prompts(model, input_ids.shape[1] - logits_to_keep)
+        result = super()._get_per_token_logps_and_entropies(scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         self._last_logps = result[0].detach()
         return result
 
@@ -188,6 +201,37 @@ def trim(inputs: dict[str, Any]) -> dict[str, Any]:
         "sampling_per_token_logps": slice(completion),
     }
     return {key: value[:, cut[key]] if key in cut else value for key, value in inputs.items()}
+
+
+def share_prompts(model: nn.Module, width: int) -> Callable[..., Any]:
+    """A stand-in for `model(**inputs)` that runs each distinct prompt, the first `width` columns, once.
+
+    The completions of a group then attend to the same keys and values, and the gradient of each of them flows back into
+    its prompt. The last prompt token stays with its completion, whose first token it predicts. Outputs are those of the
+    model on the columns from there on; scores before a completion are not wanted.
+    """
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> Any:
+        # A token and its mask in one number, so that a pad token inside a prompt is not taken for padding.
+        marked = 2 * input_ids[:, : width - 1] + attention_mask[:, : width - 1]
+        prompts, prompt_of_row = marked.unique(dim=0, return_inverse=True)
+        if len(prompts) == len(marked) or width < 2:
+            return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        shared = DynamicCache()
+        backbone(model)(input_ids=prompts // 2, attention_mask=prompts % 2, past_key_values=shared, use_cache=True)
+        cache = DynamicCache([(layer.keys[prompt_of_row], layer.values[prompt_of_row]) for layer in shared.layers])
+        rest = slice(width - 1, None)
+        return model(
+            input_ids=input_ids[:, rest], attention_mask=attention_mask, labels=labels[:, rest], past_key_values=cache, **kwargs
+        )
+
+    return forward
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The decoder below PEFT's and the data-parallel wrapper; it holds the same adapted layers."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model().base_model
 
 
 def trains_tokens(model: PeftModel) -> bool:

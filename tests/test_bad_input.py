@@ -170,9 +170,7 @@ def test_a_source_that_is_not_there_is_told(place, source, told):
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
-# sft_train.py looks at an adapter only after it has opened the run directory.
-LATE = pytest.mark.xfail(reason="sft_train.py opens the run before it looks at the adapter", strict=True)
-ADAPTER_READERS = [pytest.param("sft_train", marks=LATE), "grpo_train", "evaluate"]
+ADAPTER_READERS = ["sft_train", "grpo_train", "evaluate"]
 
 
 def with_adapter(place, script, adapter):

@@ -4,9 +4,11 @@ import copy
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -64,6 +66,22 @@ def test_grpo_writes_the_signals_one_watches(tiny, sft):
     with tiny.grpo(sft, {"beta": 0.04}) as trainer:
         trainer.train()
         assert rows_of(trainer)[0].keys() >= GRPO_KEYS
+
+
+def test_docs_define_every_logged_key(tiny, sft):
+    dev = {"data": {"path": tiny.data, "num_dev": 2}}
+    keys = set()
+    for manager in (
+        tiny.sft({"eval_strategy": "steps", "eval_steps": 1, "max_length": 160}, fast_loss=False, **dev),
+        tiny.grpo(sft, {"beta": 0.04}, **dev),
+    ):
+        with manager as trainer:
+            trainer.train()
+            keys |= {key for row in rows_of(trainer) for key in row}
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    names = {re.sub(r"rewards/\w+/", "rewards/<name>/", key) for key in keys if not key.startswith("eval_")}
+    assert len(names) > 40
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 # --- the share of weights that moved ----------------------------------------------------------------------------------
@@ -236,6 +254,24 @@ def test_dev_rows_come_before_between_and_after_and_take_no_other_row_s_place(ti
     assert len({frozenset(row) for row in steps}) == 1  # the same keys in every row
     assert {key for row in dev for key in row if not key.startswith("dev/")} == {"step", "time", "epoch"}
     assert {"lora_moved_share"} <= steps[0].keys()
+
+
+def test_a_dev_row_between_two_training_rows_takes_nothing_from_the_second(tiny):
+    """With a training row every other step and a dev row every step."""
+
+    def training_rows(**settings):
+        with tiny.sft({"max_steps": 4, "logging_steps": 2, "max_length": 160}, **settings) as trainer:
+            trainer.train()
+            rows = rows_of(trainer)
+        times = ("time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+        dev = [row for row in rows if "dev/accuracy" in row]
+        return [{k: v for k, v in row.items() if k not in times} for row in rows if row not in dev], dev
+
+    alone, _ = training_rows()
+    beside, dev = training_rows(dev_every_steps=1, **with_dev(tiny, 2))
+    assert beside == alone
+    assert len(dev) == 5
+    assert not any("mean_token_accuracy" in row for row in dev)
 
 
 def test_upstream_drops_the_loss_of_a_step_at_whose_end_something_is_logged(tiny):

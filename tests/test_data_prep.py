@@ -179,7 +179,7 @@ def sampled(tmp_path, tiny_data_dir):
         for sample, text in enumerate(four)
     ]
     write_jsonl(folder / "predictions.jsonl", judged)
-    (folder / "manifest.json").write_text(json.dumps({"data": {"source": {"kind": "gsm_symbolic"}}}))
+    (folder / "manifest.json").write_text(json.dumps({"data": {"source": {"kind": "gsm_symbolic"}, "path": str(tiny_data_dir)}}))
     return folder, asked
 
 
@@ -198,6 +198,22 @@ def test_rejection_sampled(prepare, sampled):
 
     prepare(source | {"max_per_question": 1}, dev_fraction=0)
     assert Counter(row.question for row in prepare.rows()) == {asked[0].question: 1, asked[1].question: 1}
+
+
+def test_rejection_sampled_beside_gold(prepare, sampled, tiny_data_dir):
+    folder, _ = sampled
+    source = {"kind": "rejection_sampled", "run_dir": str(folder), "with_gold": True}
+    prepare(source, dev_fraction=0)
+    rows, gold = prepare.rows(), read_jsonl(tiny_data_dir / "train.jsonl", Example)
+    check_contract(rows)
+    assert len({row.id for row in rows}) == len(rows) == 4 + len(gold)
+    assert [row.question for row in rows[4:]] == [row.question for row in gold]
+    assert [row.completion[0]["content"] for row in rows[4:]] == [row.completion[0]["content"].strip() for row in gold]
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"data": manifest["data"] | {"path": "data/gone"}}))
+    done = prepare(source, ok=False, name="again")
+    assert done.code == 2 and "no data/gone/train.jsonl, which was sampled from" in done.err
 
 
 def test_samples_of_test_questions_are_refused(prepare, sampled):

@@ -21,7 +21,16 @@ from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config import Lora, Model
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl
-from posttrain.trainers import GRPO, SFT, add_label_head, copy_to_reference, groups_without_signal, rows_with_signal, trim
+from posttrain.trainers import (
+    GRPO,
+    SFT,
+    add_label_head,
+    copy_to_reference,
+    groups_without_signal,
+    keep_rows,
+    rows_with_signal,
+    trim,
+)
 from posttrain.training import last_checkpoint, save_adapter
 
 FP32 = {"dtype": "float32"}
@@ -797,6 +806,45 @@ def test_upstream_pads_a_micro_batch_to_the_whole_generation_batch(tiny, sft):
         needed = [int(batch["prompt_mask"].sum(1).max()) for batch in trainer._buffered_inputs]
     assert len(set(widths)) == 1
     assert min(needed) < widths[0], "TRL pads less now: trim may go"
+
+
+@pytest.mark.parametrize("form", ["fp32", "nf4"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sharing_prompts_changes_no_score_and_no_gradient(tiny, any_sft, fp32, monkeypatch, form, attention):
+    """Rows of two groups in any order, one prompt padded, against a prompt for every row; over NF4 within bf16's rounding."""
+    model = fp32["model"] if form == "fp32" else {"name_or_path": tiny.model}
+    settings = {"model": model | {"attn_implementation": attention}, "quantization": "none" if form == "fp32" else "nf4"}
+    with pay_tiny(tiny, any_sft, {"beta": 0.1, "gradient_checkpointing": False}, **settings) as trainer:
+        stir(trainer.model)
+        inputs = ragged(scored(trainer), LENGTHS)
+        order = torch.tensor([3, 0, 5, 6, 1, 7, 2, 4])
+        inputs = {k: v[order] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in inputs.items()}
+        seen = []
+        hook = trainer.model.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda _, a: seen.append(a[0].shape))
+        loss, gradient = loss_and_gradient(trainer, inputs)
+        logps = trainer._last_logps
+        hook.remove()
+        monkeypatch.setattr("posttrain.trainers.share_prompts", lambda model, width: model)
+        whole_loss, whole_gradient = loss_and_gradient(trainer, inputs)
+    prompt = inputs["prompt_mask"].sum(1).max()
+    assert len({int(row.sum()) for row in inputs["prompt_mask"]}) == 2, "both prompts have one length: padding is not tested"
+    assert seen == [(2, prompt - 1), (8, 1 + max(LENGTHS))]
+    mask = trim(inputs)["completion_mask"].bool()
+    assert (logps - trainer._last_logps)[mask].abs().max() < (1e-5 if form == "fp32" else 0.1)
+    assert loss == pytest.approx(whole_loss, rel=1e-4 if form == "fp32" else 0.05, abs=1e-6)
+    assert relative(whole_gradient, gradient) < (1e-5 if form == "fp32" else 0.05)
+
+
+def test_prompts_are_not_shared_where_layers_are_checkpointed_or_none_is_repeated(tiny, sft, fp32):
+    with pay_tiny(tiny, sft, {"beta": 0.0, "gradient_checkpointing": True}, **fp32) as trainer:
+        inputs = trim(ragged(scored(trainer), LENGTHS))
+        width = inputs["prompt_ids"].shape[1]
+        seen = []
+        trainer.model.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda _, a: seen.append(a[0].shape))
+        trainer.compute_loss(trainer.model, dict(inputs))
+        trainer.args.gradient_checkpointing = False
+        trainer.compute_loss(trainer.model, keep_rows(inputs, torch.tensor([0, 4])))
+    assert seen == [(8, width + 9), (2, width + 7)]
 
 
 def test_the_mismatch_is_corrected_with_the_samplers_logps(tiny, sft, fp32):

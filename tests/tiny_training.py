@@ -69,10 +69,11 @@ def opened(config, resume=False):
 
 
 def load_policy(config, tokenizer, run):
-    if isinstance(config, SftConfig):
-        return sft_train.load_policy(config, tokenizer, run)
     from posttrain.adapters import resolve_adapter
 
+    if isinstance(config, SftConfig):
+        folder = resolve_adapter(config.adapter) if config.adapter else None
+        return sft_train.load_policy(config, folder, tokenizer, run)
     return grpo_train.load_policy(config, resolve_adapter(config.adapter), tokenizer, run)
 
 

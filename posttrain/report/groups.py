@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import stats
-from posttrain.records import Prediction, read_jsonl, read_rows
+from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
 from posttrain.run import read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}
@@ -175,7 +175,7 @@ def _name(manifest: Mapping[str, Any]) -> str:
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[Prediction]]:
-    if not all((path / name).is_file() for name in ("questions.jsonl", "predictions.jsonl")):
+    if not all(holds_rows(path / name) for name in ("questions.jsonl", "predictions.jsonl")):
         return [], []
     return list(read_rows(path / "questions.jsonl")), read_jsonl(path / "predictions.jsonl", Prediction)
 
