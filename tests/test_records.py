@@ -1,5 +1,6 @@
 """Records come back as they were written, a file is whole or as before, and no test row is trained on."""
 
+import gzip
 import hashlib
 import json
 
@@ -7,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.records import Example, Prediction, as_dataset, read_jsonl, read_rows, sha256_file, sha256_text, write_jsonl
+from posttrain.records import (
+    Example,
+    Prediction,
+    as_dataset,
+    holds_rows,
+    read_jsonl,
+    read_rows,
+    sha256_file,
+    sha256_text,
+    write_jsonl,
+)
 
 LINE_BREAKS = "\n \r \r\n \x0b \x0c \x1c \x85 \u2028 \u2029"  # str.splitlines() cuts at each, JSON lines end in the first
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -86,3 +97,17 @@ def test_one_test_row_among_others_is_refused(place):
 def test_nothing_to_train_on_is_told():
     with pytest.raises(ValueError, match="no examples to train on: check data.num_train"):
         as_dataset([], ("prompt",))
+
+
+def test_rows_are_read_compressed_where_only_that_is_there(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, [example("Zoë 🦆")])
+    with gzip.open(f"{file}.gz", "wt", encoding="utf-8") as compressed:
+        compressed.write(file.read_text(encoding="utf-8").replace("Zoë", "Ada"))
+    assert [row.question for row in read_jsonl(file, Example)] == ["Zoë 🦆"]
+    file.unlink()
+    assert holds_rows(file) and [row.question for row in read_jsonl(file, Example)] == ["Ada 🦆"]
+    file.with_suffix(".jsonl.gz").unlink()
+    assert not holds_rows(file)
+    with pytest.raises(FileNotFoundError):
+        list(read_rows(file))

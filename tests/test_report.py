@@ -20,6 +20,7 @@ from posttrain.records import Prediction, read_jsonl, read_rows, write_jsonl
 from posttrain.report import charts, figures, page, tables
 from posttrain.report.charts import Chart, Point, Series
 from posttrain.report.groups import load
+from posttrain.run import read_manifest
 from posttrain.stats import compare, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,15 @@ def test_another_base_model_is_not_held_against_this_one(runs):
     )
     group = load(evals(runs))[0][0]
     assert [group.before(i) for i in range(4)] == [None, None, 1, 2]
+
+
+def test_a_first_adapter_is_held_against_the_bare_model_of_its_quantization(runs):
+    shutil.copytree(runs / "eval_base", runs / "eval_unpacked")
+    model = read_manifest(runs / "eval_base")["model"] | {"quantization": "none"}
+    edit(runs / "eval_unpacked" / "manifest.json", name="unpacked", model=model)
+    group = load(evals(runs, "base", "unpacked", "sft", "sft-long"))[0][0]
+    assert [run.label for run in group.runs] == ["base", "unpacked", "sft", "sft-long"]
+    assert [group.before(i) for i in range(4)] == [None, 0, 0, 0]
 
 
 def test_differences_are_the_paired_tests(original):
