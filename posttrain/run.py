@@ -107,8 +107,12 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
     if is_main_process():
         check_reusable(config, folder, resume)
     check_machine(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _locked(folder, config, resume) if is_main_process() else None
+    lock = None
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder, config, resume)
+    else:
+        _wait_for_main(folder)
     before = read_manifest(folder) if (folder / "manifest.json").is_file() else {}
     first = {"started": _utc(), "seconds": 0.0} | {key: before[key] for key in ("started", "seconds") if key in before}
     origin: dict[str, Any] = {"parent": None, "chain": [], "adapter_sha256": None}
@@ -119,6 +123,15 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
         write_atomic(folder / "config.yaml", dump(config))
     run.save()
     return run
+
+
+def _wait_for_main(folder: Path, seconds: float = 300) -> None:
+    """Until the main process has opened the run: a file written before that would make its directory look taken."""
+    give_up = time.monotonic() + seconds
+    while not (folder / "manifest.json").is_file():
+        if time.monotonic() > give_up:
+            raise ValueError(f"process 0 has not opened {folder} in {seconds:.0f} s: look at what it said")
+        time.sleep(0.05)
 
 
 def _locked(folder: Path, config: Settings, resume: bool) -> FileLock:

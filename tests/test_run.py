@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from posttrain import training
 from posttrain.config import EvalConfig, SftConfig, load
 from posttrain.run import (
     AlreadyDone,
+    _wait_for_main,
     check_machine,
     check_reusable,
     data_entry,
@@ -102,13 +104,34 @@ def test_a_note_is_said_and_kept_once(folder, capsys):
 
 
 def test_only_the_main_process_writes(folder, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with open_run(sft(folder, "tracking=wandb"), "sft", str(folder), resume=False) as run:
-        run.record(model="x")
-        run.note("said by the other one")
-        run.append("metrics.jsonl", {})
-        assert run.manifest["config_sha256"]  # what names the tracker's run
-    assert list(folder.iterdir()) == []
+    config = sft(folder, "tracking=wandb")
+    with open_run(config, "sft", str(folder), resume=False):
+        before = tree(folder)
+        with monkeypatch.context() as other:
+            other.setenv("RANK", "1")
+            with open_run(config, "sft", str(folder), resume=False) as run:
+                run.record(model="x")
+                run.note("said by the other one")
+                run.append("metrics.jsonl", {})
+                assert run.manifest["config_sha256"]  # what names the tracker's run
+        assert tree(folder) == before
+
+
+def test_the_others_wait_until_the_main_process_has_opened_the_run(folder):
+    """What they write before that would make its directory look like somebody's."""
+    with pytest.raises(ValueError, match=r"process 0 has not opened .* in 0 s: look at what it said"):
+        _wait_for_main(folder, seconds=0.2)
+    assert not folder.exists()
+
+    def open_and_finish():
+        with open_run(sft(folder), "sft", str(folder), resume=False):
+            pass
+
+    opening = threading.Timer(0.3, open_and_finish)
+    opening.start()
+    _wait_for_main(folder, seconds=30)
+    assert (folder / "manifest.json").is_file()
+    opening.join()
 
 
 # --- whose it is ------------------------------------------------------------------------------------------------------
