@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-# One thread, because sums in another order round differently and because two test processes share the cores.
-DEFAULTS = {
+# Whatever the caller has set. One thread, because sums in another order round differently, because two test processes share
+# the cores, and because a process forked from one whose OpenMP threads run already waits for them for ever.
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
-for name, value in DEFAULTS.items():
-    os.environ.setdefault(name, value)
+os.environ |= ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 
