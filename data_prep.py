@@ -401,10 +401,8 @@ def describe(
 
 def ngram_overlap(examples: list[Example]) -> dict[str, int]:
     """How many test questions share 13 words in a row with one of train or dev; equal questions are gone by now."""
-    asked = {True: [], False: []}  # type: dict[bool, list[str]]
-    for example in examples:
-        asked[example.split == "test"].append(example.question)
-    overlap = train_test_overlap(asked[False], asked[True])
+    seen = [example.question for example in examples if example.split != "test"]
+    overlap = train_test_overlap(seen, [example.question for example in examples if example.split == "test"])
     return {"ngram": overlap["ngram"], "test_questions": overlap["k"]}
 
 

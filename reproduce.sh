@@ -4,7 +4,7 @@
 #
 #   ./reproduce.sh                                   Llama-3.2-3B (gated: accept its licence, then hf auth login)
 #   MODEL=smollm2-135m ./reproduce.sh                SmolLM2-135M-Instruct; `make model` unpacks it, no account needed
-#   FLAGS=--dry-run ./reproduce.sh                   the planner's steps, memory, hours and cost of each stage; nothing is run
+#   FLAGS=--dry-run ./reproduce.sh                   the planner's steps, memory, hours and cost of each stage, data prepared
 #   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -40,15 +40,16 @@ score() {  # config, name, adapter, overrides...
     run evaluate.py --config "$config" run_dir="$RUNS/eval_$name" name="$name" adapter="$adapter" "$@"
 }
 
-publish() {  # what a row stands on: settings, manifest, curves, every prediction
+publish() {  # what a row stands on: settings, manifest, curves, every prediction (of pass@8, eight times as many, the numbers)
     local from file
     for from in "$RUNS"/*/; do
         local to=results/$MODEL/$(basename "$from")
-        case $to in */pass_rate | */eval_pass8_*) continue ;; esac
+        case $to in */pass_rate) continue ;; esac
         mkdir -p "$to"
         for file in config.yaml manifest.json results.json metrics.jsonl; do
             [ ! -f "$from/$file" ] || cp "$from/$file" "$to/"
         done
+        case $to in */eval_pass8_*) continue ;; esac
         for file in questions predictions; do
             [ ! -f "$from/$file.jsonl" ] || gzip -9nc "$from/$file.jsonl" >"$to/$file.jsonl.gz"
         done
