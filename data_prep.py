@@ -55,10 +55,11 @@ def main() -> None:
     from posttrain.chat import load_tokenizer
 
     tokenizer = load_tokenizer(config.tokenizer)
-    rows, rejected = check_rows(source.rows, config, special_tokens(tokenizer))
+    specials = special_tokens(tokenizer)
+    rows, rejected = check_rows(source.rows, config, specials)
     refuse_too_many(rejected, config)
     rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
-    shots = few_shot_rows(rows, config)
+    shots = few_shot_rows(rows, source.shots, config, specials)
     examples = [to_example(row, config, shots) for row in rows]
     manifest = describe(examples, config, source, repeats, len(rejected), tokenizer)
     print(summary(manifest))
@@ -87,6 +88,7 @@ class Source:
     rows: list[Row]
     sha256: str
     describe: dict[str, Any]
+    shots: list[Row] = dataclasses.field(default_factory=list)
 
 
 def read_source(config: DataConfig) -> Source:
@@ -102,9 +104,19 @@ def read_source(config: DataConfig) -> Source:
             rows = list(sampled_rows(source))
         case _:
             rows = list(generated_rows(source, config.seed))
-    digest = sha256_text("".join(f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}\n" for row in rows))
+    shots = written_shots(config.prompt.shots)
+    digest = sha256_text("".join(f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}\n" for row in [*rows, *shots]))
     origin = {"sampled_from": sampled_source(source)} if source.kind == "rejection_sampled" else {}
-    return Source(rows, digest, source.model_dump(mode="json") | origin)
+    return Source(rows, digest, source.model_dump(mode="json") | origin, shots)
+
+
+def written_shots(file: str | None) -> list[Row]:
+    """Solved examples of a file of their own, for the prompt alone."""
+    if file is None:
+        return []
+    if not Path(file).is_file():
+        raise ValueError(f"no solved examples at {file}: check prompt.shots, or leave it out for training rows")
+    return list(file_rows(Path(file), "train"))
 
 
 def hub_rows(source: settings.HubSource) -> Iterator[Row]:
@@ -129,9 +141,13 @@ def jsonl_rows(folder: Path) -> Iterator[Row]:
     if not files:
         raise ValueError(f"{folder} holds neither train.jsonl nor test.jsonl: check source.path")
     for file in files:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                yield parse_line(line, file.name, number, file.stem)
+        yield from file_rows(file, file.stem)
+
+
+def file_rows(file: Path, split: str) -> Iterator[Row]:
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            yield parse_line(line, file.name, number, split)
 
 
 def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
@@ -327,14 +343,34 @@ def _unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8]) / 2**64
 
 
-def few_shot_rows(rows: list[Row], config: DataConfig) -> list[Row]:
-    """The k training rows of 2 to 5 steps that come first by hash: fixed, and never a dev or test row."""
+def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
+    """The solved examples before each question: the file's first k, or k training rows of 2 to 5 steps, first by hash.
+
+    Fixed either way, and never a dev or test question.
+    """
     if config.prompt.style != "few_shot":
         return []
+    if config.prompt.shots is not None:
+        return checked_shots(rows, written, config, specials)[: config.prompt.num_shots]
     train = [row for row in rows if split_of(row, config) == "train" and 2 <= count_steps(row.answer) <= 5]
     if len(train) < config.prompt.num_shots:
         raise ValueError(f"{config.prompt.num_shots} shots need as many training rows of 2 to 5 steps; there are {len(train)}")
     return sorted(train, key=lambda row: _unit_hash("shot " + row.question))[: config.prompt.num_shots]
+
+
+def checked_shots(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
+    good, bad = check_rows(written, config, specials)
+    if bad:
+        raise ValueError(f"{config.prompt.shots}:{bad[0]['line']}: {bad[0]['reason']}; nothing written")
+    if len(good) < config.prompt.num_shots:
+        raise ValueError(f"prompt.num_shots is {config.prompt.num_shots}, but {config.prompt.shots} holds {len(good)}")
+    held_out = {normalised(row.question): split_of(row, config) for row in rows if split_of(row, config) != "train"}
+    for shot in good:
+        if split := held_out.get(normalised(shot.question)):
+            raise ValueError(
+                f"{config.prompt.shots}:{shot.line}: this is a {split} question: an example would give its answer away"
+            )
+    return good
 
 
 def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:

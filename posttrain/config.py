@@ -149,6 +149,7 @@ class Prompt(Settings):
     system: str | None = None
     instruction: str  # holds {question}
     num_shots: NonNegativeInt = 0
+    shots: str | None = None  # JSONL of solved examples, {question, answer} as in GSM8K; null: training rows, by their hash
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if "{question}" not in self.instruction:
@@ -160,6 +161,8 @@ class Prompt(Settings):
                 ("num_shots",),
                 f"style chat shows no solved examples: use style few_shot for {self.num_shots}",
             )
+        if self.style == "chat" and self.shots is not None:
+            yield ("shots",), f"style chat shows no solved examples: use style few_shot for {self.shots}"
 
 
 class HubSource(Settings):

@@ -324,6 +324,58 @@ def test_solved_examples_are_training_rows(prepare, tmp_path):
     assert done.code == 2 and "4 shots need as many training rows" in done.err
 
 
+FEW = {"style": "few_shot", "num_shots": 2, "instruction": "Question: {question}\nAnswer:"}
+
+
+def test_written_examples_come_before_every_question(prepare, tmp_path):
+    """A file of solved examples, its first k in its order; another text in it is another data set."""
+    source = jsonl(tmp_path / "raw", train=problems(20), test=[problem(100)])
+    shots = [{"question": f"How many legs have {n} cats?", "answer": f"Four each: {4 * n}.\n#### {4 * n}"} for n in (2, 3, 5)]
+    file = tmp_path / "shots.jsonl"
+    write_jsonl(file, shots)
+    asked = {"prompt": FEW | {"shots": str(file)}}
+    prepare(source, **asked)
+    head = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots[:2])
+    assert all(row.prompt[0]["content"] == f"{head}Question: {row.question}\nAnswer:" for row in prepare.rows())
+    assert "up to date" in prepare(source, **asked).out
+    write_jsonl(file, [shots[1], shots[0]])
+    assert "up to date" not in prepare(source, **asked).out
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "no solved examples at"),
+        ([{"question": "1+1?", "answer": "#### 2"}], "prompt.num_shots is 2, but"),
+        ([{"question": "1+1?", "answer": "two"}] * 2, "shots.jsonl:1:"),
+        ([{"question": "1+1?", "answer": "#### 2"}, {"question": "2+2?"}], "shots.jsonl:2: 'answer' is missing"),
+        ([{"question": "1+1?", "answer": "#### 2"}, problem(100)], "shots.jsonl:2: this is a test question"),
+    ],
+)
+def test_written_examples_that_cannot_be_used(prepare, tmp_path, lines, message):
+    source = jsonl(tmp_path / "raw", train=problems(20), test=[problem(100)])
+    if lines is not None:
+        write_jsonl(tmp_path / "shots.jsonl", lines)
+    done = prepare(source, ok=False, prompt=FEW | {"shots": str(tmp_path / "shots.jsonl")})
+    assert done.code == 2 and message in done.err
+    assert not prepare.folder.exists()
+
+
+def test_the_written_chains_of_thought_are_right(gsm8k_dir):
+    """Eight training questions of GSM8K, each equation of their solutions true, each answer the gold one."""
+    shots = list(read_rows(CONFIGS / "prompts" / "gsm8k_cot.jsonl"))
+    gold = {" ".join(row["question"].split()): row["answer"] for row in read_rows(gsm8k_dir / "train.jsonl")}
+    assert len(shots) == 8
+    for shot in shots:
+        answer = rewards.gold_answer(shot["answer"])
+        assert answer == rewards.gold_answer(gold[shot["question"]])
+        assert shot["answer"] != gold[shot["question"]]
+        equations = re.findall(r"(\d[\d.]*(?: [-+*/] \d[\d.]*)+) = \$?(\d+)", shot["answer"])
+        assert len(equations) >= 2
+        for left, right in equations:
+            assert eval(left) == int(right), shot
+
+
 def test_a_special_token_in_a_text_is_no_text(prepare, tmp_path, tiny_model_dir):
     """Control first: the tokenizer reads it as the token that ends a turn."""
     from transformers import AutoTokenizer
