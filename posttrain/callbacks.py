@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from posttrain.run import Run
+from posttrain.timing import phase
 from rewards import extract
 
 
@@ -46,6 +47,30 @@ class MovedShare(TrainerCallback):
             moved = torch.stack([(p != old).sum() for p, old in zip(trainable(model), self.before, strict=True)]).sum()
             self.report("lora_moved_share", moved.item() / sum(old.numel() for old in self.before))
             self.before = []
+
+
+class PhaseTimes(TrainerCallback):
+    """`time/<phase>`: seconds of an optimizer step that each phase took, over the steps since the last row."""
+
+    def __init__(self, report: Callable[[str, float], None]) -> None:
+        self.report = report
+        self.steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        phase.take()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        phase.begin("optimizer")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        phase.end()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if control.should_log:
+            for name, seconds in phase.take().items():
+                self.report(f"time/{name}", seconds / self.steps)
+            self.steps = 0
 
 
 class StopOnNonFinite(TrainerCallback):

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config import Engine
+from posttrain.timing import phase
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 BLOCK = 32  # steps between two looks for finished rows, and the step in which key and value buffers grow
@@ -164,14 +165,16 @@ def decode_batch(
     `batch` numbers the batch: with `sampling.seed` it fixes every random draw.
     """
     rows = _Rows(model, prompts, sampling, stop_id, batch)
-    logits = rows.prefill()
-    step = 0
-    while rows.place(logits, step):
-        step += 1
-        if step % BLOCK == 0:
-            rows.retire()
-        logits = rows.forward()
-    return rows.completions()
+    with phase("prefill"):
+        logits = rows.prefill()
+    with phase("decode"):
+        step = 0
+        while rows.place(logits, step):
+            step += 1
+            if step % BLOCK == 0:
+                rows.retire()
+            logits = rows.forward()
+        return rows.completions()
 
 
 class _Rows:
@@ -248,6 +251,7 @@ class _Rows:
             self.positions, self.current = self.positions[keep], self.current[keep]
 
     def forward(self) -> torch.Tensor:
+        phase.counts["slots"] += self.step.num_rows
         self.valid[:, self.length] = True
         logits = self.step(self.current, self.valid, self.positions, self.length)
         self.length += 1
@@ -315,6 +319,7 @@ class EagerStep:
         return True  # it is also how the buffers grow
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
+        self.num_rows = len(rows)
         self.buffers.take(rows, min(length + BLOCK, self.most))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
@@ -345,6 +350,10 @@ class GraphStep:
         layers = self.graph.buffers.layers
         self.graph = self._graph(len(rows))
         self.graph.load(layers, rows, length)
+
+    @property
+    def num_rows(self) -> int:
+        return self.graph.num_rows
 
     def _graph(self, num_rows: int) -> _Graph:
         key = (_power_of_two(num_rows), self.capacity)

@@ -13,8 +13,9 @@ import rewards
 from posttrain.chat import chat_ids
 from posttrain.config import Rewards
 from posttrain.config import Rollouts as RolloutSettings
-from posttrain.generate import Sampling, generate
+from posttrain.generate import Completion, Sampling, generate
 from posttrain.models import PolicyCopy
+from posttrain.timing import phase
 
 Reward = Callable[..., list[float]]
 
@@ -39,20 +40,25 @@ class Rollouts:
         ids = [chat_ids(self.tokenizer, prompt, add_generation_prompt=True) for prompt in prompts[::size]]
         sampling = Sampling(trainer.max_completion_length, trainer.temperature, trainer.top_p, size, self._next_seed(trainer))
         batch_size = max(1, (self.batch_size or len(prompts)) // size)
-        started = time.perf_counter()
-        results = generate(self.copy.refresh(), ids, sampling, self.tokenizer, batch_size, self.engine)
+        started, slots = time.perf_counter(), phase.counts["slots"]
+        with phase("fold"):
+            policy = self.copy.refresh()
+        results = generate(policy, ids, sampling, self.tokenizer, batch_size, self.engine)
         flat = [completion for group in results for completion in group]
-        self._report(trainer, time.perf_counter() - started, sum(len(completion.ids) for completion in flat))
+        self._report(trainer, time.perf_counter() - started, flat, phase.counts["slots"] - slots)
         return {
             "prompt_ids": [prompt for prompt in ids for _ in range(size)],
             "completion_ids": [completion.ids for completion in flat],
             "logprobs": [completion.logprobs for completion in flat] if flat[0].logprobs else None,
         }
 
-    def _report(self, trainer: Any, seconds: float, num_tokens: int) -> None:
+    def _report(self, trainer: Any, seconds: float, completions: list[Completion], slots: int) -> None:
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        num_tokens = sum(len(completion.ids) for completion in completions)
         metrics["time/rollout_seconds"].append(seconds)
         metrics["rollout/tokens_per_second"].append(num_tokens / seconds)
+        if slots:  # the first token of a completion is prefill's
+            metrics["rollout/useful_slots"].append((num_tokens - len(completions)) / slots)
 
     def _next_seed(self, trainer: Any) -> int:
         step = trainer.state.global_step

@@ -28,6 +28,8 @@ from transformers import DynamicCache
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from posttrain.timing import phase
+
 MASTER_DTYPE = torch.float32
 # Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
 ROUNDING = 1e-6
@@ -38,6 +40,8 @@ class MasterWeights:
 
     state: Any  # both are the trainer's
     processing_class: Any
+    model: Any
+    _metrics: Any
 
     def __init__(self, *args: Any, model: PeftModel, score_labels_only: bool = True, **kwargs: Any) -> None:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
@@ -49,6 +53,22 @@ class MasterWeights:
                 parameter.data = masters[name].to(parameter.device)
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             add_label_head(model.get_base_model(), getattr(self, "temperature", 1.0), isinstance(self, GRPOTrainer))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with phase("data"):
+            return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with phase("backward"):  # the rest of the step is taken out of it
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with phase("save"):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def log_useful_slots(self, mask: torch.Tensor) -> None:
+        """The share of a micro-batch's positions that hold a token and no padding."""
+        self._metrics["train" if self.model.training else "eval"]["update/useful_slots"].append(mask.float().mean().item())
 
     def check_loss(self, loss: torch.Tensor, ids: torch.Tensor) -> None:
         """Stop before a loss that is not a number is propagated, and name the batch it comes from."""
@@ -66,8 +86,11 @@ class SFT(MasterWeights, SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with phase("forward"):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
+        if "attention_mask" in inputs:  # packed rows have none, and no padding
+            self.log_useful_slots(inputs["attention_mask"])
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -107,10 +130,16 @@ class GRPO(MasterWeights, GRPOTrainer):
         inputs = trim(inputs)
         if self.correct_mismatch:
             inputs["old_per_token_logps"] = sampled_logps(inputs)
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with phase("forward"):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
+        self.log_useful_slots(inputs["completion_mask"])
         return loss * share_kept(self.loss_type, inputs, whole)
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        with phase("logprobs"):  # of the old policy and the reference, where they are needed; the rest has names of its own
+            return super()._generate_and_score_completions(*args, **kwargs)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self.accelerator.autocast():
@@ -132,7 +161,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         return result
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        scores = super()._calculate_rewards(inputs, *args, **kwargs)
+        with phase("rewards"):
+            scores = super()._calculate_rewards(inputs, *args, **kwargs)
         for name, column in zip(self.reward_func_names, scores.T, strict=True):
             if not column.isfinite().all():
                 raise FloatingPointError(

@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.adapters import adapter_sha256
-from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, StopOnNonFinite
+from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
 from posttrain.chat import chat_ids
 from posttrain.config import TrainConfig
 from posttrain.generate import Sampling, generate
@@ -22,6 +22,7 @@ from posttrain.models import PolicyCopy, device
 from posttrain.records import Example
 from posttrain.run import Run
 from posttrain.stats import wilson
+from posttrain.timing import phase
 from rewards import grade
 
 
@@ -69,8 +70,12 @@ def tracking(config: TrainConfig, run: Run) -> list[str]:
 
 
 def add_callbacks(trainer: Trainer, run: Run, measure: Callable[[], dict[str, float]] | None, every: int | None) -> None:
-    trainer.add_callback(MovedShare(lambda key, value: trainer._metrics["train"][key].append(value)))
+    def report(key: str, value: float) -> None:
+        trainer._metrics["train"][key].append(value)
+
+    trainer.add_callback(MovedShare(report))
     trainer.add_callback(StopOnNonFinite())
+    trainer.add_callback(PhaseTimes(report))
     trainer.add_callback(Metrics(run))
     if measure:
         # Past TRL's `log`, which would move what it has gathered of the training steps into this row.
@@ -86,8 +91,9 @@ def dev_accuracy(
 ) -> dict[str, float]:
     """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient one."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
-    policy = (copy or PolicyCopy(model)).refresh()
-    completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer)
+    with phase("dev", whole=True):
+        policy = (copy or PolicyCopy(model)).refresh()
+        completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer)
     grades = [
         grade(tokenizer.decode(completion.ids, skip_special_tokens=True), example.answer)
         for example, (completion,) in zip(dev, completions, strict=True)

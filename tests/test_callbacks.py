@@ -68,6 +68,21 @@ def test_grpo_writes_the_signals_one_watches(tiny, sft):
         assert rows_of(trainer)[0].keys() >= GRPO_KEYS
 
 
+def test_the_phases_of_a_step_are_the_step(tiny, sft):
+    with tiny.grpo(sft, {"beta": 0.04, "max_steps": 3, "logging_steps": 1}) as trainer:
+        trainer.train()
+        rows = [row for row in rows_of(trainer) if "time/decode" in row]
+    phases = [{key for key in row if key.startswith("time/") and key != "time/rollout_seconds"} for row in rows]
+    parts = "data fold prefill decode rewards logprobs forward backward optimizer"
+    assert all({f"time/{name}" for name in parts.split()} <= names for names in phases)
+    for before, after, names in zip(rows, rows[1:], phases[1:], strict=False):
+        assert sum(after[name] for name in names) == pytest.approx(after["time"] - before["time"], abs=0.05)
+    for row in rows:
+        inside = row["time/fold"] + row["time/prefill"] + row["time/decode"]
+        assert inside == pytest.approx(row["time/rollout_seconds"], rel=0.2, abs=0.02)
+        assert 0 < row["rollout/useful_slots"] <= 1 and 0 < row["update/useful_slots"] <= 1
+
+
 def test_docs_define_every_logged_key(tiny, sft):
     dev = {"data": {"path": tiny.data, "num_dev": 2}}
     keys = set()
@@ -251,7 +266,8 @@ def test_dev_rows_come_before_between_and_after_and_take_no_other_row_s_place(ti
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in dev] == ([0, 2, 4] if every else [0, 4])
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
-    assert len({frozenset(row) for row in steps}) == 1  # the same keys in every row
+    assert len({frozenset(row) - {"time/dev"} for row in steps}) == 1  # the same keys in every row
+    assert ["time/dev" in row for row in steps] == [row["step"] - 1 in {d["step"] for d in dev} for row in steps]
     assert {key for row in dev for key in row if not key.startswith("dev/")} == {"step", "time", "epoch"}
     assert {"lora_moved_share"} <= steps[0].keys()
 
@@ -265,7 +281,8 @@ def test_a_dev_row_between_two_training_rows_takes_nothing_from_the_second(tiny)
             rows = rows_of(trainer)
         times = ("time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
         dev = [row for row in rows if "dev/accuracy" in row]
-        return [{k: v for k, v in row.items() if k not in times} for row in rows if row not in dev], dev
+        clock = {key for row in rows for key in row if key.startswith("time/")}.union(times)
+        return [{k: v for k, v in row.items() if k not in clock} for row in rows if row not in dev], dev
 
     alone, _ = training_rows()
     beside, dev = training_rows(dev_every_steps=1, **with_dev(tiny, 2))

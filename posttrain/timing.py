@@ -1,0 +1,70 @@
+"""Where the time goes: seconds by phase, and counters."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Phases:
+    """Each moment belongs to one phase: one inside another takes its time away from it, so that together they are all.
+
+    On CUDA a mark is an event in the stream, read only when the seconds are asked for: the CPU never waits for one.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._open = ["other"]
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._whole = False
+
+    @contextmanager
+    def __call__(self, name: str, whole: bool = False) -> Iterator[None]:
+        """With `whole`, what begins inside is part of it."""
+        if self._whole:
+            yield
+            return
+        self.begin(name)
+        self._whole = whole
+        try:
+            yield
+        finally:
+            self._whole = False
+            self.end()
+
+    def begin(self, name: str) -> None:
+        self._mark()
+        self._open.append(name)
+
+    def end(self) -> None:
+        self._mark()
+        self._open.pop()
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call, or since the first mark."""
+        self._mark()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for (_, start), (name, stop) in zip(self._marks, self._marks[1:], strict=False):
+            seconds[name] += _between(start, stop)
+        del self._marks[:-1]
+        return dict(seconds)
+
+    def _mark(self) -> None:
+        """The stretch that ends here is that of the phase that is open."""
+        now: float | torch.cuda.Event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else time.perf_counter()
+        if isinstance(now, torch.cuda.Event):
+            now.record()
+        self._marks.append((self._open[-1], now))
+
+
+def _between(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
+    return start.elapsed_time(stop) / 1000 if isinstance(start, torch.cuda.Event) else stop - start
+
+
+phase = Phases()  # a process trains or evaluates one model
