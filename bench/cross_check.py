@@ -33,34 +33,24 @@ def main() -> None:
     args = parser.parse_args()
     out = args.run_dir / "lm_eval"
     if not list(out.glob("**/samples_*.jsonl")):
-        run_lm_eval(args, out)
+        subprocess.run(lm_eval_command(args.lm_eval, args.run_dir, out, args.batch_size), cwd=out, check=True)
     compare(args.run_dir, sorted(out.glob("**/samples_*.jsonl"))[-1])
 
 
-def run_lm_eval(args: argparse.Namespace, out: Path) -> None:
-    """From a folder of its own, so that our evaluate.py does not stand in for the library `evaluate`."""
-    manifest = read_manifest(args.run_dir)
+def lm_eval_command(program: str, run_dir: Path, out: Path, batch_size: str) -> list[str]:
+    """To be run in `out`, where our evaluate.py does not stand in for the library `evaluate`; its task is written there."""
+    manifest = read_manifest(run_dir)
     model = manifest["model"]
     tasks = (out / "task").resolve()
     tasks.mkdir(parents=True)
-    (out / "posttrain_questions.jsonl").write_bytes((args.run_dir / "questions.jsonl").read_bytes())
+    (out / "posttrain_questions.jsonl").write_bytes((run_dir / "questions.jsonl").read_bytes())
     task = (ROOT / "bench" / "lm_eval" / "posttrain_gsm8k.yaml").read_text(encoding="utf-8")
     limit = f"max_gen_toks: {manifest['generation']['max_new_tokens']}"
     (tasks / "posttrain_gsm8k.yaml").write_text(task.replace("max_gen_toks: 160", limit), encoding="utf-8")
     arguments = f"pretrained={Path(model['name_or_path']).resolve()},dtype={model['dtype']},add_bos_token=False"
-    command = [
-        args.lm_eval,
-        "--model",
-        "hf",
-        "--model_args",
-        arguments,
-        "--include_path",
-        str(tasks),
-        "--tasks",
-        "posttrain_gsm8k",
-    ]
-    command += ["--batch_size", args.batch_size, "--log_samples", "--output_path", "out", "--device", "cpu"]
-    subprocess.run(command, cwd=out, check=True)
+    task_arguments = ["--include_path", str(tasks), "--tasks", "posttrain_gsm8k", "--log_samples", "--output_path", "out"]
+    device = "cuda" if manifest["hardware"]["gpu"] else "cpu"
+    return [program, "--model", "hf", "--model_args", arguments, "--batch_size", batch_size, "--device", device, *task_arguments]
 
 
 def compare(run_dir: Path, samples: Path) -> None:

@@ -2,9 +2,11 @@
 
     python bench/peers.py sft  --model DIR --data data/gsm8k --out DIR --steps 8
     python bench/peers.py grpo --model DIR --data data/gsm8k --out DIR --steps 2 --adapter DIR
+    python bench/peers.py eval --model DIR --data data/gsm8k --out DIR --questions 32 --adapter DIR
 
 Settings follow https://huggingface.co/docs/trl/sft_trainer and /grpo_trainer with `peft_config` and 4-bit loading; the
-hyperparameters are those of configs/sft_llama3.2-3b.yaml and configs/grpo_llama3.2-3b.yaml. bench/speed.py calls this.
+hyperparameters are those of configs/sft_llama3.2-3b.yaml and configs/grpo_llama3.2-3b.yaml. `eval` is a loop of greedy
+`generate` over padded batches of 32. bench/speed.py calls this.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from posttrain.records import Example, read_jsonl
-from rewards import correctness_reward, format_reward
+from posttrain.records import Example, read_jsonl, write_jsonl
+from rewards import correctness_reward, format_reward, grade
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NF4 = BitsAndBytesConfig(
@@ -59,15 +61,18 @@ def peak_gib() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("sft", "grpo"))
+    parser.add_argument("stage", choices=("sft", "grpo", "eval"))
     for name in ("model", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--adapter", type=Path)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--num-completions", type=int, default=16)
     parser.add_argument("--max-completion-length", type=int, default=256)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.stage == "eval":
+        return evaluate(args)
     examples = read_jsonl(args.data / "train.jsonl", Example)[:2000]
     trainer = (sft if args.stage == "sft" else grpo)(args, examples)
     trainer.add_callback(StopWatch(args.out / "metrics.jsonl"))
@@ -122,6 +127,28 @@ def grpo(args: argparse.Namespace, examples: list[Example]) -> GRPOTrainer:
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(args.model),
     )
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """questions.jsonl says when the model was loaded, predictions.jsonl when all was answered."""
+    examples = read_jsonl(args.data / "test.jsonl", Example)[: args.questions]
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, quantization_config=NF4, device_map="auto")
+    model = PeftModel.from_pretrained(base, args.adapter).eval()
+    write_jsonl(args.out / "questions.jsonl", examples)
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(examples), 32):
+        batch = examples[start : start + 32]
+        prompts = tokenizer.apply_chat_template(
+            [e.prompt for e in batch], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        outputs = model.generate(**prompts, max_new_tokens=args.max_completion_length, do_sample=False)
+        for example, ids in zip(batch, outputs[:, prompts["input_ids"].shape[1] :].tolist(), strict=True):
+            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            rows.append({"id": example.id, "num_tokens": end, "correct": grade(text, example.answer).correct})
+    write_jsonl(args.out / "predictions.jsonl", rows)
+    (args.out / "manifest.json").write_text(json.dumps({"peak_gib": peak_gib(), "batch_size": 32}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
 """This project beside the minimal TRL scripts, in one run: same model, rows and completions, each a whole process, interleaved.
 
     python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages sft grpo --repeats 3 --json FILE
-    python bench/speed.py --model models/random-3b --random-3b --data data/gsm8k --stages sft grpo   # on a GPU
+    python bench/speed.py --model models/random-3b --random-3b --data data/gsm8k --stages sft grpo eval   # on a GPU
+    python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages lm-eval --lm-eval LM_EVAL
 
 Real tokens (padding not counted) and completions a second in steady state: the median over steps after the first two.
-Load and warm-up are the time to the end of the first step. Refuses to report from a busy machine. `--random-3b` writes a
-model with random weights in the shape of Llama-3.2-3B first: speed does not depend on what the weights are.
+Load and warm-up are the time to the end of the first step; for eval, to the first prompt. Refuses to report from a busy
+machine. `--random-3b` writes a model with random weights in the shape of Llama-3.2-3B first: speed does not depend on what
+the weights are, only on how long completions get, and a random model's all run to the limit.
+
+MFU is 4 N tokens/s over the GPU's dense bf16 peak, with N the weights of linear layers and output head: 2 N forward and 2 N
+back to the activations. Frozen weights get no gradient, which is the other 2 N of the usual 6 N (`mfu_6n`). What checkpointing
+computes again is no useful work. Attention scores and the adapter itself, 6 x 1.5 % of N, are left out; the head is counted at
+every position, though only completions are scored.
 """
 
 from __future__ import annotations
@@ -13,6 +20,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import re
 import statistics
 import subprocess
 import sys
@@ -23,35 +32,62 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.cross_check import lm_eval_command  # noqa: E402
+from posttrain.config import Model  # noqa: E402
+from posttrain.plan import model_shape  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
 TARGETS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 
 
 def main() -> None:
     args = arguments()
     if args.random_3b:
-        make_random_3b(args.model, args.tokenizer)
-    require_idle(args.busy_limit)
+        # In a process of its own: this one must hold no GPU memory while it measures others.
+        maker = multiprocessing.get_context("spawn").Process(target=make_random_3b, args=(args.model, args.tokenizer))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit(f"{args.model} could not be made")
+    facts = {"busy": require_idle(args.busy_limit), "hardware": hardware(), **git_state(), "argv": sys.argv}
+    facts["bound"] = bound(args)
     rows: dict[str, list[dict[str, Any]]] = {}
     for repeat in range(args.repeats):
         for name, command in parties(args).items():
             out = args.work / f"{name}-{repeat}"
+            if out.exists():  # a finished run is not run again: its old numbers would be taken for new ones
+                sys.exit(f"{out} holds an earlier measurement: choose another --work")
             print(f"[{repeat + 1}/{args.repeats}] {name} ...", flush=True)
-            rows.setdefault(name, []).append(measure(name, command(out), out, args.timeout))
-    report(rows, args)
+            row = measure(name, command(out), out, args)
+            if repeat == 0 and name.startswith("ours") and "eval" not in name:
+                row["predicted_gib"] = predicted_gib(command(out))
+            if gpu := next((gpu for gpu in PEAK_FLOPS if gpu in str(facts["hardware"]["gpu"])), None):
+                row |= mfu(row, args.model, PEAK_FLOPS[gpu]) if "-sft" in name else {}
+            row["share_of_bound"] = share_of_bound(name, row, facts["bound"])
+            print(json.dumps({key: value for key, value in row.items() if key not in ("loss", "tail")}), flush=True)
+            rows.setdefault(name, []).append(row)
+            if args.json:  # after every party: whoever stops this keeps what is measured
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                text = {"summary": summary(rows), "runs": rows, **facts}
+                args.json.write_text(json.dumps(text, indent=2, default=str) + "\n")
+    report(summary(rows), rows)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", choices=("sft", "grpo"), default=["sft", "grpo"])
+    parser.add_argument("--stages", nargs="+", choices=("sft", "grpo", "eval", "lm-eval"), default=["sft", "grpo"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--grpo-steps", type=int, default=4)
     parser.add_argument("--num-completions", type=int, default=16)
     parser.add_argument("--max-completion-length", type=int, default=256)
+    parser.add_argument("--eval-questions", type=int, default=64, help="the peer answers a tenth, in whole batches of 32")
+    parser.add_argument("--lm-eval", help="the lm_eval command of an environment of its own")
+    parser.add_argument("--lm-eval-batches", nargs="+", default=["1", "16", "64"], help="1 is its default")
+    parser.add_argument("--adapter", type=Path, help="what GRPO and evaluation start from; else what ours-sft-fast trains")
     parser.add_argument("--attention", default="sdpa", help="eager is faster on CPU")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for one process; what it logged until then counts")
@@ -60,82 +96,126 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
     parser.add_argument("--only", nargs="*", help="names of parties")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.random_3b:
+        args.adapter = args.adapter or args.model / "adapter"
+    elif {"grpo", "eval"} & {*args.stages} and "sft" not in args.stages and not args.adapter:
+        parser.error("grpo and eval start from an adapter: add sft to --stages, or give --adapter")
+    if "lm-eval" in args.stages and not args.lm_eval:
+        parser.error("the stage lm-eval needs --lm-eval: the command of an environment that has it")
+    return args
 
 
 def parties(args: argparse.Namespace) -> dict[str, Any]:
     """Name -> the command that runs it into a folder."""
-    adapter = args.work / "ours-sft-fast-0"
+    adapter = args.adapter or args.work / "ours-sft-fast-0" / "adapter"
     ours = [f"model.name_or_path={args.model}", f"model.attn_implementation={args.attention}", f"data.path={args.data}"]
+    ours += ["model.revision=null", "model.chat_template=null"]  # the configs pin those of Llama
+    answering = [*ours, f"data.limit={args.eval_questions}", f"generation.max_new_tokens={args.max_completion_length}"]
     ours += [
+        "tracking=none",
         "data.num_dev=0",
         "data.num_train=2000",
         "trainer.logging_steps=1",
         "trainer.save_strategy=no",
         "trainer.eval_strategy=no",
     ]
-    shape = [f"lora={{r: 32, alpha: 64, target_modules: {TARGETS}}}", f"trainer.max_steps={args.steps}"]
-    fast = [
-        "quantization=nf4_unpacked",
-        "trainer.gradient_checkpointing=false",
-        "trainer.train_sampling_strategy=group_by_length",
-    ]
+    if args.random_3b:  # all its rewards are 0: nothing but decay moves a weight, and a run that moves none fails
+        ours += ["trainer.weight_decay=0.1"]
+    # fast is what configs/recommended does; small has every setting of the peer, but for the optimizer's paging.
+    fast = ["quantization=nf4_unpacked", "trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch_fused"]
     small = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
-    fast += ["trainer.optim=adamw_torch_fused", "model.chat_template=null"]
-    small += ["model.chat_template=null"]
 
-    def sft(*more: str) -> Any:
-        config = ["sft_train.py", "--config", "configs/sft_llama3.2-3b.yaml", "model.revision=null"]
-        return lambda out: [*config, *ours, *shape, *more, f"run_dir={out}"]
+    def sft(dropout: float, *more: str) -> Any:
+        config = ["sft_train.py", "--config", "configs/sft_llama3.2-3b.yaml", f"trainer.max_steps={args.steps}"]
+        lora = f"lora={{r: 32, alpha: 64, dropout: {dropout}, target_modules: {TARGETS}}}"
+        return lambda out: [*config, *ours, lora, *more, f"run_dir={out}"]
 
     def grpo(*more: str) -> Any:
         config = ["grpo_train.py", "--config", "configs/grpo_llama3.2-3b.yaml", "adapter_mode=continue", "lora=null"]
         window = ["trainer.per_device_train_batch_size=16", f"trainer.gradient_accumulation_steps={args.num_completions // 16}"]
         length = [f"trainer.max_completion_length={args.max_completion_length}", f"trainer.max_steps={args.grpo_steps}"]
-        more = ("model.revision=null", f"adapter={adapter}", *window, *length, *more)
-        return lambda out: [*config, *ours, *more, f"run_dir={out}"]
+        return lambda out: [*config, *ours, f"adapter={adapter}", *window, *length, *more, f"run_dir={out}"]
+
+    def answer(*more: str) -> Any:
+        config = ["evaluate.py", "--config", "configs/eval_gsm8k.yaml"]
+        return lambda out: [*config, *answering, *more, f"run_dir={out}"]
+
+    def lm_eval(batch_size: str) -> Any:
+        questions = args.work / "ours-lm-eval-0"
+        return lambda out: lm_eval_command(args.lm_eval, questions, out, batch_size)
 
     def peer(stage: str, steps: int) -> Any:
         sizes = ["--num-completions", str(args.num_completions), "--max-completion-length", str(args.max_completion_length)]
         base = ["bench/peers.py", stage, "--model", str(args.model), "--data", str(args.data), "--steps", str(steps), *sizes]
-        return lambda out: [*base, "--adapter", str(adapter / "adapter"), "--out", str(out)]
+        questions = max(1, args.eval_questions // 320) * 32  # at a fixed batch size the rate does not depend on how many
+        return lambda out: [*base, "--questions", str(questions), "--adapter", str(adapter), "--out", str(out)]
 
     batches = {
         "fast": ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"],
         "small": ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"],
     }
     found = {
-        "ours-sft-fast": sft(*fast, *batches["fast"]),
-        "ours-sft-small": sft(*small, *batches["small"]),
+        "ours-sft-fast": sft(0.0, *fast, "trainer.train_sampling_strategy=group_by_length", *batches["fast"]),
+        "ours-sft-small": sft(0.1, *small, *batches["small"]),
         "trl-sft": peer("sft", args.steps),
-        "ours-grpo": grpo(*fast[:2], *fast[3:]),
+        "ours-grpo": grpo(*fast),
         "trl-grpo": peer("grpo", max(2, args.grpo_steps // 2)),
+        "ours-eval": answer("quantization=nf4", f"adapter={adapter}"),
+        "hf-eval": peer("eval", 0),
+        # The bare bf16 model, as lm-eval loads it: whole processes, for it does not time its parts.
+        "ours-lm-eval": answer("quantization=none", "adapter=null"),
+        **{f"batch{size}-lm-eval": lm_eval(size) for size in args.lm_eval_batches},
     }
-    asked = {name: command for name, command in found.items() if any(f"-{stage}" in name for stage in args.stages)}
+    asked = {name: command for name, command in found.items() if name.split("-", 1)[1].startswith(tuple(args.stages))}
     return {name: command for name, command in asked.items() if not args.only or name in args.only}
 
 
-def measure(name: str, command: list[str], out: Path, timeout: int) -> dict[str, Any]:
-    """Run one party; what it logged says the rest. The tokens of a step are those since the step before."""
-    started = time.time()
+def measure(name: str, command: list[str], out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one party; the files it left say the rest."""
+    started, log = time.time(), Path(f"{out}.log")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.log", "w", encoding="utf-8") as log:
+    with open(log, "w", encoding="utf-8") as lines:
         try:
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, timeout=timeout, check=False)
+            ours = command[0].endswith(".py")
+            done = subprocess.run(
+                [sys.executable, *command] if ours else command,
+                cwd=ROOT if ours else out,
+                stdout=lines,
+                stderr=lines,
+                timeout=args.timeout,
+                check=False,
+            )
             code = done.returncode
         except subprocess.TimeoutExpired:
             code = 124
+    row = {"party": name, "exit": code, "process_seconds": time.time() - started}
+    if name.endswith("lm-eval"):
+        found: dict[str, Any] | None = answered_whole(out, row["process_seconds"])
+    else:
+        found = answered(out, started) if "-eval" in name else trained(out, started)
+    tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
+    if code or not found:
+        print(f"--- {name} ended with {code}; {log}:\n{tail}\n---", flush=True)
+    if not found:
+        return row | {"error": f"exit {code}", "tail": tail}
+    if "-grpo" in name:
+        found["completions_per_second"] = args.num_completions / found["step_seconds"]
+    return row | found
+
+
+def trained(out: Path, started: float) -> dict[str, Any] | None:
+    """Out of the logged steps. The tokens of a step are those since the step before."""
     file = out / "metrics.jsonl"
-    steps = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    steps = [row for row in steps if "learning_rate" in row]
+    whole = file.read_text().split("\n")[:-1] if file.is_file() else []  # a timeout may have torn the last line
+    steps = [row for row in map(json.loads, whole) if "learning_rate" in row]
     if len(steps) < 2:
-        return {"party": name, "error": f"exit {code}", "tail": Path(f"{out}.log").read_text()[-600:]}
+        return None
     pairs = list(itertools.pairwise(steps))
     seconds = [after["time"] - before["time"] for before, after in pairs]
     tokens = [after["num_tokens"] - before["num_tokens"] for before, after in pairs]
     steady = list(zip(seconds, tokens, strict=True))[1 if len(pairs) > 2 else 0 :]
     return {
-        "party": name,
         "to_first_step_seconds": steps[0]["time"] - started,
         "step_seconds": statistics.median(s for s, _ in steady),
         "tokens_per_second": sum(t for _, t in steady) / sum(s for s, _ in steady),
@@ -145,44 +225,131 @@ def measure(name: str, command: list[str], out: Path, timeout: int) -> dict[str,
     }
 
 
+def answered(out: Path, started: float) -> dict[str, Any] | None:
+    """Generation lasts from questions.jsonl, written when the model is loaded, to predictions.jsonl, written at the end."""
+    questions, predictions = out / "questions.jsonl", out / "predictions.jsonl"
+    if not predictions.is_file():
+        return None
+    tokens = [json.loads(line)["num_tokens"] for line in predictions.read_text(encoding="utf-8").splitlines()]
+    seconds = predictions.stat().st_mtime - questions.stat().st_mtime
+    return {
+        "to_first_step_seconds": questions.stat().st_mtime - started,
+        "step_seconds": seconds,
+        "tokens_per_second": sum(tokens) / seconds,
+        "completions_per_second": len(tokens) / seconds,
+        "peak_gib": manifest(out).get("peak_gib"),
+        "last": {"questions": len(tokens), "tokens": sum(tokens), "batch_size": manifest(out).get("batch_size")},
+    }
+
+
+def answered_whole(out: Path, seconds: float) -> dict[str, Any] | None:
+    files = [*out.glob("predictions.jsonl"), *out.glob("**/samples_*.jsonl")]
+    if not files:
+        return None
+    ids = {row.get("id") or row["doc"]["id"] for row in map(json.loads, files[0].read_text(encoding="utf-8").splitlines())}
+    rate = len(ids) / seconds
+    return {
+        "to_first_step_seconds": 0.0,
+        "step_seconds": seconds,
+        "tokens_per_second": 0.0,
+        "completions_per_second": rate,
+        "last": {},
+    }
+
+
 def manifest(out: Path) -> dict[str, Any]:
     file = out / "manifest.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def report(rows: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
-    summary = {}
-    print(
-        "\n| party | to first step, s | step, s | real tokens/s | completions/s | peak GiB |\n|---|--:|--:|--:|--:|--:|\n",
-        end="",
-    )
+def predicted_gib(command: list[str]) -> float | None:
+    """What `--dry-run` says the command will need; at max_length in every row, where what was measured had shorter ones."""
+    done = subprocess.run([sys.executable, *command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = [line for line in done.stdout.splitlines() if line.startswith(("memory", "rollouts"))]
+    print("\n".join(said), flush=True)
+    totals = re.findall(r"about ([\d.]+) GiB", done.stdout)
+    rollouts = [size for line in said if line.startswith("rollouts") for size in re.findall(r"([\d.]+) GiB", line)]
+    return round(sum(map(float, [*totals, *rollouts])), 2) if totals else None
+
+
+def mfu(row: dict[str, Any], model: Path, peak: float) -> dict[str, float]:
+    shape = model_shape(Model(name_or_path=str(model)))
+    if shape is None or "error" in row:
+        return {}
+    weights = shape["linear"] + shape["embedding"]  # a tied embedding is the output head
+    return {f"mfu{name}": factor * weights * row["tokens_per_second"] / peak for name, factor in (("", 4), ("_6n", 6))}
+
+
+def bound(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of the bare matrix products, learning and decoding. In a process of its own, as the parties."""
+    command = ["bench/bound.py", "--model", str(args.model), "--rows", str(args.num_completions)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    print(f"bare matrix products, tokens/s: {done.stdout.strip()}", flush=True)
+    return {"sft": found["learn"], "grpo": found["decode"][str(args.num_completions)], "tflops": found["tflops"]}
+
+
+def share_of_bound(name: str, row: dict[str, Any], bounds: dict[str, Any]) -> float | None:
+    """Of SFT's tokens a second, and of the sampler's in GRPO."""
+    rates = {"sft": row.get("tokens_per_second"), "grpo": row.get("last", {}).get("rollout/tokens_per_second")}
+    stage = name.split("-")[1]
+    return rates[stage] / bounds[stage] if rates.get(stage) else None
+
+
+NUMBERS = (
+    "to_first_step_seconds",
+    "step_seconds",
+    "tokens_per_second",
+    "completions_per_second",
+    "peak_gib",
+    "share_of_bound",
+    "mfu",
+    "mfu_6n",
+)
+
+
+def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The middle of each party's repeats."""
+    result = {}
     for name, runs in rows.items():
-        good = [run for run in runs if "error" not in run]
-        if not good:
-            print(f"| {name} | {runs[0]['error']}: {runs[0]['tail'][-200:]!r} |")
-            continue
-        middle = {key: statistics.median(run[key] or 0 for run in good) for key in NUMBERS}
-        spread = [min(run["step_seconds"] for run in good), max(run["step_seconds"] for run in good)]
-        rate = args.num_completions / middle["step_seconds"] if "grpo" in name else None
-        summary[name] = middle | {"step_seconds_spread": spread, "completions_per_second": rate, "last": good[-1]["last"]}
-        step = f"{middle['step_seconds']:.2f} [{spread[0]:.2f}, {spread[1]:.2f}]"
-        shown = [f"{middle['to_first_step_seconds']:.1f}", step, f"{middle['tokens_per_second']:.0f}"]
-        print("| " + " | ".join([name, *shown, f"{rate:.2f}" if rate else "", f"{middle['peak_gib']:.2f}"]) + " |")
-    for ours, peer in (("ours-sft-fast", "trl-sft"), ("ours-sft-small", "trl-sft"), ("ours-grpo", "trl-grpo")):
-        if ours in summary and peer in summary:
-            ratio = summary[ours]["tokens_per_second"] / summary[peer]["tokens_per_second"]
-            steps = summary[peer]["step_seconds"] / summary[ours]["step_seconds"]
-            print(f"{ours} / {peer}: {ratio:.1f}x the real tokens a second, {steps:.1f}x the steps")
-    if args.json:
-        text = {"summary": summary, "runs": rows, "hardware": hardware(), **git_state(), "argv": sys.argv}
-        args.json.write_text(json.dumps(text, indent=2, default=str) + "\n")
+        if good := [run for run in runs if "error" not in run]:
+            middle = {key: statistics.median(run.get(key) or 0 for run in good) for key in NUMBERS}
+            spread = [min(run["step_seconds"] for run in good), max(run["step_seconds"] for run in good)]
+            more = {"predicted_gib": runs[0].get("predicted_gib"), "last": good[-1]["last"]}
+            result[name] = middle | {"step_seconds_spread": spread} | more
+    return result
 
 
-NUMBERS = ("to_first_step_seconds", "step_seconds", "tokens_per_second", "peak_gib")
+def report(found: dict[str, dict[str, Any]], rows: dict[str, list[dict[str, Any]]]) -> None:
+    print(
+        "\n| party | to first step, s | step, s | real tokens/s | completions/s | peak GiB | planned GiB | of the bound | MFU |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for name, row in found.items():
+        step = f"{row['step_seconds']:.2f} [{row['step_seconds_spread'][0]:.2f}, {row['step_seconds_spread'][1]:.2f}]"
+        shown = [f"{row['to_first_step_seconds']:.1f}", step, f"{row['tokens_per_second']:.0f}"]
+        shown += [f"{row[key]:.2f}" if row[key] else "" for key in ("completions_per_second", "peak_gib", "predicted_gib")]
+        shown += [f"{row[key]:.1%}" if row[key] else "" for key in ("share_of_bound", "mfu")]
+        print("| " + " | ".join([name, *shown]) + " |")
+    for name in rows.keys() - found.keys():
+        print(f"| {name} | {rows[name][0]['error']} |")
+    for ours, peer in PAIRS:
+        if ours in found and peer in found:
+            ratio = found[ours]["tokens_per_second"] / found[peer]["tokens_per_second"]
+            print(f"{ours} / {peer}: {ratio:.1f}x the real tokens a second")
+    for peer in found:
+        if peer.endswith("lm-eval") and peer != "ours-lm-eval":
+            ratio = found["ours-lm-eval"]["completions_per_second"] / found[peer]["completions_per_second"]
+            print(f"ours-lm-eval / {peer}: {ratio:.1f}x the questions a second, start and load included")
 
 
-def require_idle(limit: float, seconds: float = 3.0) -> None:
-    """Timings from a machine that does something else are not timings."""
+PAIRS = (
+    ("ours-sft-fast", "trl-sft"), ("ours-sft-small", "trl-sft"), ("ours-grpo", "trl-grpo"), ("ours-eval", "hf-eval"),
+)  # fmt: skip
+
+
+def require_idle(limit: float, seconds: float = 3.0) -> float:
+    """Timings from a machine that does something else are not timings. Returns the share of it that was busy."""
 
     def busy_and_all() -> tuple[int, int]:
         fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
@@ -194,25 +361,39 @@ def require_idle(limit: float, seconds: float = 3.0) -> None:
     share = (after[0] - before[0]) / max(1, after[1] - before[1])
     if share > limit:
         sys.exit(f"the machine is {share:.0%} busy: stop what else runs, or raise --busy-limit and do not quote the result")
+    return share
 
 
 def make_random_3b(folder: Path, tokenizer: Path) -> None:
-    """28 layers, hidden 3072, 24 heads, 8 key heads, intermediate 8192, vocabulary 128,256, tied: Llama-3.2-3B's shape."""
-    if (folder / "model.safetensors.index.json").is_file() or (folder / "model.safetensors").is_file():
+    """28 layers, hidden 3072, 24 heads, 8 key heads, intermediate 8192, vocabulary 128,256, tied: Llama-3.2-3B's shape.
+
+    With it a fresh adapter, in adapter/, which is written last: where that is, all is. Ids above the tokenizer's vocabulary
+    decode to nothing.
+    """
+    if (folder / "adapter" / "adapter_config.json").is_file():
         return
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=2,
-        bos_token_id=1, pad_token_id=0,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=4096,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config)
+    own = AutoTokenizer.from_pretrained(tokenizer)
+    # Not sooner: the row of a pad token that is known at the start is all 0, and this tokenizer pads with its stop token.
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id, settings.eos_token_id = own.bos_token_id, own.eos_token_id
+        settings.pad_token_id = own.pad_token_id
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    own.save_pretrained(folder)
+    model.name_or_path = str(folder)  # which the adapter then names as its base
+    lora = LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS.strip("[]").split(","), task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
 if __name__ == "__main__":
