@@ -29,7 +29,7 @@ posttrain.report.page
 posttrain.report
 posttrain.report.__main__
 
-posttrain.chat
+posttrain.chat posttrain.timing
 posttrain.models posttrain.hub posttrain.plan
 posttrain.adapters posttrain.generate posttrain.trainers posttrain.callbacks
 posttrain.rollouts
