@@ -3,6 +3,9 @@
     python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages sft grpo --repeats 3 --json FILE
     python bench/speed.py --model models/random-3b --random-3b --data data/gsm8k --stages sft grpo eval   # on a GPU
     python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages lm-eval --lm-eval LM_EVAL
+    python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages ladder-sft ladder-grpo --adapter DIR
+
+A ladder's rungs differ by one lever each, in the order of their numbers, and every rung keeps those below it.
 
 Real tokens (padding not counted) and completions a second in steady state: the median over steps after the first two.
 Load and warm-up are the time to the end of the first step; for eval, to the first prompt. Refuses to report from a busy
@@ -37,6 +40,7 @@ from posttrain.config import Model  # noqa: E402
 from posttrain.plan import model_shape  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 
+STAGES = ("sft", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
 TARGETS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 
@@ -78,7 +82,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", choices=("sft", "grpo", "eval", "lm-eval"), default=["sft", "grpo"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["sft", "grpo"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--grpo-steps", type=int, default=4)
@@ -167,8 +171,40 @@ def parties(args: argparse.Namespace) -> dict[str, Any]:
         "ours-lm-eval": answer("quantization=none", "adapter=null"),
         **{f"batch{size}-lm-eval": lm_eval(size) for size in args.lm_eval_batches},
     }
+    found |= {f"{n}-ladder-sft-{lever}": sft(0.0, *set_) for n, (lever, set_) in enumerate(ladder(SFT_LEVERS))}
+    found |= {f"{n}-ladder-grpo-{lever}": grpo(*set_) for n, (lever, set_) in enumerate(ladder(GRPO_LEVERS))}
     asked = {name: command for name, command in found.items() if name.split("-", 1)[1].startswith(tuple(args.stages))}
     return {name: command for name, command in asked.items() if not args.only or name in args.only}
+
+
+# What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
+SFT_LEVERS = {
+    "plain": "quantization=nf4 model.attn_implementation=sdpa fast_loss=false trainer.gradient_checkpointing=true "
+    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
+    "label-head": "fast_loss=true",
+    "no-checkpointing": "trainer.gradient_checkpointing=false",
+    "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
+    "by-length": "trainer.train_sampling_strategy=group_by_length",
+    "unpacked": "quantization=nf4_unpacked",
+    "eager": "model.attn_implementation=eager",
+}
+GRPO_LEVERS = {
+    "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl trainer.gradient_checkpointing=true "
+    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2",
+    "own-engine": "rollouts.engine=transformers",
+    "no-checkpointing": "trainer.gradient_checkpointing=false",  # and with it shared prompts
+    "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
+    "unpacked": "quantization=nf4_unpacked",
+    "eager": "model.attn_implementation=eager",
+    "no-reference": "trainer.beta=0",
+    "signal-only": "rollouts.skip_zero_signal=true",
+}
+
+
+def ladder(levers: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Each lever with the settings of all up to it."""
+    pulled = itertools.accumulate(levers.values(), lambda below, more: f"{below} {more}")
+    return [(lever, settings.split()) for lever, settings in zip(levers, pulled, strict=True)]
 
 
 def measure(name: str, command: list[str], out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -292,7 +328,7 @@ def bound(args: argparse.Namespace) -> dict[str, Any]:
 def share_of_bound(name: str, row: dict[str, Any], bounds: dict[str, Any]) -> float | None:
     """Of SFT's tokens a second, and of the sampler's in GRPO."""
     rates = {"sft": row.get("tokens_per_second"), "grpo": row.get("last", {}).get("rollout/tokens_per_second")}
-    stage = name.split("-")[1]
+    stage = name.split("-")[1 + ("ladder" in name)]
     return rates[stage] / bounds[stage] if rates.get(stage) else None
 
 
