@@ -126,9 +126,9 @@ def parties(args: argparse.Namespace) -> dict[str, Any]:
     ]
     if args.random_3b:  # all its rewards are 0: nothing but decay moves a weight, and a run that moves none fails
         ours += ["trainer.weight_decay=0.1"]
-    # fast is what configs/recommended does; small has every setting of the peer, but for the optimizer's paging.
+    # fast is what configs/recommended does. small fits into the peer's memory; tiny has its settings, but for the paging.
     fast = ["quantization=nf4_unpacked", "trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch_fused"]
-    small = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
+    tiny = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
 
     def sft(dropout: float, *more: str) -> Any:
         config = ["sft_train.py", "--config", "configs/sft_llama3.2-3b.yaml", f"trainer.max_steps={args.steps}"]
@@ -156,12 +156,13 @@ def parties(args: argparse.Namespace) -> dict[str, Any]:
         return lambda out: [*base, "--questions", str(questions), "--adapter", str(adapter), "--out", str(out)]
 
     batches = {
-        "fast": ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"],
-        "small": ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"],
+        "one": ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"],
+        "fours": ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"],
     }
     found = {
-        "ours-sft-fast": sft(0.0, *fast, "trainer.train_sampling_strategy=group_by_length", *batches["fast"]),
-        "ours-sft-small": sft(0.1, *small, *batches["small"]),
+        "ours-sft-fast": sft(0.0, *fast, "trainer.train_sampling_strategy=group_by_length", *batches["one"]),
+        "ours-sft-small": sft(0.0, *fast, "trainer.train_sampling_strategy=group_by_length", *batches["fours"]),
+        "ours-sft-tiny": sft(0.1, *tiny, *batches["fours"]),
         "trl-sft": peer("sft", args.steps),
         "ours-grpo": grpo(*fast),
         "trl-grpo": peer("grpo", max(2, args.grpo_steps // 2)),
@@ -257,7 +258,9 @@ def trained(out: Path, started: float) -> dict[str, Any] | None:
         "tokens_per_second": sum(t for _, t in steady) / sum(s for s, _ in steady),
         "peak_gib": max((row.get("peak_gib", 0) for row in steps), default=0) or manifest(out).get("peak_gib"),
         "loss": [row.get("loss") for row in steps],
-        "last": {key: value for key, value in steps[-1].items() if key.startswith(("time/", "rollout/", "completions/mean"))},
+        "last": {
+            key: value for key, value in steps[-1].items() if key.startswith(("time/", "rollout/", "update/", "completions/mean"))
+        },
     }
 
 
@@ -380,7 +383,7 @@ def report(found: dict[str, dict[str, Any]], rows: dict[str, list[dict[str, Any]
 
 
 PAIRS = (
-    ("ours-sft-fast", "trl-sft"), ("ours-sft-small", "trl-sft"), ("ours-grpo", "trl-grpo"), ("ours-eval", "hf-eval"),
+    ("ours-sft-fast", "trl-sft"), ("ours-sft-small", "trl-sft"), ("ours-sft-tiny", "trl-sft"), ("ours-grpo", "trl-grpo"), ("ours-eval", "hf-eval"),
 )  # fmt: skip
 
 
