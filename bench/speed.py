@@ -383,8 +383,12 @@ def report(found: dict[str, dict[str, Any]], rows: dict[str, list[dict[str, Any]
 
 
 PAIRS = (
-    ("ours-sft-fast", "trl-sft"), ("ours-sft-small", "trl-sft"), ("ours-sft-tiny", "trl-sft"), ("ours-grpo", "trl-grpo"), ("ours-eval", "hf-eval"),
-)  # fmt: skip
+    ("ours-sft-fast", "trl-sft"),
+    ("ours-sft-small", "trl-sft"),
+    ("ours-sft-tiny", "trl-sft"),
+    ("ours-grpo", "trl-grpo"),
+    ("ours-eval", "hf-eval"),
+)
 
 
 def require_idle(limit: float, seconds: float = 3.0) -> float:
