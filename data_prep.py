@@ -88,7 +88,7 @@ class Source:
     rows: list[Row]
     sha256: str
     describe: dict[str, Any]
-    shots: list[Row] = dataclasses.field(default_factory=list)
+    shots: list[Row]
 
 
 def read_source(config: DataConfig) -> Source:

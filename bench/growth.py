@@ -21,8 +21,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.random_llama import make  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 
+# SmolLM2-135M's.
+WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 MIDDLE = {"layers": 12, "length": 128, "group": 8}
 VARIED = {"layers": (6, 12, 24), "length": (64, 128, 256), "group": (4, 8, 16)}
 TITLES = {"layers": "layers of the model", "length": "tokens of a completion", "group": "completions of a question"}
@@ -54,8 +57,7 @@ def main() -> None:
 def measure(shape: dict[str, int], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a step by phase, the median after the first, and the process's peak memory."""
     model, run = folder / f"model{shape['layers']}", folder / "-".join(map(str, shape.values()))
-    if not model.exists():
-        make_model(model, shape["layers"], args.tokenizer)
+    make(model, args.tokenizer, WIDTH | {"num_hidden_layers": shape["layers"]})
     command = ["grpo_train.py", "--config", "configs/grpo_tiny.yaml", f"model.name_or_path={model}", f"adapter={model}/adapter"]
     command += [f"data={{path: {args.data}, num_train: 64, num_dev: 0}}", f"run_dir={run}", "model.attn_implementation=eager"]
     command += [f"trainer.{key}={value}" for key, value in trainer_settings(shape, args.steps).items()]
@@ -82,27 +84,6 @@ def trainer_settings(shape: dict[str, int], steps: int) -> dict[str, Any]:
         "weight_decay": 0.1,  # and this what moves a weight: a run that moves none fails
         "gradient_checkpointing": "false",
     }
-
-
-def make_model(folder: Path, layers: int, tokenizer: Path) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    own = AutoTokenizer.from_pretrained(tokenizer)
-    config = LlamaConfig(
-        vocab_size=len(own), hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    for settings in (model.config, model.generation_config):  # not sooner: the row of a pad token would be all 0
-        settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = own.bos_token_id, own.eos_token_id, own.pad_token_id
-    model.save_pretrained(folder)
-    own.save_pretrained(folder)
-    model.name_or_path = str(folder)
-    lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(model, lora).save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
 def draw(points: dict[str, list[dict[str, Any]]], out: Path) -> None:

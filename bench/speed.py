@@ -35,21 +35,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.cross_check import lm_eval_command  # noqa: E402
+from bench.parties import parties  # noqa: E402
+from bench.random_llama import LLAMA_3B, make  # noqa: E402
 from posttrain.config import Model  # noqa: E402
 from posttrain.plan import model_shape  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 
 STAGES = ("sft", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
-TARGETS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 
 
 def main() -> None:
     args = arguments()
     if args.random_3b:
         # In a process of its own: this one must hold no GPU memory while it measures others.
-        maker = multiprocessing.get_context("spawn").Process(target=make_random_3b, args=(args.model, args.tokenizer))
+        maker = multiprocessing.get_context("spawn").Process(target=make, args=(args.model, args.tokenizer, LLAMA_3B))
         maker.start()
         maker.join()
         if maker.exitcode:
@@ -103,109 +103,15 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.random_3b:
         args.adapter = args.adapter or args.model / "adapter"
-    elif {"grpo", "eval"} & {*args.stages} and "sft" not in args.stages and not args.adapter:
+    elif {"grpo", "eval", "ladder-grpo"} & {*args.stages} and "sft" not in args.stages and not args.adapter:
         parser.error("grpo and eval start from an adapter: add sft to --stages, or give --adapter")
+    if args.num_completions % 16:
+        parser.error(f"--num-completions {args.num_completions}: micro-batches are of 16, so give a multiple of it")
+    if "ladder-grpo" in args.stages and args.num_completions != 16:
+        parser.error("the rungs of ladder-grpo are of 16 completions: leave --num-completions out")
     if "lm-eval" in args.stages and not args.lm_eval:
         parser.error("the stage lm-eval needs --lm-eval: the command of an environment that has it")
     return args
-
-
-def parties(args: argparse.Namespace) -> dict[str, Any]:
-    """Name -> the command that runs it into a folder."""
-    adapter = args.adapter or args.work / "ours-sft-fast-0" / "adapter"
-    ours = [f"model.name_or_path={args.model}", f"model.attn_implementation={args.attention}", f"data.path={args.data}"]
-    ours += ["model.revision=null", "model.chat_template=null"]  # the configs pin those of Llama
-    answering = [*ours, f"data.limit={args.eval_questions}", f"generation.max_new_tokens={args.max_completion_length}"]
-    ours += [
-        "tracking=none",
-        "data.num_dev=0",
-        "data.num_train=2000",
-        "trainer.logging_steps=1",
-        "trainer.save_strategy=no",
-        "trainer.eval_strategy=no",
-    ]
-    if args.random_3b:  # all its rewards are 0: nothing but decay moves a weight, and a run that moves none fails
-        ours += ["trainer.weight_decay=0.1"]
-    # fast is what configs/recommended does. small fits into the peer's memory; tiny has its settings, but for the paging.
-    fast = ["quantization=nf4_unpacked", "trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch_fused"]
-    tiny = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
-
-    def sft(dropout: float, *more: str) -> Any:
-        config = ["sft_train.py", "--config", "configs/sft_llama3.2-3b.yaml", f"trainer.max_steps={args.steps}"]
-        lora = f"lora={{r: 32, alpha: 64, dropout: {dropout}, target_modules: {TARGETS}}}"
-        return lambda out: [*config, *ours, lora, *more, f"run_dir={out}"]
-
-    def grpo(*more: str) -> Any:
-        config = ["grpo_train.py", "--config", "configs/grpo_llama3.2-3b.yaml", "adapter_mode=continue", "lora=null"]
-        window = ["trainer.per_device_train_batch_size=16", f"trainer.gradient_accumulation_steps={args.num_completions // 16}"]
-        length = [f"trainer.max_completion_length={args.max_completion_length}", f"trainer.max_steps={args.grpo_steps}"]
-        return lambda out: [*config, *ours, f"adapter={adapter}", *window, *length, *more, f"run_dir={out}"]
-
-    def answer(*more: str) -> Any:
-        config = ["evaluate.py", "--config", "configs/eval_gsm8k.yaml"]
-        return lambda out: [*config, *answering, *more, f"run_dir={out}"]
-
-    def lm_eval(batch_size: str) -> Any:
-        questions = args.work / "ours-lm-eval-0"
-        return lambda out: lm_eval_command(args.lm_eval, questions, out, batch_size)
-
-    def peer(stage: str, steps: int) -> Any:
-        sizes = ["--num-completions", str(args.num_completions), "--max-completion-length", str(args.max_completion_length)]
-        base = ["bench/peers.py", stage, "--model", str(args.model), "--data", str(args.data), "--steps", str(steps), *sizes]
-        questions = max(1, args.eval_questions // 320) * 32  # at a fixed batch size the rate does not depend on how many
-        return lambda out: [*base, "--questions", str(questions), "--adapter", str(adapter), "--out", str(out)]
-
-    batches = {
-        "one": ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"],
-        "fours": ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"],
-    }
-    found = {
-        "ours-sft-fast": sft(0.0, *fast, "trainer.train_sampling_strategy=group_by_length", *batches["one"]),
-        "ours-sft-small": sft(0.0, *fast, "trainer.train_sampling_strategy=group_by_length", *batches["fours"]),
-        "ours-sft-tiny": sft(0.1, *tiny, *batches["fours"]),
-        "trl-sft": peer("sft", args.steps),
-        "ours-grpo": grpo(*fast),
-        "trl-grpo": peer("grpo", max(2, args.grpo_steps // 2)),
-        "ours-eval": answer("quantization=nf4", f"adapter={adapter}"),
-        "hf-eval": peer("eval", 0),
-        # The bare bf16 model, as lm-eval loads it: whole processes, for it does not time its parts.
-        "ours-lm-eval": answer("quantization=none", "adapter=null"),
-        **{f"batch{size}-lm-eval": lm_eval(size) for size in args.lm_eval_batches},
-    }
-    found |= {f"{n}-ladder-sft-{lever}": sft(0.0, *set_) for n, (lever, set_) in enumerate(ladder(SFT_LEVERS))}
-    found |= {f"{n}-ladder-grpo-{lever}": grpo(*set_) for n, (lever, set_) in enumerate(ladder(GRPO_LEVERS))}
-    asked = {name: command for name, command in found.items() if name.split("-", 1)[1].startswith(tuple(args.stages))}
-    return {name: command for name, command in asked.items() if not args.only or name in args.only}
-
-
-# What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
-SFT_LEVERS = {
-    "plain": "quantization=nf4 model.attn_implementation=sdpa fast_loss=false trainer.gradient_checkpointing=true "
-    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
-    "label-head": "fast_loss=true",
-    "no-checkpointing": "trainer.gradient_checkpointing=false",
-    "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
-    "by-length": "trainer.train_sampling_strategy=group_by_length",
-    "unpacked": "quantization=nf4_unpacked",
-    "eager": "model.attn_implementation=eager",
-}
-GRPO_LEVERS = {
-    "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl trainer.gradient_checkpointing=true "
-    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2",
-    "own-engine": "rollouts.engine=transformers",
-    "no-checkpointing": "trainer.gradient_checkpointing=false",  # and with it shared prompts
-    "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
-    "unpacked": "quantization=nf4_unpacked",
-    "eager": "model.attn_implementation=eager",
-    "no-reference": "trainer.beta=0",
-    "signal-only": "rollouts.skip_zero_signal=true",
-}
-
-
-def ladder(levers: dict[str, str]) -> list[tuple[str, list[str]]]:
-    """Each lever with the settings of all up to it."""
-    pulled = itertools.accumulate(levers.values(), lambda below, more: f"{below} {more}")
-    return [(lever, settings.split()) for lever, settings in zip(levers, pulled, strict=True)]
 
 
 def measure(name: str, command: list[str], out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -405,38 +311,6 @@ def require_idle(limit: float, seconds: float = 3.0) -> float:
     if share > limit:
         sys.exit(f"the machine is {share:.0%} busy: stop what else runs, or raise --busy-limit and do not quote the result")
     return share
-
-
-def make_random_3b(folder: Path, tokenizer: Path) -> None:
-    """28 layers, hidden 3072, 24 heads, 8 key heads, intermediate 8192, vocabulary 128,256, tied: Llama-3.2-3B's shape.
-
-    With it a fresh adapter, in adapter/, which is written last: where that is, all is. Ids above the tokenizer's vocabulary
-    decode to nothing.
-    """
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=4096,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
-    own = AutoTokenizer.from_pretrained(tokenizer)
-    # Not sooner: the row of a pad token that is known at the start is all 0, and this tokenizer pads with its stop token.
-    for settings in (model.config, model.generation_config):
-        settings.bos_token_id, settings.eos_token_id = own.bos_token_id, own.eos_token_id
-        settings.pad_token_id = own.pad_token_id
-    model.save_pretrained(folder)
-    own.save_pretrained(folder)
-    model.name_or_path = str(folder)  # which the adapter then names as its base
-    lora = LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS.strip("[]").split(","), task_type="CAUSAL_LM")
-    get_peft_model(model, lora).save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,15 @@ class Phases:
 
     def _mark(self) -> None:
         """The stretch that ends here is that of the phase that is open."""
-        now: float | torch.cuda.Event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else time.perf_counter()
-        if isinstance(now, torch.cuda.Event):
-            now.record()
-        self._marks.append((self._open[-1], now))
+        self._marks.append((self._open[-1], _now()))
+
+
+def _now() -> float | torch.cuda.Event:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _between(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:

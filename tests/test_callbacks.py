@@ -76,10 +76,10 @@ def test_the_phases_of_a_step_are_the_step(tiny, sft):
     parts = "data fold prefill decode rewards logprobs forward backward optimizer"
     assert all({f"time/{name}" for name in parts.split()} <= names for names in phases)
     for before, after, names in zip(rows, rows[1:], phases[1:], strict=False):
-        assert sum(after[name] for name in names) == pytest.approx(after["time"] - before["time"], abs=0.05)
+        assert sum(after[name] for name in names) == pytest.approx(after["time"] - before["time"], rel=0.2, abs=0.1)
     for row in rows:
         inside = row["time/fold"] + row["time/prefill"] + row["time/decode"]
-        assert inside == pytest.approx(row["time/rollout_seconds"], rel=0.2, abs=0.02)
+        assert inside == pytest.approx(row["time/rollout_seconds"], rel=0.3, abs=0.05)
         assert 0 < row["rollout/useful_slots"] <= 1 and 0 < row["update/useful_slots"] <= 1
 
 

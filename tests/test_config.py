@@ -408,6 +408,11 @@ NOT_WHOLE_GROUPS = (
         ),
         (
             DataConfig,
+            {"prompt": {**PROMPT, "shots": "shots.jsonl"}},
+            "prompt.shots: style chat shows no solved examples",
+        ),
+        (
+            DataConfig,
             {"source": {**SOURCES[0], "revision": "main"}},
             "source.revision: should be a full commit id",
         ),

@@ -1,0 +1,126 @@
+"""Who is measured by bench/speed.py: this project's scripts, with what settings, and the scripts of bench/peers.py."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.cross_check import lm_eval_command
+from bench.random_llama import TARGETS
+
+Command = Callable[[Path], list[str]]  # the folder that a party writes into -> what to run
+
+# fast is what configs/recommended does. small fits into the memory of TRL's script; tiny has its settings, but for the paging.
+FAST = ["quantization=nf4_unpacked", "trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch_fused"]
+TINY = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
+SIXTEEN = ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"]
+FOUR_FOURS = ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"]
+BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
+
+# What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
+SFT_LEVERS = {
+    "plain": "quantization=nf4 model.attn_implementation=sdpa fast_loss=false trainer.gradient_checkpointing=true "
+    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
+    "label-head": "fast_loss=true",
+    "no-checkpointing": "trainer.gradient_checkpointing=false",
+    "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
+    "by-length": "trainer.train_sampling_strategy=group_by_length",
+    "unpacked": "quantization=nf4_unpacked",
+    "eager": "model.attn_implementation=eager",
+}
+GRPO_LEVERS = {
+    "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl trainer.gradient_checkpointing=true "
+    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2",
+    "own-engine": "rollouts.engine=transformers",
+    "no-checkpointing": "trainer.gradient_checkpointing=false",  # and with it shared prompts
+    "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
+    "unpacked": "quantization=nf4_unpacked",
+    "eager": "model.attn_implementation=eager",
+    "no-reference": "trainer.beta=0",
+    "signal-only": "rollouts.skip_zero_signal=true",
+}
+
+
+def ladder(levers: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Each lever with the settings of all up to it."""
+    pulled = itertools.accumulate(levers.values(), lambda below, more: f"{below} {more}")
+    return [(lever, settings.split()) for lever, settings in zip(levers, pulled, strict=True)]
+
+
+def parties(args: argparse.Namespace) -> dict[str, Command]:
+    """The parties of the stages that were asked for, by name."""
+    found = {
+        "ours-sft-fast": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN),
+        "ours-sft-small": sft(args, 0.0, *FAST, BY_LENGTH, *FOUR_FOURS),
+        "ours-sft-tiny": sft(args, 0.1, *TINY, *FOUR_FOURS),
+        "trl-sft": peer(args, "sft", args.steps),
+        "ours-grpo": grpo(args, *FAST),
+        "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),
+        "ours-eval": answer(args, "quantization=nf4", f"adapter={adapter(args)}"),
+        "hf-eval": peer(args, "eval", 0),
+        # The bare bf16 model, as lm-eval loads it: whole processes, for it does not time its parts.
+        "ours-lm-eval": answer(args, "quantization=none", "adapter=null"),
+        **{f"batch{size}-lm-eval": lm_eval(args, size) for size in args.lm_eval_batches},
+    }
+    found |= {f"{n}-ladder-sft-{lever}": sft(args, 0.0, *pulled) for n, (lever, pulled) in enumerate(ladder(SFT_LEVERS))}
+    found |= {f"{n}-ladder-grpo-{lever}": grpo(args, *pulled) for n, (lever, pulled) in enumerate(ladder(GRPO_LEVERS))}
+    asked = {name: command for name, command in found.items() if name.split("-", 1)[1].startswith(tuple(args.stages))}
+    return {name: command for name, command in asked.items() if not args.only or name in args.only}
+
+
+def sft(args: argparse.Namespace, dropout: float, *more: str) -> Command:
+    config = ["sft_train.py", "--config", "configs/sft_llama3.2-3b.yaml", f"trainer.max_steps={args.steps}"]
+    lora = f"lora={{r: 32, alpha: 64, dropout: {dropout}, target_modules: [{','.join(TARGETS)}]}}"
+    return lambda out: [*config, *training(args), lora, *more, f"run_dir={out}"]
+
+
+def grpo(args: argparse.Namespace, *more: str) -> Command:
+    config = ["grpo_train.py", "--config", "configs/grpo_llama3.2-3b.yaml", "adapter_mode=continue", "lora=null"]
+    window = ["trainer.per_device_train_batch_size=16", f"trainer.gradient_accumulation_steps={args.num_completions // 16}"]
+    length = [f"trainer.max_completion_length={args.max_completion_length}", f"trainer.max_steps={args.grpo_steps}"]
+    return lambda out: [*config, *training(args), f"adapter={adapter(args)}", *window, *length, *more, f"run_dir={out}"]
+
+
+def answer(args: argparse.Namespace, *more: str) -> Command:
+    config = ["evaluate.py", "--config", "configs/eval_gsm8k.yaml"]
+    asked = [f"data.limit={args.eval_questions}", f"generation.max_new_tokens={args.max_completion_length}"]
+    return lambda out: [*config, *on_model(args), *asked, *more, f"run_dir={out}"]
+
+
+def on_model(args: argparse.Namespace) -> list[str]:
+    model = [f"model.name_or_path={args.model}", f"model.attn_implementation={args.attention}", f"data.path={args.data}"]
+    return [*model, "model.revision=null", "model.chat_template=null"]  # the configs pin those of Llama
+
+
+def training(args: argparse.Namespace) -> list[str]:
+    rows = ["tracking=none", "data.num_dev=0", "data.num_train=2000"]
+    often = ["trainer.logging_steps=1", "trainer.save_strategy=no", "trainer.eval_strategy=no"]
+    # All rewards of random weights are 0: nothing but decay moves a weight, and a run that moves none fails.
+    moving = ["trainer.weight_decay=0.1"] if args.random_3b else []
+    return [*on_model(args), *rows, *often, *moving]
+
+
+def adapter(args: argparse.Namespace) -> Path:
+    return args.adapter or args.work / "ours-sft-fast-0" / "adapter"
+
+
+def peer(args: argparse.Namespace, stage: str, steps: int) -> Command:
+    questions = max(1, args.eval_questions // 320) * 32  # at a fixed batch size the rate does not depend on how many
+    options = {
+        "--model": args.model,
+        "--data": args.data,
+        "--steps": steps,
+        "--num-completions": args.num_completions,
+        "--max-completion-length": args.max_completion_length,
+        "--questions": questions,
+        "--adapter": adapter(args),
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return lambda out: ["bench/peers.py", stage, *words, "--out", str(out)]
+
+
+def lm_eval(args: argparse.Namespace, batch_size: str) -> Command:
+    questions = args.work / "ours-lm-eval-0"
+    return lambda out: lm_eval_command(args.lm_eval, questions, out, batch_size)
