@@ -5,11 +5,13 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 import time
 from datetime import datetime
 
 import pytest
-from scripts import CONFIGS, run, start, tiny_pipeline, tree, workplace
+from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
 
 import rewards
 from posttrain import stats
@@ -221,6 +223,32 @@ def test_lm_evals_files_stand_beside_ours(pipeline):
 
 
 # --- regraded ---------------------------------------------------------------------------------------------------------
+
+
+HARNESS = """#!{python}
+# lm_eval as far as bench/cross_check.py sees it: reads the questions of its task, writes its samples, says 7 to each.
+import json, pathlib
+rows = []
+for line in open("posttrain_questions.jsonl"):
+    for name in ("strict-match", "flexible-extract"):
+        rows.append({{"doc": json.loads(line), "resps": [["#### 7"]], "filter": name, "exact_match": 0.0}})
+out = pathlib.Path("out/model")
+out.mkdir(parents=True)
+(out / "samples_posttrain_gsm8k_now.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+
+def test_the_cross_check_holds_an_evaluation_against_the_other_program(place):
+    """Against what it wrote, and not against our own results in its layout, which lie in the same run."""
+    evaluate(place, "runs/x")
+    program = place / "lm_eval"
+    program.write_text(HARNESS.format(python=sys.executable))
+    program.chmod(0o755)
+    command = [sys.executable, ROOT / "bench" / "cross_check.py", "runs/x", "--lm-eval", program]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    total = len(judged(place / "runs/x"))
+    assert f"{total} questions; completions equal: 0;" in done.stdout, done.stderr
+    assert f"lm-eval: flexible 0/{total}, strict 0/{total}" in done.stdout
 
 
 def test_regrading_repeats_every_byte_and_mends_what_was_changed(place, monkeypatch):
