@@ -11,7 +11,8 @@
 5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt of a micro-batch once.
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
-tests/test_trainers.py fails when upstream changes any of them.
+7. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
+tests/test_trainers.py fails when upstream changes any of them; of the last, tests/test_callbacks.py.
 """
 
 from __future__ import annotations

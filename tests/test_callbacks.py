@@ -69,9 +69,10 @@ def test_grpo_writes_the_signals_one_watches(tiny, sft):
 
 
 def test_the_phases_of_a_step_are_the_step(tiny, sft):
-    with tiny.grpo(sft, {"beta": 0.04, "max_steps": 3, "logging_steps": 1}) as trainer:
+    with tiny.grpo(sft, {"beta": 0.04, "max_steps": 3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}) as trainer:
         trainer.train()
         rows = [row for row in rows_of(trainer) if "time/decode" in row]
+    assert ["time/save" in row for row in rows] == [False, True, True]  # of the step before: a row is logged first
     phases = [{key for key in row if key.startswith("time/") and key != "time/rollout_seconds"} for row in rows]
     parts = "data fold prefill decode rewards logprobs forward backward optimizer"
     assert all({f"time/{name}" for name in parts.split()} <= names for names in phases)
