@@ -20,7 +20,9 @@ What a number is (tests/grading_cases.py has a case and a reason for each rule):
     are no numbers. Nothing is evaluated: `6*7` is no number, `6*7 = 42` is 42.
   - Numbers are compared as exact fractions: no float, no tolerance, and none longer than 100 characters.
 
-Any text gets a verdict in linear time: what repeats in a pattern is possessive (`*+`) or bounded.
+Any text gets a verdict in linear time: what repeats in a pattern is possessive (`*+`) or bounded. Of a group it is written
+as an atomic group, `(?>(?:...)*)`, which is the same: Python before 3.11.5 matches a possessive group wrongly
+(github.com/python/cpython/issues/106052 and 100061).
 """
 # ruff: noqa: RUF001 (the patterns mean the characters they name: multiplication signs, dashes, quotes)
 
@@ -46,25 +48,25 @@ MAX_TAIL_CHARS = 2_000  # searched for the last number, back from the text's las
 # --- numbers ------------------------------------------------------------------------------------------------
 
 _MINUS = "\\-\u2010\u2011\u2012\u2013\u2212"  # hyphens, figure dash, en dash, minus sign; not the em dash
-_CURRENCY = r"(?:(?:US|\\)?[$€£¥₹][ ]?)?+"
+_CURRENCY = r"(?>(?:(?:US|\\)?[$€£¥₹][ ]?)?)"
 _GAP = "[ \u00a0\u2009\u202f]"  # space, no-break space, thin spaces
 _THOUSANDS = rf"(?:[,'’_]|\{{,\}}|,?\\[,!;:]|{_GAP})"
-_WHOLE = rf"""(?:[0-9]{{1,3}}(?:{_THOUSANDS}[0-9]{{3}})++
-    | [0-9]{{1,2}}(?:,[0-9]{{2}}(?=,))++,[0-9]{{3}}  # lakh: 1,00,000
+_WHOLE = rf"""(?:[0-9]{{1,3}}(?>(?:{_THOUSANDS}[0-9]{{3}})+)
+    | [0-9]{{1,2}}(?>(?:,[0-9]{{2}}(?=,))+),[0-9]{{3}}  # lakh: 1,00,000
     | [0-9]++)(?![0-9])"""
 _TEN_TO = r"[ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10(?:\^|\*\*)\{?"
 # What must not follow: a glued continuation (3:30, 1.2.3, 3-5, 12,34, 6*7), a superscript, a vulgar fraction.
 _GLUE = rf"[.,:/{_MINUS}—+*×÷^]"
 _STOP = rf"(?![0-9²³¹⁰-₉¼-¾⅐-⅞]|{_GLUE}[$€£]?[0-9]|\+[A-Za-z])"
 _UNSIGNED = rf"""(?:
-    (?:(?P<mixed>[0-9]++)(?:{_GAP}(?:and[ ])?|(?=\\)))?+
+    (?>(?:(?P<mixed>[0-9]++)(?:{_GAP}(?:and[ ])?|(?=\\)))?)
     (?: \\[dt]?frac[ ]?\{{(?P<over>[0-9]++)\}}[ ]?\{{(?P<under>[0-9]++)\}}
       | (?P<num>[0-9]++)/(?P<den>[0-9]++) )
-  | (?P<decimal>{_WHOLE}(?:\.[0-9]++)?+ | (?<![.0-9])\.[0-9]++)
-    (?:[eE](?P<exp>[-+]?[0-9]++) | {_TEN_TO}(?P<power>[-+]?[0-9]++)\}}?)?+
+  | (?P<decimal>{_WHOLE}(?>(?:\.[0-9]++)?) | (?<![.0-9])\.[0-9]++)
+    (?>(?:[eE](?P<exp>[-+]?[0-9]++) | {_TEN_TO}(?P<power>[-+]?[0-9]++)\}}?)?)
   ){_STOP}"""
 # Only where an answer is stated may a minus stand apart or be a word: "#### - 5", "the answer is negative 5".
-_SIGNED = rf"(?P<number>(?:(?:(?P<minus>[{_MINUS}]|(?i:negative|minus))|\+)[ ]?)?+{_CURRENCY}{_UNSIGNED})"
+_SIGNED = rf"(?P<number>(?>(?:(?:(?P<minus>[{_MINUS}]|(?i:negative|minus))|\+)[ ]?)?){_CURRENCY}{_UNSIGNED})"
 _NUMBER = re.compile(_SIGNED, re.X)
 
 # The tokens of running text. All but `number` are read whole so that no part of them counts as a number.
@@ -74,9 +76,9 @@ _TOKEN = re.compile(
        | [0-9]++(?:st|nd|rd|th)\b                                # "the 3rd day"
        | (?<!from[ ])(?<!from[ ]\$)                              # "3 to 5"; but "from 10 to 4" ends at 4
          [0-9][0-9,.]*+[ ](?:to|through)[ ]\$?[0-9][0-9,.]*+
-       | (?P<number>(?:(?<![^\W_])(?<![)\]}}{_MINUS}])(?P<minus>[{_MINUS}]))?+{_CURRENCY}
+       | (?P<number>(?>(?:(?<![^\W_])(?<![)\]}}{_MINUS}])(?P<minus>[{_MINUS}]))?){_CURRENCY}
          (?<![^\W_0-9])(?<![^\W_]_){_UNSIGNED})                  # not the 2 of x2 or x_2
-       | [0-9]++(?:{_GLUE}[$€£]?[0-9]++)*+                       # 3:30, 1.2.3, 3-5, 12,34
+       | [0-9]++(?>(?:{_GLUE}[$€£]?[0-9]++)*)                    # 3:30, 1.2.3, 3-5, 12,34
     """,
     re.X | re.M,
 )
@@ -122,8 +124,8 @@ _LABEL = r"""(?=[A-Za-z])[^\n0-9]{0,80}(?: [:=≈→] | \b(?i:is|are|was|were|be
     |(?:equal|comes|amounts)[ ]to|about|around|approximately|roughly|nearly|exactly|only|just|simply
     |answer|total|result|USD|EUR|GBP|INR|Rs)(?![A-Za-z])\.? )"""
 # Ornaments, across lines (a dash on a new line is a bullet); then perhaps a label with ornaments of its own.
-_LEAD = rf"""(?:\n[ \t]*+[-•][ \t]++ | \s | {_ORNAMENT}){{0,99}}+
-             (?:{_LABEL}(?:[^\S\n] | {_ORNAMENT}){{0,99}}+)?"""
+_LEAD = rf"""(?>(?:\n[ \t]*+[-•][ \t]++ | \s | {_ORNAMENT}){{0,99}})
+             (?:{_LABEL}(?>(?:[^\S\n] | {_ORNAMENT}){{0,99}}))?"""
 _STATED = re.compile(_LEAD + _SIGNED, re.X)
 _LEFT_SIDE = re.compile(_LEAD + r"[0-9][^\n=≈]{0,200}+[=≈]", re.X)
 _OPERATOR = re.compile(
@@ -132,7 +134,7 @@ _OPERATOR = re.compile(
     re.X,
 )
 _LISTED = re.compile(r"1?[0-9][.)][ \t]++\S")  # "#### 1. Cost": a numbered heading or step
-_SHORT_TAIL = re.compile(r"(?:[^\w\n.,;!?]*+[^\W\d_]++){0,3}+[^\w\n.,;!?(]*+(?:\Z|[\n.,;!?(])")
+_SHORT_TAIL = re.compile(r"(?>(?:[^\w\n.,;!?]*+[^\W\d_]++){0,3})[^\w\n.,;!?(]*+(?:\Z|[\n.,;!?(])")
 
 _MARKER = re.compile(r"####++")
 _BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])")

@@ -7,6 +7,7 @@ The fuzz run is marked slow; `-s` shows its slowest string, POSTTRAIN_FUZZ=... c
 import heapq
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,14 @@ from rewards import (
 )
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_no_group_is_repeated_possessively() -> None:
+    """Python before 3.11.5 lets `(?:ab?c)*+` match "a" (github.com/python/cpython/issues/106052): `(?>(?:ab?c)*)` is right."""
+    source = (ROOT / "rewards.py").read_text(encoding="utf-8")
+    assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", source) == []
+    assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", r"(?:a)*+ (?:b){{0,99}}+ (?:c)?+") == [")*+", "){{0,99}}+", ")?+"]
+
 
 # --- tables
 
