@@ -83,10 +83,12 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer, run: Run):  #
 def make_trainer(config: SftConfig, run: Run, model, tokenizer, train, dev):  # type: ignore[no-untyped-def]
     from trl import SFTConfig
 
-    from posttrain import training
+    from posttrain import models, training
     from posttrain.records import as_dataset
     from posttrain.trainers import SFT
 
+    if config.compile:
+        models.compile_layers(model)
     columns = ("prompt", "completion")
     trainer = SFT(
         model=model,

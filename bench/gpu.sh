@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # This project beside what one would run instead, on a GPU, at the size of Llama-3.2-3B with random weights. About 10 minutes
-# for all three stages; `bash bench/gpu.sh sft eval` and `bash bench/gpu.sh grpo` are half of it each.
+# for all three stages; `bash bench/gpu.sh sft eval` and `bash bench/gpu.sh grpo` are half of it each. `bash bench/gpu.sh profile`
+# says where the steps go.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,12 +27,15 @@ speed() {
     --eval-questions "${EVAL_QUESTIONS:-1319}" "$@"
 }
 
-[ $# -gt 0 ] || set -- sft grpo eval
+[ $# -gt 0 ] || set -- sft compiled grpo eval
 for stage; do
   if [ "$stage" = grpo ]; then
     for size in ${NUM_COMPLETIONS:-32 64}; do
       speed --stages grpo --num-completions "$size" --work "$work/grpo-$size" --json "$out/grpo-$size.json"
     done
+  elif [ "$stage" = profile ]; then
+    speed --stages sft grpo --only ours-sft-fast ours-grpo --profile --steps 8 --grpo-steps 6 --num-completions 64 --work "$work/profile"
+    grep -hA 26 " steps in " "$work"/profile/*.log
   else
     speed --stages "$stage" --work "$work/$stage" --json "$out/$stage.json"
   fi

@@ -56,6 +56,7 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "ours-sft-fast": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN),
         "ours-sft-small": sft(args, 0.0, *FAST, BY_LENGTH, *EIGHT_TWOS),
         "ours-sft-tiny": sft(args, 0.1, *TINY, *FOUR_FOURS),
+        "ours-compiled-sft": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN, "compile=true"),
         "trl-sft": peer(args, "sft", args.steps),
         "ours-grpo": grpo(args, *FAST),
         "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),

@@ -41,7 +41,7 @@ from posttrain.config import Model  # noqa: E402
 from posttrain.plan import model_shape  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 
-STAGES = ("sft", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
+STAGES = ("sft", "compiled", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
 
 
@@ -99,6 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--random-3b", action="store_true")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
     parser.add_argument("--only", nargs="*", help="names of parties")
+    parser.add_argument("--profile", action="store_true", help="run ours under bench/step_profile.py, whose table is in NAME.log")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.random_3b:
@@ -122,7 +123,7 @@ def measure(name: str, command: list[str], out: Path, args: argparse.Namespace) 
         try:
             ours = command[0].endswith(".py")
             done = subprocess.run(
-                [sys.executable, *command] if ours else command,
+                [sys.executable, *(["bench/step_profile.py"] if args.profile else []), *command] if ours else command,
                 cwd=ROOT if ours else out,
                 stdout=lines,
                 stderr=lines,

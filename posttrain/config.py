@@ -240,6 +240,7 @@ class SftConfig(TrainConfig):
 
     trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
     fast_loss: bool = True
+    compile: bool = False  # the decoder layers; a minute at the start
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.adapter is None and self.lora is None:

@@ -115,6 +115,12 @@ def unpack(model: PreTrainedModel) -> None:
     forget_quantization(model)
 
 
+def compile_layers(model: PeftModel) -> None:
+    """Compile each decoder layer where it is, for any batch shape: one compilation, and every parameter keeps its name."""
+    for layer in model.get_base_model().base_model.layers:
+        layer.compile(dynamic=True)
+
+
 def forget_quantization(model: PreTrainedModel) -> None:
     """Make a model that holds no packed layer any more an ordinary one to transformers, peft and TRL."""
     for flag in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
