@@ -97,6 +97,7 @@ def make_trainer(config: GrpoConfig, run: Run, model, tokenizer, train, dev):  #
         train_dataset=as_dataset(train, ("prompt", "answer")),
         processing_class=tokenizer,
         rollout_func=None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts),
+        fast_adapter=config.fast_adapter,
         skip_zero_signal=config.rollouts.skip_zero_signal,
         correct_mismatch=config.rollouts.correct_mismatch,
     )

@@ -97,6 +97,7 @@ def make_trainer(config: SftConfig, run: Run, model, tokenizer, train, dev):  # 
         eval_dataset=as_dataset(dev, columns) if dev else None,
         processing_class=tokenizer,
         score_labels_only=config.fast_loss,
+        fast_adapter=config.fast_adapter,
     )
     limit = config.trainer.get("max_length", 512)
     measure = (lambda: training.dev_accuracy(model, tokenizer, dev, limit)) if dev else None

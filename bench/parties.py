@@ -22,9 +22,11 @@ BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
 
 # What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
 SFT_LEVERS = {
-    "plain": "quantization=nf4 model.attn_implementation=sdpa fast_loss=false trainer.gradient_checkpointing=true "
-    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
+    "plain": "quantization=nf4 model.attn_implementation=sdpa fast_loss=false fast_adapter=false "
+    "trainer.gradient_checkpointing=true trainer.optim=adamw_torch_fused "
+    "trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
     "label-head": "fast_loss=true",
+    "fused-adapter": "fast_adapter=true",
     "no-checkpointing": "trainer.gradient_checkpointing=false",
     "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
     "by-length": "trainer.train_sampling_strategy=group_by_length",
@@ -32,9 +34,11 @@ SFT_LEVERS = {
     "eager": "model.attn_implementation=eager",
 }
 GRPO_LEVERS = {
-    "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl trainer.gradient_checkpointing=true "
-    "trainer.optim=adamw_torch_fused trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2",
+    "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl fast_adapter=false "
+    "trainer.gradient_checkpointing=true trainer.optim=adamw_torch_fused "
+    "trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2",
     "own-engine": "rollouts.engine=transformers",
+    "fused-adapter": "fast_adapter=true",
     "no-checkpointing": "trainer.gradient_checkpointing=false",  # and with it shared prompts
     "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
     "unpacked": "quantization=nf4_unpacked",

@@ -69,7 +69,10 @@ def main() -> None:
             if gpu := next((gpu for gpu in PEAK_FLOPS if gpu in str(facts["hardware"]["gpu"])), None):
                 row |= mfu(row, args.model, PEAK_FLOPS[gpu]) if "-sft" in name else {}
             row["share_of_bound"] = share_of_bound(name, row, facts["bound"])
-            print(json.dumps({key: value for key, value in row.items() if key not in ("loss", "tail")}), flush=True)
+            print(
+                json.dumps({key: value for key, value in row.items() if key not in ("loss", "tail", "seconds", "tokens")}),
+                flush=True,
+            )
             rows.setdefault(name, []).append(row)
             if args.json:  # after every party: whoever stops this keeps what is measured
                 args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +165,9 @@ def trained(out: Path, started: float) -> dict[str, Any] | None:
     return {
         "to_first_step_seconds": steps[0]["time"] - started,
         "step_seconds": statistics.median(s for s, _ in steady),
-        "tokens_per_second": sum(t for _, t in steady) / sum(s for s, _ in steady),
+        "tokens_per_second": statistics.median(t / s for s, t in steady),
+        "seconds": [round(s, 3) for s in seconds],
+        "tokens": tokens,
         "peak_gib": max((row.get("peak_gib", 0) for row in steps), default=0) or manifest(out).get("peak_gib"),
         "loss": [row.get("loss") for row in steps],
         "last": {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from posttrain.run import Run
@@ -36,17 +37,16 @@ class MovedShare(TrainerCallback):
 
     def __init__(self, report: Callable[[str, float], None]) -> None:
         self.report = report
-        self.before: list[torch.Tensor] = []
+        self.before: torch.Tensor | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if (state.global_step + 1) % max(1, int(args.logging_steps)) == 0:
-            self.before = [p.detach().clone() for p in trainable(model)]
+            self.before = _flat(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        if self.before:
-            moved = torch.stack([(p != old).sum() for p, old in zip(trainable(model), self.before, strict=True)]).sum()
-            self.report("lora_moved_share", moved.item() / sum(old.numel() for old in self.before))
-            self.before = []
+        if self.before is not None:
+            self.report("lora_moved_share", (_flat(model) != self.before).sum().item() / self.before.numel())
+            self.before = None
 
 
 class PhaseTimes(TrainerCallback):
@@ -154,6 +154,12 @@ class Samples(TrainerCallback):
                 "rewards": {name: values[index] for name, values in log["rewards"].items()},
                 "advantage": round(advantage, 4),
             }
+
+
+def _flat(model: nn.Module) -> torch.Tensor:
+    """All trained entries, of a sharded tensor this process's part: one tensor, for hundreds of small ones cost a GPU more."""
+    parts = [p.detach() for p in trainable(model)]
+    return torch.cat([(p.to_local() if isinstance(p, DTensor) else p).flatten() for p in parts])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

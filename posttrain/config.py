@@ -232,6 +232,7 @@ class TrainConfig(Settings):
     tracking: Tracking = "none"
     hub: Hub = Hub()
     seed: NonNegativeInt = 42
+    fast_adapter: bool = True  # posttrain/lora_linear.py in the place of PEFT's layers
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
 
 

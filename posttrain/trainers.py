@@ -11,7 +11,8 @@
 5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt of a micro-batch once.
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
-7. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
+7. Adapted layers. posttrain/lora_linear.py computes what PEFT's layers do in a third of the operations.
+8. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
 tests/test_trainers.py fails when upstream changes any of them; of the last, tests/test_callbacks.py.
 """
 
@@ -29,6 +30,7 @@ from transformers import DynamicCache
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from posttrain import lora_linear
 from posttrain.timing import phase
 
 MASTER_DTYPE = torch.float32
@@ -44,7 +46,9 @@ class MasterWeights:
     model: Any
     _metrics: Any
 
-    def __init__(self, *args: Any, model: PeftModel, score_labels_only: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, model: PeftModel, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
+    ) -> None:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
         if not masters:
             raise ValueError("the model has no trainable parameter: load the adapter with trainable=True (trl#6700)")
@@ -52,6 +56,8 @@ class MasterWeights:
         for name, parameter in model.named_parameters():
             if name in masters:
                 parameter.data = masters[name].to(parameter.device)
+        if fast_adapter:
+            lora_linear.install(model)
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             add_label_head(model.get_base_model(), getattr(self, "temperature", 1.0), isinstance(self, GRPOTrainer))
 

@@ -31,8 +31,8 @@ posttrain.report.__main__
 
 posttrain.chat posttrain.timing
 posttrain.models posttrain.hub posttrain.plan
-posttrain.adapters posttrain.generate posttrain.trainers posttrain.callbacks
-posttrain.rollouts
+posttrain.adapters posttrain.generate posttrain.lora_linear posttrain.callbacks
+posttrain.rollouts posttrain.trainers
 posttrain.training
 
 data_prep sft_train grpo_train evaluate
@@ -43,7 +43,7 @@ HEIGHT = {module: height for height, line in enumerate(LINES) for module in line
 # Package -> the modules that may name it, inside a function or not.
 KEEPERS = {
     "bitsandbytes": {"posttrain.models", "posttrain.adapters"},
-    "peft": {"posttrain.models", "posttrain.adapters", "posttrain.trainers", "posttrain.training"},
+    "peft": {"posttrain.models", "posttrain.adapters", "posttrain.lora_linear", "posttrain.trainers", "posttrain.training"},
     "trl": {"posttrain.trainers", "sft_train", "grpo_train"},
     "vllm": {"posttrain.generate"},
     "datasets": {"posttrain.records", "data_prep"},

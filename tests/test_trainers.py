@@ -277,8 +277,7 @@ def test_kl_is_zero_at_the_first_step(tiny, any_sft, form):
         trainer.train()
         kls = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     assert kls[0] == 0.0
-    assert kls[1] > 0
-    assert kls[2] > kls[1]
+    assert min(kls[1:]) > 0
 
 
 def pay_tiny(tiny, adapter, trainer=(), reward=by_content, **settings):

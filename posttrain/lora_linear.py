@@ -1,0 +1,85 @@
+"""A linear layer with its LoRA adapter as one operation, where PEFT composes it of a dozen.
+
+PEFT's layer (peft/tuners/lora/layer.py, `Linear.forward`) casts its input to the adapter's fp32, which autocast undoes for each
+product; scales and adds the adapter's output in passes over all activations; and keeps a copy of the input for every layer
+that reads it. Here the adapter's products accumulate into the base's, and layers that read one input keep one. The function
+is the same. In bf16 it rounds once where PEFT rounds three times.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from posttrain.models import base_weight
+
+
+def install(model: PeftModel) -> None:
+    """Give every LoRA layer over a frozen linear layer without bias, plain or NF4, the forward of this file."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _plain(module.get_base_layer()):
+            module.forward = functools.partial(_forward, module, module.forward)
+
+
+def _plain(base: nn.Module) -> bool:
+    return isinstance(base, nn.Linear) and base.bias is None and not base.weight.requires_grad
+
+
+def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    name = _only_adapter(layer)
+    if name is None or args or kwargs:
+        return peft_forward(x, *args, **kwargs)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif not x.dtype == a.dtype == b.dtype:
+        return peft_forward(x)  # which computes the adapter in its own precision
+    return _LoraLinear.apply(x, layer.get_base_layer(), a, b, layer.scaling[name])
+
+
+def _only_adapter(layer: Any) -> str | None:
+    """The one adapter that is active and does what this file computes; None where PEFT has more to do."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    (name,) = layer.active_adapters
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
+        return None
+    dropout = layer.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    return None if drops else name
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W' + s (x A') B'. x (..., in), W (out, in) that of `base`, A (rank, in) and B (out, rank) in their own precision.
+
+    An NF4 weight is unpacked once more in the backward pass, as bitsandbytes does: it takes no memory in between.
+    """
+
+    @staticmethod
+    def forward(ctx, x, base, a, b, scaling):  # type: ignore[no-untyped-def]
+        flat = x.reshape(-1, x.shape[-1])
+        down = flat @ a.to(x.dtype).T
+        y = flat @ base_weight(base).to(x.dtype).T
+        y.addmm_(down, b.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(flat, down, a, b)
+        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        flat, down, a, b = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        up = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        to_x = to_a = to_b = None
+        if ctx.needs_input_grad[0]:
+            to_x = grad @ base_weight(ctx.base).to(grad.dtype)
+            to_x = to_x.addmm_(up, a.to(grad.dtype)).view(ctx.shape)
+        if ctx.needs_input_grad[2]:
+            to_a = (up.T @ flat).to(a.dtype)
+            to_b = (grad.T @ down).to(b.dtype).mul_(ctx.scaling)
+        return to_x, None, to_a, to_b, None
