@@ -50,7 +50,7 @@ publish() {  # what a row stands on: settings, manifest, curves, every predictio
     local from file
     for from in "$RUNS"/*/; do
         local to=results/$MODEL/$(basename "$from")
-        case $to in */pass_rate) continue ;; esac
+        case $to in */pass_rate*) continue ;; esac
         mkdir -p "$to"
         for file in config.yaml manifest.json results.json metrics.jsonl; do
             [ ! -f "$from/$file" ] || cp "$from/$file" "$to/"
@@ -85,16 +85,25 @@ for seed in 42 43; do
         data.pass_rate.run_dir="$RUNS/pass_rate"
 done
 SCORED=(sft grpo_seed42 grpo_seed43)
-# The SFT policy's own right solutions beside the gold ones; there is nothing to plan with before it was sampled.
+SAMPLED=(sft grpo_seed42)
+# The SFT policy's own right solutions beside the gold ones, and GRPO from there. There is nothing to plan with before they were
+# sampled.
 if [ -f "$RECOMMENDED/sft_rft_$MODEL.yaml" ] && [ "$FLAGS" != --dry-run ]; then
     run data_prep.py --config configs/data_gsm8k_rft.yaml source.run_dir="$RUNS/pass_rate"
     train sft_train.py "$RECOMMENDED/sft_rft_$MODEL.yaml" sft_rft
-    SCORED+=(sft_rft)
+    run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/pass_rate_rft" adapter="$RUNS/sft_rft" data.split=train \
+        generation.samples=8 generation.temperature=1.0
+    for seed in 42 43; do
+        train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "grpo_rft_seed$seed" adapter="$RUNS/sft_rft" seed=$seed \
+            data.pass_rate.run_dir="$RUNS/pass_rate_rft"
+    done
+    SCORED+=(sft_rft grpo_rft_seed42 grpo_rft_seed43)
+    SAMPLED+=(grpo_rft_seed43)
 fi
 for name in "${SCORED[@]}"; do
     score "$RECOMMENDED/eval_$MODEL.yaml" "$name" "$RUNS/$name"
 done
-for name in sft grpo_seed42; do
+for name in "${SAMPLED[@]}"; do
     score "$RECOMMENDED/eval_$MODEL.yaml" "pass8_$name" "$RUNS/$name" generation.samples=8 generation.temperature=0.8
     [ ! -d data/svamp ] || score "$RECOMMENDED/eval_$MODEL.yaml" "svamp_$name" "$RUNS/$name" data.path=data/svamp
 done

@@ -82,7 +82,8 @@ class StopOnNonFinite(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         # Which tensor it began in is not known any more: taking the norm has spread it over all. One norm is one wait for
         # a GPU, where a question to each of hundreds of tensors is hundreds.
-        if not nn.utils.get_total_norm(p.grad for p in trainable(model) if p.grad is not None).isfinite():
+        norm = nn.utils.get_total_norm(p.grad for p in trainable(model) if p.grad is not None)
+        if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
             raise FloatingPointError(
                 f"non-finite gradient at step {state.global_step + 1}, not applied. "
                 "Lower trainer.learning_rate or trainer.max_grad_norm; --resume goes on from the last checkpoint"

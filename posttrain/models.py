@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.chat import from_hub, stop_token
 from posttrain.config import Model
+from posttrain.run import is_sharded
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,8 @@ def load_base(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
-        bnb_4bit_quant_storage=torch.uint8,
+        # Of integers FSDP2 shards nothing; the same bytes are sharded as what they are not.
+        bnb_4bit_quant_storage=getattr(torch, settings.dtype) if is_sharded() else torch.uint8,
     )
     model = from_hub(
         AutoModelForCausalLM,
@@ -99,7 +101,9 @@ def base_weight(module: nn.Module) -> torch.Tensor:
 
     weight = module.weight
     if isinstance(module, bitsandbytes.nn.Linear4bit):
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(module.compute_dtype or weight.dtype)
+        # What FSDP2 gathers is a plain parameter: the state is the module's, too.
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        return bitsandbytes.functional.dequantize_4bit(weight.data, state).to(module.compute_dtype or weight.dtype)
     return weight.data
 
 

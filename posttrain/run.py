@@ -208,6 +208,11 @@ def check_machine(config: Settings) -> None:
     for key, needs_cuda, instead in CUDA_ONLY:
         if re.fullmatch(needs_cuda, str(asked.get(key))) and not torch.cuda.is_available():
             raise ValueError(f"{key} {asked[key]} needs CUDA, and this machine has none: {instead}")
+    if is_sharded() and ("rollouts.engine" in asked or asked.get("data.num_dev")):
+        what, instead = ("rollouts", "") if "rollouts.engine" in asked else ("dev accuracy", "set data.num_dev=0, or ")
+        raise ValueError(
+            f"{what} come from a whole copy of the policy, and FSDP shards it: {instead}launch with configs/accelerate/ddp.yaml"
+        )
 
 
 CUDA_ONLY = (
@@ -319,6 +324,11 @@ def is_main_process() -> bool:
 
 def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` was asked for FSDP: no process then holds a whole model while it trains."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def num_processes() -> int:

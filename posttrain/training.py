@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -122,11 +123,12 @@ def last_checkpoint(run: Run, resume: bool) -> str | None:
 def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase, start_sha256: str) -> None:
     """Write the finished adapter and its tokenizer; refuse one that training did not change."""
     trainer.accelerator.wait_for_everyone()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = gathered(model)
     if not run.is_main:
         return
     folder = run.folder / "adapter"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(folder, selected_adapters=["default"])
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
     tokenizer.save_pretrained(folder)
     end = adapter_sha256(folder)
     run.record(
@@ -140,6 +142,14 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
             f"training left every adapter weight as it was: check trainer.learning_rate and the rewards in {run.folder}"
         )
     print(f"adapter: {folder}  sha256 {end[:12]}")
+
+
+def gathered(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Every trained tensor whole, of a model that FSDP has sharded: all its processes must call this. None of another model."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(isinstance(p, DTensor) for p in trained.values()):
+        return None
+    return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
 
 
 def push_if_asked(config: TrainConfig, run: Run) -> None:

@@ -14,18 +14,19 @@ from posttrain import lora_linear
 
 
 class Block(nn.Module):
-    def __init__(self, packed: bool, bias: bool = False) -> None:
+    def __init__(self, packed: bool, bias: bool, storage: torch.dtype) -> None:
         super().__init__()
-        kind = functools.partial(Linear4bit, compute_dtype=torch.bfloat16, quant_type="nf4") if packed else nn.Linear
+        nf4 = functools.partial(Linear4bit, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
+        kind = nf4 if packed else nn.Linear
         self.up, self.gate, self.down = kind(64, 128, bias=bias), kind(64, 128, bias=bias), kind(128, 64, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def make(dtype: torch.dtype, packed: bool = False, bias: bool = False, **lora) -> nn.Module:
+def make(dtype: torch.dtype, packed: bool = False, bias: bool = False, storage=torch.uint8, **lora) -> nn.Module:
     torch.manual_seed(0)
-    base = Block(packed, bias).to(dtype).to("cpu").requires_grad_(False)
+    base = Block(packed, bias, storage).to(dtype).to("cpu").requires_grad_(False)
     assert not packed or base.up.weight.quant_state is not None
     settings = {"r": 8, "lora_alpha": 24, "target_modules": ["up", "gate", "down"], "init_lora_weights": False} | lora
     model = get_peft_model(base, LoraConfig(**settings))

@@ -1,0 +1,101 @@
+"""FSDP2 with one process: sharded weights through everything that this project does with trained ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_lora_linear import distance, make, run
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from posttrain import lora_linear
+from posttrain.callbacks import MovedShare, StopOnNonFinite, trainable
+from posttrain.config import GrpoConfig, SftConfig, load
+from posttrain.run import check_machine
+from posttrain.training import gathered
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.fixture
+def mesh():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    distributed.destroy_process_group()
+
+
+def sharded(mesh: DeviceMesh, *args, **kwargs) -> nn.Module:
+    model = make(*args, **kwargs)
+    lora_linear.install(model)
+    for name in ("up", "gate", "down"):  # in the place of decoder layers, as accelerate does it
+        fully_shard(model.base_model.model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("dtype, packed, rtol", [(torch.float32, False, 1e-6), (torch.bfloat16, True, 1e-6)])
+def test_outputs_and_gradients_are_those_of_the_whole_model(mesh, dtype, packed, rtol):
+    storage = {"storage": torch.bfloat16} if packed else {}
+    alone = make(dtype, packed, **storage)
+    lora_linear.install(alone)
+    expected = run(alone, dtype, autocast=packed)
+    for got, value in zip(run(sharded(mesh, dtype, packed, **storage), dtype, autocast=packed), expected, strict=True):
+        assert distance(whole(got), value) < rtol
+
+
+def test_the_moved_share_and_the_check_for_non_numbers_read_them(mesh):
+    model = sharded(mesh, torch.float32)
+    reported = []
+    moved, stop = MovedShare(lambda key, value: reported.append(value)), StopOnNonFinite()
+    arguments, state = SimpleNamespace(logging_steps=1), SimpleNamespace(global_step=0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    run(model, torch.float32, autocast=False)
+    for callback in (moved, stop):
+        callback.on_pre_optimizer_step(arguments, state, None, model=model)
+    optimizer.step()
+    moved.on_optimizer_step(arguments, state, None, model=model)
+    assert reported == [1.0]
+    trainable(model)[-1].grad.to_local()[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="non-finite gradient"):
+        stop.on_pre_optimizer_step(arguments, state, None, model=model)
+
+
+def test_what_is_saved_is_the_adapter_that_was_trained(mesh, tmp_path):
+    plain = make(torch.float32)
+    assert gathered(plain) is None
+    for name, model, state in (
+        ("plain", plain, None),
+        ("sharded", (shards := sharded(mesh, torch.float32)), gathered(shards)),
+    ):
+        model.save_pretrained(tmp_path / name, selected_adapters=["default"], state_dict=state)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "sharded")]
+    assert files[0].keys() == files[1].keys() and len(files[0]) == 6
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+@pytest.mark.parametrize(
+    "cls, name, overrides, told",
+    [(SftConfig, "sft", ["data.num_dev=4"], "data.num_dev=0"), (GrpoConfig, "grpo", [], "rollouts come from a whole copy")],
+)
+def test_what_needs_a_whole_policy_is_refused(monkeypatch, cls, name, overrides, told):
+    config = load(CONFIGS / f"{name}_tiny.yaml", overrides, cls)
+    check_machine(config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=told):
+        check_machine(config)
+
+
+def test_sft_without_dev_rows_is_not_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_machine(load(CONFIGS / "sft_tiny.yaml", ["data.num_dev=0", "trainer.eval_strategy=no"], SftConfig))
