@@ -31,7 +31,7 @@ speed() {
 for stage; do
   if [ "$stage" = grpo ]; then
     for size in ${NUM_COMPLETIONS:-32 64}; do
-      speed --stages grpo --num-completions "$size" --work "$work/grpo-$size" --json "$out/grpo-$size.json"
+      speed --stages grpo --num-completions "$size" --micro-batch "${MICRO_BATCH:-32}" --work "$work/grpo-$size" --json "$out/grpo-$size.json"
     done
   elif [ "$stage" = profile ]; then
     speed --stages sft grpo --only ours-sft-fast ours-grpo --profile --steps 8 --grpo-steps 6 --num-completions 64 --work "$work/profile"

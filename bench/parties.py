@@ -60,7 +60,7 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "ours-sft-fast": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN),
         "ours-sft-small": sft(args, 0.0, *FAST, BY_LENGTH, *EIGHT_TWOS),
         "ours-sft-tiny": sft(args, 0.1, *TINY, *FOUR_FOURS),
-        "ours-compiled-sft": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN, "compile=true"),
+        "ours-compiled-sft": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN, "compile=true", "fast_adapter=false"),
         "trl-sft": peer(args, "sft", args.steps),
         "ours-grpo": grpo(args, *FAST),
         "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),
@@ -84,7 +84,9 @@ def sft(args: argparse.Namespace, dropout: float, *more: str) -> Command:
 
 def grpo(args: argparse.Namespace, *more: str) -> Command:
     config = ["grpo_train.py", "--config", "configs/grpo_llama3.2-3b.yaml", "adapter_mode=continue", "lora=null"]
-    window = ["trainer.per_device_train_batch_size=16", f"trainer.gradient_accumulation_steps={args.num_completions // 16}"]
+    micro = args.micro_batch
+    steps = args.num_completions // micro
+    window = [f"trainer.per_device_train_batch_size={micro}", f"trainer.gradient_accumulation_steps={steps}"]
     length = [f"trainer.max_completion_length={args.max_completion_length}", f"trainer.max_steps={args.grpo_steps}"]
     return lambda out: [*config, *training(args), f"adapter={adapter(args)}", *window, *length, *more, f"run_dir={out}"]
 

@@ -90,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--grpo-steps", type=int, default=4)
     parser.add_argument("--num-completions", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=16, help="completions in one of ours; a GPU wants more")
     parser.add_argument("--max-completion-length", type=int, default=256)
     parser.add_argument("--eval-questions", type=int, default=64, help="the peer answers a tenth, in whole batches of 32")
     parser.add_argument("--lm-eval", help="the lm_eval command of an environment of its own")
@@ -109,8 +110,8 @@ def arguments() -> argparse.Namespace:
         args.adapter = args.adapter or args.model / "adapter"
     elif {"grpo", "eval", "ladder-grpo"} & {*args.stages} and "sft" not in args.stages and not args.adapter:
         parser.error("grpo and eval start from an adapter: add sft to --stages, or give --adapter")
-    if args.num_completions % 16:
-        parser.error(f"--num-completions {args.num_completions}: micro-batches are of 16, so give a multiple of it")
+    if args.num_completions % args.micro_batch:
+        parser.error(f"--num-completions {args.num_completions}: give a multiple of --micro-batch {args.micro_batch}")
     if "ladder-grpo" in args.stages and args.num_completions != 16:
         parser.error("the rungs of ladder-grpo are of 16 completions: leave --num-completions out")
     if "lm-eval" in args.stages and not args.lm_eval:
