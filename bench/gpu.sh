@@ -34,7 +34,8 @@ for stage; do
       speed --stages grpo --num-completions "$size" --micro-batch "${MICRO_BATCH:-32}" --work "$work/grpo-$size" --json "$out/grpo-$size.json"
     done
   elif [ "$stage" = profile ]; then
-    speed --stages sft grpo --only ours-sft-fast ours-grpo --profile --steps 8 --grpo-steps 6 --num-completions 64 --work "$work/profile"
+    speed --stages sft compiled grpo --only ours-sft-fast ours-compiled-sft ours-grpo --profile --steps 8 --grpo-steps 6 \
+      --num-completions 64 --micro-batch "${MICRO_BATCH:-32}" --work "$work/profile"
     grep -hA 26 " steps in " "$work"/profile/*.log
   else
     speed --stages "$stage" --work "$work/$stage" --json "$out/$stage.json"

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.cross_check import lm_eval_command
+from bench.cross_check import ROOT, lm_eval_command
 from bench.random_llama import TARGETS
 
 Command = Callable[[Path], list[str]]  # the folder that a party writes into -> what to run
@@ -68,7 +68,8 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "hf-eval": peer(args, "eval", 0),
         # The bare bf16 model, as lm-eval loads it: whole processes, for it does not time its parts.
         "ours-lm-eval": answer(args, "quantization=none", "adapter=null"),
-        **{f"batch{size}-lm-eval": lm_eval(args, size) for size in args.lm_eval_batches},
+        **({f"batch{size}-lm-eval": lm_eval(args, size) for size in args.lm_eval_batches} if args.lm_eval else {}),
+        **({"vllm-lm-eval": vllm(args)} if args.vllm else {}),
     }
     found |= {f"{n}-ladder-sft-{lever}": sft(args, 0.0, *pulled) for n, (lever, pulled) in enumerate(ladder(SFT_LEVERS))}
     found |= {f"{n}-ladder-grpo-{lever}": grpo(args, *pulled) for n, (lever, pulled) in enumerate(ladder(GRPO_LEVERS))}
@@ -132,3 +133,16 @@ def peer(args: argparse.Namespace, stage: str, steps: int) -> Command:
 def lm_eval(args: argparse.Namespace, batch_size: str) -> Command:
     questions = args.work / "ours-lm-eval-0"
     return lambda out: lm_eval_command(args.lm_eval, questions, out, batch_size)
+
+
+def vllm(args: argparse.Namespace) -> Command:
+    questions = args.work.absolute() / "ours-lm-eval-0" / "questions.jsonl"
+    options = ["--model", str(args.model.absolute()), "--questions", str(questions)]
+    limit = ["--max-new-tokens", str(args.max_completion_length)]
+    python = str(Path(args.vllm).absolute())  # not resolved: an environment's Python is a link to another
+
+    def command(out: Path) -> list[str]:
+        out.mkdir(parents=True)
+        return [python, str(ROOT / "bench" / "vllm_peer.py"), *options, *limit, "--out", str(out.absolute())]
+
+    return command

