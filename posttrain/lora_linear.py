@@ -81,5 +81,6 @@ class _LoraLinear(torch.autograd.Function):
             to_x = to_x.addmm_(up, a.to(grad.dtype)).view(ctx.shape)
         if ctx.needs_input_grad[2]:
             to_a = (up.T @ flat).to(a.dtype)
+        if ctx.needs_input_grad[3]:
             to_b = (grad.T @ down).to(b.dtype).mul_(ctx.scaling)
         return to_x, None, to_a, to_b, None

@@ -447,6 +447,18 @@ def test_sft_is_the_same_in_any_split_of_its_batch(tiny, fp32, fast_loss):
         assert relative(gradient, other_gradient) < 1e-5
 
 
+@pytest.mark.slow  # inductor's C++ takes half a minute
+@pytest.mark.parametrize("fast_adapter", [True, False])
+def test_compiled_layers_take_the_same_step(tiny, fp32, fast_adapter):
+    torch.compiler.reset()
+    (loss, gradient), (compiled_loss, compiled_gradient) = (
+        first_step(tiny.sft({"max_steps": 1, "max_grad_norm": 0.0}, compile=compiled, fast_adapter=fast_adapter, **fp32))
+        for compiled in (False, True)
+    )
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    assert relative(gradient, compiled_gradient) < 1e-5
+
+
 def test_sft_over_nf4_is_the_same_in_any_split_within_rounding(tiny):
     results = [
         first_step(
