@@ -7,7 +7,8 @@
    every device (it asks PEFT's TrainableTokensWrapper for `bias`). There ours scores the labelled positions, in bf16.
 3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
    `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
-4. Learner batches. TRL pads a micro-batch to the longest sequence of the whole generation batch; ours is cut to its own.
+4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all; ours go by
+   length, and each is cut to its own longest.
 5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt of a micro-batch once.
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
@@ -36,6 +37,9 @@ from posttrain.timing import phase
 MASTER_DTYPE = torch.float32
 # Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
 ROUNDING = 1e-6
+# Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each, and a
+# `top_entropy_quantile` is taken of each.
+ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
 
 
 class MasterWeights:
@@ -127,6 +131,14 @@ class GRPO(MasterWeights, GRPOTrainer):
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise ValueError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
         copy_to_reference(self.model)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or self.loss_type not in ANY_SPLIT or self.top_entropy_quantile < 1:
+            return inputs
+        self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps, self.skip_zero_signal)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -222,6 +234,29 @@ def share_kept(loss_type: str, kept: dict[str, Any], whole: dict[str, Any]) -> f
     if loss_type == "bnpo":
         return float(kept["completion_mask"].sum() / whole["completion_mask"].sum().clamp(min=1))
     return 1.0
+
+
+def by_length(batches: list[dict[str, Any]], per_step: int, signal_first: bool) -> list[dict[str, Any]]:
+    """The micro-batches of each optimizer step with its rows by falling length: little padding, the largest first.
+
+    With `signal_first` the rows without an advantage, which are left out, gather at the end.
+    """
+    result = []
+    for start in range(0, len(batches), per_step):
+        parts = batches[start : start + per_step]
+        size = len(parts[0]["advantages"])
+        whole = {key: _joined([part[key] for part in parts], size) for key in parts[0]}
+        key = whole["completion_mask"].sum(1)
+        if signal_first:
+            key = key + (whole["advantages"].abs() > ROUNDING) * (1 + key.max())
+        order = key.argsort(descending=True, stable=True)
+        result += [keep_rows(whole, order[i * size : (i + 1) * size]) for i in range(len(parts))]
+    return result
+
+
+def _joined(values: list[Any], size: int) -> Any:
+    by_row = isinstance(values[0], torch.Tensor) and values[0].dim() > 0 and len(values[0]) == size
+    return torch.cat(values) if by_row else values[0]
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:

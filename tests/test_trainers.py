@@ -25,6 +25,7 @@ from posttrain.trainers import (
     GRPO,
     SFT,
     add_label_head,
+    by_length,
     copy_to_reference,
     groups_without_signal,
     keep_rows,
@@ -817,6 +818,59 @@ def test_upstream_pads_a_micro_batch_to_the_whole_generation_batch(tiny, sft):
         needed = [int(batch["prompt_mask"].sum(1).max()) for batch in trainer._buffered_inputs]
     assert len(set(widths)) == 1
     assert min(needed) < widths[0], "TRL pads less now: trim may go"
+
+
+def dealt(lengths, signal, size):
+    """Micro-batches of `size` rows: completions of these lengths, each row with its number, and a scalar beside them."""
+    width = max(lengths)
+    mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+    rows = {"completion_mask": mask, "advantages": torch.tensor(signal), "number": torch.arange(len(lengths))}
+    return [
+        {key: value[start : start + size] for key, value in rows.items()} | {"num_items_in_batch": mask.sum(), "images": None}
+        for start in range(0, len(lengths), size)
+    ]
+
+
+def test_by_length_moves_rows_within_an_optimizer_step_and_nothing_else():
+    lengths, signal = [3, 9, 1, 7, 2, 8, 4, 4, 6, 5, 9, 1], [0.5, 0.0, -1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1e-9, 0.0, -0.5, 0.5]
+    before = dealt(lengths, signal, size=3)
+    for signal_first in (False, True):
+        after = by_length(before, per_step=2, signal_first=signal_first)
+        assert [len(batch["number"]) for batch in after] == [3, 3, 3, 3]
+        for step in (slice(0, 2), slice(2, 4)):
+            numbers = [torch.cat([batch["number"] for batch in some[step]]).tolist() for some in (before, after)]
+            assert sorted(numbers[0]) == sorted(numbers[1])
+            kept = [number for number in numbers[1] if not signal_first or abs(signal[number]) > 1e-6]
+            assert [lengths[number] for number in kept] == sorted((lengths[number] for number in kept), reverse=True)
+            assert numbers[1][: len(kept)] == kept, "a row without signal stands before one with it"
+        for batch in after:
+            for row, number in enumerate(batch["number"].tolist()):
+                assert batch["completion_mask"][row].sum() == lengths[number] and batch["advantages"][row] == signal[number]
+            assert batch["num_items_in_batch"] == before[0]["num_items_in_batch"] and batch["images"] is None
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_micro_batches_by_length_take_the_same_step(tiny, sft, fp32, monkeypatch, loss_type):
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+    results, widths = [], []
+
+    class Ragged(paid):
+        def __enter__(self):
+            trainer = super().__enter__()
+            generate, compute_loss = trainer._generate_and_score_completions, trainer.compute_loss
+            trainer._generate_and_score_completions = lambda inputs: ragged(generate(inputs), LENGTHS)
+            trainer.compute_loss = lambda model, inputs, *a, **k: (
+                widths[-1].append(int(inputs["completion_mask"].sum(1).max())) or compute_loss(model, inputs, *a, **k)
+            )
+            return trainer
+
+    for sort in (by_length, lambda batches, *_: batches):
+        monkeypatch.setattr("posttrain.trainers.by_length", sort)
+        widths.append([])
+        manager = tiny.grpo(sft, split | {"loss_type": loss_type, "beta": 0.1}, **fp32)
+        results.append(first_step(Ragged(manager, by_content)))
+    assert relative(results[0][1], results[1][1]) < 1e-5
+    assert widths[0] == sorted(widths[0], reverse=True) and sum(widths[0]) < sum(widths[1])
 
 
 @pytest.mark.parametrize("form", ["fp32", "nf4"])
