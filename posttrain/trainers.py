@@ -120,6 +120,8 @@ class GRPO(MasterWeights, GRPOTrainer):
     an engine that does not compute exactly what the trainer does.
     """
 
+    _buffered_inputs: Any  # TRL's, the micro-batches of a window
+
     def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
@@ -246,15 +248,16 @@ def by_length(batches: list[dict[str, Any]], per_step: int, signal_first: bool) 
         parts = batches[start : start + per_step]
         size = len(parts[0]["advantages"])
         whole = {key: _joined([part[key] for part in parts], size) for key in parts[0]}
-        key = whole["completion_mask"].sum(1)
+        rank = whole["completion_mask"].sum(1)
         if signal_first:
-            key = key + (whole["advantages"].abs() > ROUNDING) * (1 + key.max())
-        order = key.argsort(descending=True, stable=True)
+            rank = rank + (whole["advantages"].abs() > ROUNDING) * (1 + rank.max())
+        order = rank.argsort(descending=True, stable=True)
         result += [keep_rows(whole, order[i * size : (i + 1) * size]) for i in range(len(parts))]
     return result
 
 
 def _joined(values: list[Any], size: int) -> Any:
+    assert not isinstance(values[0], list), "rows in a list would not be moved"
     by_row = isinstance(values[0], torch.Tensor) and values[0].dim() > 0 and len(values[0]) == size
     return torch.cat(values) if by_row else values[0]
 
