@@ -38,6 +38,16 @@ train() {  # script, config, name, overrides...
     run "$script" --config "$config" run_dir="$RUNS/$name" "$@" $resume
 }
 
+grpo_from() {  # adapter, its pass rate, prefix of the runs: two seeds, on the training questions that it solves now and then
+    run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/$2" adapter="$RUNS/$1" data.split=train \
+        generation.samples=8 generation.temperature=1.0
+    local seed
+    for seed in 42 43; do
+        train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "$3_seed$seed" adapter="$RUNS/$1" seed=$seed \
+            data.pass_rate.run_dir="$RUNS/$2"
+    done
+}
+
 ROWS=()
 score() {  # config, name, adapter, overrides...
     local config=$1 name=$2 adapter=$3
@@ -78,12 +88,7 @@ done
 # The recommended recipe, its GRPO from two seeds.
 score "$RECOMMENDED/eval_$MODEL.yaml" base_recommended null
 train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft
-run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/pass_rate" adapter="$RUNS/sft" data.split=train \
-    generation.samples=8 generation.temperature=1.0
-for seed in 42 43; do
-    train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "grpo_seed$seed" adapter="$RUNS/sft" seed=$seed \
-        data.pass_rate.run_dir="$RUNS/pass_rate"
-done
+grpo_from sft pass_rate grpo
 SCORED=(sft grpo_seed42 grpo_seed43)
 SAMPLED=(sft grpo_seed42)
 # The SFT policy's own right solutions beside the gold ones, and GRPO from there. There is nothing to plan with before they were
@@ -91,12 +96,7 @@ SAMPLED=(sft grpo_seed42)
 if [ -f "$RECOMMENDED/sft_rft_$MODEL.yaml" ] && [ "$FLAGS" != --dry-run ]; then
     run data_prep.py --config configs/data_gsm8k_rft.yaml source.run_dir="$RUNS/pass_rate"
     train sft_train.py "$RECOMMENDED/sft_rft_$MODEL.yaml" sft_rft
-    run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/pass_rate_rft" adapter="$RUNS/sft_rft" data.split=train \
-        generation.samples=8 generation.temperature=1.0
-    for seed in 42 43; do
-        train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "grpo_rft_seed$seed" adapter="$RUNS/sft_rft" seed=$seed \
-            data.pass_rate.run_dir="$RUNS/pass_rate_rft"
-    done
+    grpo_from sft_rft pass_rate_rft grpo_rft
     SCORED+=(sft_rft grpo_rft_seed42 grpo_rft_seed43)
     SAMPLED+=(grpo_rft_seed43)
 fi
