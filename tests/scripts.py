@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ def start(script, *arguments, cwd=".", **environment):
 
 
 def _run_and_exit(script, arguments, cwd, environment):
+    from tqdm import tqdm
+
+    # By default tqdm's lock is one for all forked processes: whoever is killed while a bar is drawn would keep it for ever.
+    tqdm.set_lock(threading.RLock())
     os.environ |= environment
     sys.exit(run(script, *arguments, cwd=cwd).code)
 
