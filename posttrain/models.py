@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from posttrain import attention
 from posttrain.chat import from_hub, stop_token
 from posttrain.config import Model
 from posttrain.run import is_sharded
@@ -50,7 +51,7 @@ def load_base(
         AutoModelForCausalLM,
         settings,
         dtype=getattr(torch, settings.dtype),
-        attn_implementation=settings.attn_implementation,
+        attn_implementation=attention.implementation(settings.attn_implementation, to),
         device_map={"": to},
         quantization_config=packed if quantization != "none" else None,
         use_safetensors=True,

@@ -167,11 +167,21 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     activations = (
         rows * length * width * (layers * (10 * shape["hidden"] + 4 * shape["intermediate"]) + shape["layers"] * shape["hidden"])
     )
+    if keeps_probabilities(config.model):
+        activations += layers * rows * shape["heads"] * length * length / 2 * width
     total = weights + lora + activations
     print(
         f"memory, estimated: base {gib(weights)}, adapter with optimizer {gib(lora)}, activations of {rows} x {length} tokens "
         f"{gib(activations)}{' (checkpointed)' if checkpointing else ''}; about {gib(total)} and the output head's tiles"
     )
+
+
+def keeps_probabilities(model: Model) -> bool:
+    """Whether attention keeps half a square of probabilities for each head until the backward pass."""
+    from posttrain.attention import implementation
+    from posttrain.models import device
+
+    return implementation(model.attn_implementation, device()) == "matmul"
 
 
 def show_cache(model: Model, rows: int, length: int) -> None:
@@ -215,8 +225,8 @@ def model_shape(model: Model) -> dict[str, Any] | None:
     linear = layers * (2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * inner)
     embedding = c["vocab_size"] * hidden * (1 if c.get("tie_word_embeddings") else 2)
     return {
-        "hidden": hidden, "intermediate": inner, "layers": layers, "kv_width": kv_width, "linear": linear, "embedding": embedding,
-        "kv": 2 * layers * kv_width * 2,
+        "hidden": hidden, "intermediate": inner, "layers": layers, "heads": heads, "kv_width": kv_width, "linear": linear,
+        "embedding": embedding, "kv": 2 * layers * kv_width * 2,
     }  # fmt: skip
 
 
