@@ -9,7 +9,8 @@
    `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
 4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all; ours go by
    length, and each is cut to its own longest.
-5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt of a micro-batch once.
+5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt once for all completions of an
+   optimizer step, or of a micro-batch where a step has more prompts than a micro-batch has rows.
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
 7. Adapted layers. posttrain/lora_linear.py computes what PEFT's layers do in a third of the operations.
@@ -125,6 +126,8 @@ class GRPO(MasterWeights, GRPOTrainer):
     def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        self._step_prompts: SharedPrompts | None = None  # of all micro-batches of this optimizer step
+        self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # the same while one is scored, and its rows there
         if self.use_transformers_continuous_batching:
             raise ValueError(
                 "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
@@ -146,17 +149,56 @@ class GRPO(MasterWeights, GRPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         whole = inputs
-        if self.skip_zero_signal:
-            inputs = keep_rows(inputs, rows_with_signal(inputs["advantages"]))
-        inputs = trim(inputs)
+        with phase("forward"):
+            self._shared = self._share_across_step(model, whole)
+        inputs = trim(self._kept(whole), self._shared[0].width + 1 if self._shared else None)
         if self.correct_mismatch:
             inputs["old_per_token_logps"] = sampled_logps(inputs)
         with phase("forward"):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
         self.log_useful_slots(inputs["completion_mask"])
         return loss * share_kept(self.loss_type, inputs, whole)
+
+    def _kept(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return keep_rows(inputs, rows_with_signal(inputs["advantages"])) if self.skip_zero_signal else inputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._step_prompts is not None and self.accelerator.sync_gradients:
+            with phase("backward"):
+                self._step_prompts.backward()
+            self._step_prompts = None
+        return loss
+
+    def _share_across_step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[SharedPrompts, torch.Tensor] | None:
+        """The prompts of all micro-batches of a step, run at the first, and the rows of this one; None where it runs its own.
+
+        Only as many prompts as one micro-batch could have anyway: they stay in memory until the step ends. Several processes
+        exchange gradients in the backward pass of the last micro-batch, and the prompts' would come after it.
+        """
+        args = self.args
+        alone = args.gradient_accumulation_steps == 1 or args.gradient_checkpointing or self.accelerator.num_processes > 1
+        number = next((i for i, buffered in enumerate(self._buffered_inputs or []) if buffered is batch), None)
+        if alone or number is None or not torch.is_grad_enabled():
+            return None
+        first = number - number % args.gradient_accumulation_steps
+        parts = [self._kept(part) for part in self._buffered_inputs[first : first + args.gradient_accumulation_steps]]
+        if number == first:
+            ids, mask = (torch.cat([part[key] for part in parts]) for key in ("prompt_ids", "prompt_mask"))
+            longest = int(mask.sum(1).max())
+            ids, mask = ids[:, -longest:-1], mask[:, -longest:-1]
+            if longest > 1 and len((2 * ids + mask).unique(dim=0)) <= args.per_device_train_batch_size:
+                with self.accelerator.autocast():
+                    self._step_prompts = SharedPrompts(model, ids, mask, len(ids))
+                self._step_prompts.detach()
+        if self._step_prompts is None:
+            return None
+        start = sum(len(part["advantages"]) for part in parts[: number - first])
+        rows = torch.arange(start, start + len(parts[number - first]["advantages"]), device=batch["advantages"].device)
+        return self._step_prompts, rows
 
     def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
         with phase("logprobs"):  # of the old policy and the reference, where they are needed; the rest has names of its own
@@ -172,12 +214,27 @@ class GRPO(MasterWeights, GRPOTrainer):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         logits_to_keep: int,
+        batch_size: int | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Checkpointed layers keep no keys and values to share.
-        scorer = model if self.args.gradient_checkpointing else share_prompts(model, input_ids.shape[1] - logits_to_keep)
-        result = super()._get_per_token_logps_and_entropies(scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        score = super()._get_per_token_logps_and_entropies
+        width = input_ids.shape[1] - logits_to_keep
+        if self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
+            result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+        elif self._shared:
+            shared, rows = self._shared
+            result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+        else:
+            size = batch_size or len(input_ids)
+            with self.accelerator.autocast():  # which TRL begins within `score`
+                shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1], size)
+            scores, parts = [], rows_by_length(attention_mask[:, width:], size)
+            for rows in parts:
+                keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
+                ids, mask = (whole[rows, : width + keep] for whole in (input_ids, attention_mask))
+                scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
+            result = tuple(in_place(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
         self._last_logps = result[0].detach()
         return result
 
@@ -262,9 +319,9 @@ def _joined(values: list[Any], size: int) -> Any:
     return torch.cat(values) if by_row else values[0]
 
 
-def trim(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Cut columns that are padding in every row: on the left of prompts, on the right of completions."""
-    prompt = int(inputs["prompt_mask"].sum(1).max())
+def trim(inputs: dict[str, Any], prompt: int | None = None) -> dict[str, Any]:
+    """Cut columns that are padding in every row: on the left of prompts, or all but `prompt`, and on the right of completions."""
+    prompt = prompt or int(inputs["prompt_mask"].sum(1).max())
     completion = max(1, int(inputs["completion_mask"].sum(1).max()))
     cut = {
         "prompt_ids": slice(-prompt, None),
@@ -278,29 +335,66 @@ def trim(inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: value[:, cut[key]] if key in cut else value for key, value in inputs.items()}
 
 
-def share_prompts(model: nn.Module, width: int) -> Callable[..., Any]:
-    """A stand-in for `model(**inputs)` that runs each distinct prompt, the first `width` columns, once.
+def rows_by_length(mask: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Rows in parts of at most `size`, by falling length where there is more than one. mask (rows, tokens)."""
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True) if len(mask) > size else torch.arange(len(mask), device=mask.device)
+    return list(order.split(size))
+
+
+def in_place(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
+    """Scores of parts of the rows, (rows, tokens) each, put together in the order of the rows, 0 where a part is shorter."""
+    if values[0] is None:
+        return None
+    padded = [nn.functional.pad(part, (0, width - part.shape[1])) for part in values]
+    return torch.cat(padded)[torch.cat(parts).argsort()]
+
+
+class SharedPrompts:
+    """Stands in for `model(**inputs)` on rows of prompt and completion, and runs each distinct prompt once.
 
     The completions of a group then attend to the same keys and values, and the gradient of each of them flows back into
-    its prompt. The last prompt token stays with its completion, whose first token it predicts. Outputs are those of the
-    model on the columns from there on; scores before a completion are not wanted.
+    its prompt. The last prompt token stays with its completion, whose first token it predicts. ids and mask (rows, tokens) are
+    the prompts without it.
     """
 
-    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> Any:
+    def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, size: int) -> None:
         # A token and its mask in one number, so that a pad token inside a prompt is not taken for padding.
-        marked = 2 * input_ids[:, : width - 1] + attention_mask[:, : width - 1]
-        prompts, prompt_of_row = marked.unique(dim=0, return_inverse=True)
-        if len(prompts) == len(marked) or width < 2:
-            return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        shared = DynamicCache()
-        backbone(model)(input_ids=prompts // 2, attention_mask=prompts % 2, past_key_values=shared, use_cache=True)
-        cache = DynamicCache([(layer.keys[prompt_of_row], layer.values[prompt_of_row]) for layer in shared.layers])
-        rest = slice(width - 1, None)
-        return model(
-            input_ids=input_ids[:, rest], attention_mask=attention_mask, labels=labels[:, rest], past_key_values=cache, **kwargs
-        )
+        prompts, self.of_row = (2 * ids + mask).unique(dim=0, return_inverse=True)
+        self.model, self.width = model, ids.shape[1]
+        self.worthwhile = len(prompts) < len(ids)
+        if self.worthwhile:
+            caches = [DynamicCache() for _ in prompts.split(size)]
+            for part, cache in zip(prompts.split(size), caches, strict=True):
+                backbone(model)(input_ids=part // 2, attention_mask=part % 2, past_key_values=cache, use_cache=True)
+            layers = zip(*(cache.layers for cache in caches), strict=True)
+            self.layers = [(torch.cat([c.keys for c in one]), torch.cat([c.values for c in one])) for one in layers]
 
-    return forward
+    def detach(self) -> None:
+        """From here on the scorers' gradients end at the keys and values and gather there, until `backward` takes them on."""
+        if self.worthwhile:
+            self.made = [tensor for layer in self.layers for tensor in layer]
+            self.layers = [(keys.detach().requires_grad_(), values.detach().requires_grad_()) for keys, values in self.layers]
+
+    def backward(self) -> None:
+        if self.worthwhile:
+            ends = [tensor for layer in self.layers for tensor in layer]
+            reached = [(made, end.grad) for made, end in zip(self.made, ends, strict=True) if end.grad is not None]
+            torch.autograd.backward(*zip(*reached, strict=True))
+
+    def scorer(self, rows: torch.Tensor) -> Callable[..., Any]:
+        """The model on these rows. Outputs are those from the last prompt token on; scores before a completion are not wanted."""
+
+        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> Any:
+            if not self.worthwhile:
+                return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            prompt = self.of_row[rows]
+            cache = DynamicCache([(keys[prompt], values[prompt]) for keys, values in self.layers])
+            rest = slice(self.width, None)
+            ids, labels = input_ids[:, rest], labels[:, rest]
+            return self.model(input_ids=ids, attention_mask=attention_mask, labels=labels, past_key_values=cache, **kwargs)
+
+        return forward
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -371,9 +465,10 @@ class _LabelScores(torch.autograd.Function):
         if temperature != 1.0:
             logits /= temperature
         log_z = hidden.new_empty(len(labels), dtype=torch.float32)
-        entropy = torch.full_like(log_z, float("nan"))
+        entropy, is_top1 = torch.full_like(log_z, float("nan")), torch.empty_like(log_z)
         for rows in _tiles(len(labels)):
-            tile = logits[rows].float()
+            tile = logits[rows].float()  # ATen's argmax of bf16 takes six times as long as of fp32
+            is_top1[rows] = (tile.argmax(-1) == labels[rows]).float()
             log_z[rows] = tile.logsumexp(-1)
             if with_entropy:
                 p = (tile - log_z[rows, None]).exp_()
@@ -381,7 +476,6 @@ class _LabelScores(torch.autograd.Function):
         ctx.save_for_backward(hidden, logits, log_z, labels, weight)
         ctx.temperature = temperature
         log_probs = logits.gather(1, labels[:, None]).squeeze(1).float() - log_z
-        is_top1 = (logits.argmax(-1) == labels).float()
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 

@@ -24,6 +24,7 @@ from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.trainers import (
     GRPO,
     SFT,
+    SharedPrompts,
     add_label_head,
     by_length,
     copy_to_reference,
@@ -873,8 +874,86 @@ def test_micro_batches_by_length_take_the_same_step(tiny, sft, fp32, monkeypatch
     assert widths[0] == sorted(widths[0], reverse=True) and sum(widths[0]) < sum(widths[1])
 
 
+class OwnPrompts:
+    """In the place of SharedPrompts: every row is run whole."""
+
+    def __init__(self, model, ids, mask, size):
+        self.model, self.width = model, ids.shape[1]
+
+    def scorer(self, rows):
+        return self.model
+
+    def detach(self):
+        pass
+
+    backward = detach
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_prompts_are_shared_across_a_step_of_as_many_rows_and_the_step_is_the_same(tiny, sft, fp32, monkeypatch, rows, skip):
+    """Two prompts with four completions each, against every row with a prompt of its own."""
+    split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows, "max_grad_norm": 0.0}
+    settings = split | {"beta": 0.0 if skip else 0.1, "loss_type": "dapo", "max_steps": 2, "gradient_checkpointing": False}
+    results, seen = [], []
+
+    class Watched(paid):
+        def __enter__(self):
+            trainer = super().__enter__()
+            generate = trainer._generate_and_score_completions
+            trainer._generate_and_score_completions = lambda inputs: ragged(generate(inputs), LENGTHS)
+            embed = trainer.model.get_base_model().model.embed_tokens
+            embed.register_forward_pre_hook(lambda _, a: seen[-1].append(len(a[0])) if torch.is_grad_enabled() else None)
+            return trainer
+
+    for prompts in (SharedPrompts, OwnPrompts):
+        monkeypatch.setattr("posttrain.trainers.SharedPrompts", prompts)
+        seen.append([])
+        with Watched(tiny.grpo(sft, settings, **fp32, rollouts={"skip_zero_signal": skip}), by_content) as trainer:
+            stir(trainer.model)
+            gradients = GradientsBeforeStep()
+            trainer.add_callback(gradients)
+            trainer.train()
+            assert trainer._step_prompts is None
+            results.append(gradients.of)
+    assert len(results[0]) == 2
+    for shared, apart in zip(*results, strict=True):
+        assert relative(apart, shared) < 1e-5
+    if rows == 1:  # one prompt a micro-batch at most: none is held, and none shared
+        assert seen[0] == seen[1]
+    elif not skip:
+        assert seen == [2 * [2, *[rows] * (8 // rows)], 2 * [rows] * (8 // rows)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, None])
+def test_the_reference_is_scored_in_parts_by_length_and_put_back_in_order(tiny, sft, fp32, size):
+    with pay_tiny(tiny, sft, {"beta": 0.1, "gradient_checkpointing": False}, **fp32) as trainer:
+        stir(trainer.model)
+        inputs = ragged(scored(trainer), LENGTHS)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        width = inputs["completion_ids"].shape[1]
+        seen = []
+        trainer.model.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda _, a: seen.append(tuple(a[0].shape)))
+        with torch.no_grad():
+            logps, entropies, nothing = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, mask, width, batch_size=size, compute_entropy=True
+            )
+            theirs = GRPOTrainer._get_per_token_logps_and_entropies(
+                trainer, trainer.model, ids, mask, width, batch_size=8, compute_entropy=True
+            )
+    kept = inputs["completion_mask"].bool()
+    assert nothing is None and logps.shape == entropies.shape == kept.shape
+    assert (logps - theirs[0])[kept].abs().max() < 1e-5 and (entropies - theirs[1])[kept].abs().max() < 1e-4
+    prompts = 2 if size == 1 else 1  # passes over the prompts, of `size` at once
+    parts = seen[prompts:-1]
+    assert sum(rows for rows, _ in parts) == 8 and max(rows for rows, _ in parts) == (size or 8)
+    if size:
+        assert [tokens for _, tokens in parts] == sorted((tokens for _, tokens in parts), reverse=True)
+
+
 @pytest.mark.parametrize("form", ["fp32", "nf4"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["matmul", "sdpa", "eager"])
 def test_sharing_prompts_changes_no_score_and_no_gradient(tiny, any_sft, fp32, monkeypatch, form, attention):
     """Rows of two groups in any order, one prompt padded, against a prompt for every row; over NF4 within bf16's rounding."""
     model = fp32["model"] if form == "fp32" else {"name_or_path": tiny.model}
@@ -889,7 +968,7 @@ def test_sharing_prompts_changes_no_score_and_no_gradient(tiny, any_sft, fp32, m
         loss, gradient = loss_and_gradient(trainer, inputs)
         logps = trainer._last_logps
         hook.remove()
-        monkeypatch.setattr("posttrain.trainers.share_prompts", lambda model, width: model)
+        monkeypatch.setattr("posttrain.trainers.SharedPrompts", OwnPrompts)
         whole_loss, whole_gradient = loss_and_gradient(trainer, inputs)
     prompt = inputs["prompt_mask"].sum(1).max()
     assert len({int(row.sum()) for row in inputs["prompt_mask"]}) == 2, "both prompts have one length: padding is not tested"
@@ -1000,7 +1079,7 @@ def test_trls_continuous_batching_is_refused(tiny, sft):
 
 
 def test_upstreams_continuous_batching_casts_the_trained_model(tiny, base, sft, tokenizer, tmp_path):
-    model = load_adapter(base("none"), sft / "adapter", trainable=True)
+    model = load_adapter(base("none", attn_implementation="sdpa"), sft / "adapter", trainable=True)
     trainer = plain_grpo(model, tokenizer, tiny, tmp_path, **CONTINUOUS)
     assert dtypes(model) == {torch.float32}
     with trainer.accelerator.autocast():
