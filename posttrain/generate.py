@@ -22,7 +22,9 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from posttrain.attention import matmul_attention
 from posttrain.config import Engine
+from posttrain.packed_linear import packed
 from posttrain.timing import phase
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
@@ -82,7 +84,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Buffers:
-    """Keys and values of all layers, (rows, kv_heads, capacity, head_dim) each, filled up to `length`.
+    """Keys and values of all layers, (rows, kv_heads, capacity, head_dim) each, filled up to `length` and 0 from there on.
 
     Stands in for a transformers cache: a decoder layer calls nothing but `update`, the model nothing but
     `get_seq_length`. On CUDA `position` is a tensor, so that a captured graph can write at a place that moves.
@@ -106,7 +108,7 @@ class Buffers:
         end = self.length + key.shape[2]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
         return self.length
@@ -131,13 +133,26 @@ def grouped_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that never repeats keys and values: for one new token the heads of a group are the queries of its key head."""
+    """Attention that never repeats keys and values: for one new token the heads of a group are the queries of its key head."""
+    on_cpu = query.device.type == "cpu"
     if query.shape[2] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        whole = matmul_attention if on_cpu else sdpa_attention_forward
+        return whole(module, query, key, value, attention_mask, **kwargs)
     rows, heads, _, head_dim = query.shape
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], head_dim)
-    out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    attend = products_attention if on_cpu else nn.functional.scaled_dot_product_attention
+    out = attend(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling") or head_dim**-0.5)
     return out.reshape(rows, 1, heads, head_dim), None
+
+
+def products_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """SDPA for a handful of queries, half its time on CPU: two products over all rows and heads. `attn_mask` is added."""
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
+    scores.view(*query.shape[:3], -1).add_(attn_mask)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(query.shape)
 
 
 AttentionInterface.register("grouped", grouped_attention)
@@ -323,7 +338,9 @@ class EagerStep:
         self.buffers.take(rows, min(length + BLOCK, self.most))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        mask = valid[:, None, None, : length + 1]
+        # Added to the scores, and converted once a step, not once a layer.
+        mask = torch.zeros(len(valid), 1, 1, self.buffers.capacity)
+        mask.masked_fill_(~valid[:, None, None, : self.buffers.capacity], torch.finfo(self.model.dtype).min)
         logits = last_logits(self.model, current[:, None], mask, positions[:, None], self.buffers)
         self.buffers.length += 1
         return logits
@@ -412,7 +429,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | Non
     every entry of the vocabulary. Log-probabilities are those of the temperature-scaled distribution, as the trainer's.
     """
     if uniform is None:
-        top = logits.argmax(-1)
+        top = logits.float().argmax(-1)  # on CPU that of bf16 takes five times as long
         return top, torch.zeros_like(top, dtype=torch.float32)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities
@@ -476,15 +493,16 @@ def _transformers_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
     prepare(model)
-    for number, indices in batches:
-        yield indices, decode_batch(model, [prompts[i] for i in indices], sampling, tokenizer.eos_token_id, number)
+    with packed(model):
+        for number, indices in batches:
+            yield indices, decode_batch(model, [prompts[i] for i in indices], sampling, tokenizer.eos_token_id, number)
 
 
 def _continuous_batching_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
     """transformers' own continuous batching; it keeps no log-probabilities."""
-    if model.config._attn_implementation == "grouped":  # prepared for the decode loop before
+    if model.config._attn_implementation in ("grouped", "matmul"):  # ours, which it does not know
         model.config._attn_implementation = "sdpa"
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
