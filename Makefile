@@ -40,9 +40,8 @@ demo model: export HF_HUB_OFFLINE := 1
 demo model: export TOKENIZERS_PARALLELISM := false
 demo model: export TRL_EXPERIMENTAL_SILENCE := 1
 demo model: export PYTHONWARNINGS := ignore
-# One thread for each physical core; one that waits leaves its core to others.
+# One thread for each physical core.
 demo model: export OMP_NUM_THREADS := $(CORES)
-demo model: export OMP_WAIT_POLICY := PASSIVE
 # On a CPU, glibc gives large blocks back to the kernel, and the next step has every page of them faulted in again.
 demo model: export MALLOC_MMAP_MAX_ := 0
 demo model: export MALLOC_TRIM_THRESHOLD_ := 100000000000
