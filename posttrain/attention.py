@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 BLOCK = 96  # queries: few enough that a block's scores stay in the cache, and that little above the diagonal is computed
@@ -29,11 +30,14 @@ def matmul_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # added to the scores, or True where a query may look; (rows or 1, 1, queries, keys)
     scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention, (rows, queries, heads, head_dim): query i sees keys up to keys - queries + i, less what is masked."""
-    assert dropout == 0, "no model of ours drops attention weights"
+    """Causal attention, (rows, queries, heads, head_dim): query i sees keys up to keys - queries + i, less what is masked.
+
+    What some architectures ask for beyond that is left to SDPA, which does it or says that it cannot.
+    """
+    if any(kwargs.get(name) for name in ("dropout", "softcap")) or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
@@ -42,11 +46,6 @@ def matmul_attention(
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _Attention.apply(query, key, value, attention_mask, scale), None
-
-
-def implementation(name: str, device: torch.device) -> str:
-    """What `model.attn_implementation: auto` stands for on a device."""
-    return name if name != "auto" else "matmul" if device.type == "cpu" else "sdpa"
 
 
 AttentionInterface.register("matmul", matmul_attention)

@@ -2,7 +2,8 @@
 
 The `transformers` engine is a decode loop over the model's own forward. Against `model.generate` it computes each prompt
 once for all of its samples, attends without repeating the grouped key and value heads, writes keys and values into
-buffers instead of concatenating them at every token, drops finished rows, and on CUDA replays the step as one graph.
+buffers instead of concatenating them at every token, drops finished rows, on CUDA replays the step as one graph, and on CPU
+lays the weights out once for all steps.
 Random numbers belong to a row and a step, so what a row samples does not depend on which rows finished before it.
 """
 

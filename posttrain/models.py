@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain import attention
+from posttrain import attention  # noqa: F401  # transformers knows it by name from here on
 from posttrain.chat import from_hub, stop_token
 from posttrain.config import Model
 from posttrain.run import is_sharded
@@ -38,7 +38,7 @@ def load_base(
     settings: Model, quantization: str, tokenizer: PreTrainedTokenizerBase, to: torch.device | None = None
 ) -> PreTrainedModel:
     """The base model, frozen, its stop and pad token equal to the tokenizer's."""
-    to = to or device()
+    to, auto = to or device(), settings.attn_implementation == "auto"
     packed = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -51,11 +51,13 @@ def load_base(
         AutoModelForCausalLM,
         settings,
         dtype=getattr(torch, settings.dtype),
-        attn_implementation=attention.implementation(settings.attn_implementation, to),
+        attn_implementation=None if auto else settings.attn_implementation,
         device_map={"": to},
         quantization_config=packed if quantization != "none" else None,
         use_safetensors=True,
     )
+    if auto and to.type == "cpu" and model.config._attn_implementation == "sdpa":  # not eager, for want of it
+        model.set_attn_implementation("matmul")
     for module in packed_linears(model).values():
         # On AVX512 hosts an eval forward would repack the weight for a kernel without gradients, and training after it
         # would silently get none. https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804

@@ -178,10 +178,9 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
 
 def keeps_probabilities(model: Model) -> bool:
     """Whether attention keeps half a square of probabilities for each head until the backward pass."""
-    from posttrain.attention import implementation
     from posttrain.models import device
 
-    return implementation(model.attn_implementation, device()) == "matmul"
+    return model.attn_implementation == "matmul" or (model.attn_implementation == "auto" and device().type == "cpu")
 
 
 def show_cache(model: Model, rows: int, length: int) -> None:

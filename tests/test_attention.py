@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
-from posttrain.attention import BLOCK, implementation, matmul_attention
+from posttrain.attention import BLOCK, matmul_attention
 from posttrain.config import Model
 from posttrain.models import load_base
 
@@ -111,9 +112,18 @@ def test_a_row_that_may_look_nowhere_is_finite():
     assert all(x.isfinite().all() for x in (out, *gradients))
 
 
-def test_dropout_is_refused():
-    with pytest.raises(AssertionError, match="attention weights"):
-        matmul_attention(None, *states(1, 2, 1, 3, 3), None, dropout=0.1)
+class Causal(nn.Module):
+    is_causal, num_key_value_groups = True, 2
+
+
+def test_what_it_does_not_do_is_left_to_sdpa():
+    q, k, v = states(2, 4, 2, 60, 60)
+    dropped = matmul_attention(Causal(), q, k, v, None, dropout=0.5)[0]
+    assert distance(dropped, matmul_attention(None, q, k, v, None)[0]) > 0.1
+    biased = matmul_attention(Causal(), q, k, v, None, position_bias=torch.arange(60.0).expand(1, 1, 60, 60))[0]
+    assert distance(biased, matmul_attention(None, q, k, v, None)[0]) > 0.1
+    with pytest.raises(ValueError, match="softcap"):
+        matmul_attention(Causal(), q, k, v, None, softcap=30.0)
 
 
 # --- in a model -------------------------------------------------------------------------------------------------------
@@ -166,19 +176,13 @@ def test_after_a_cache(models):
     assert distance(found["matmul"], found["sdpa"]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "meant"),
-    [
-        ("auto", "cpu", "matmul"),
-        ("auto", "cuda", "sdpa"),
-        ("eager", "cpu", "eager"),
-        ("sdpa", "cpu", "sdpa"),
-        ("matmul", "cuda", "matmul"),
-    ],
-)
-def test_what_auto_stands_for(name, device, meant):
-    assert implementation(name, torch.device(device)) == meant
+@pytest.mark.parametrize(("asked", "meant"), [("auto", "matmul"), ("matmul", "matmul"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_which_attention_a_model_is_loaded_with_on_a_cpu(tiny_model_dir, asked, meant):
+    settings = Model(name_or_path=str(tiny_model_dir), attn_implementation=asked)
+    assert load_base(settings, "none", tiny_tokenizer()).config._attn_implementation == meant
 
 
-def test_a_model_is_loaded_with_it(tiny_model_dir):
-    assert load_base(Model(name_or_path=str(tiny_model_dir)), "none", tiny_tokenizer()).config._attn_implementation == "matmul"
+def test_an_architecture_without_sdpa_keeps_eager_attention(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    model = load_base(Model(name_or_path=str(tiny_model_dir)), "none", tiny_tokenizer())
+    assert model.config._attn_implementation == "eager"
