@@ -162,7 +162,7 @@ class PolicyCopy:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.base = base
         config = AutoConfig.for_model(**_plain_config(base.config))
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = base.config._attn_implementation
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=base.dtype)
         self._adopt()

@@ -366,7 +366,7 @@ def test_merging_keeps_the_policy_and_so_do_saving_and_loading_it(saved, load, t
     merged = merge(load_adapter(load(dtype="float32"), folder, trainable=False))
     assert torch.allclose(logits(merged), wanted, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation=merged.config._attn_implementation)
     assert torch.equal(logits(again), logits(merged))
     assert torch.equal(again.lm_head.weight[END], again.model.embed_tokens.weight[END])  # still tied, trained row and all
 

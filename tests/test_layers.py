@@ -29,9 +29,9 @@ posttrain.report.page
 posttrain.report
 posttrain.report.__main__
 
-posttrain.chat posttrain.timing
-posttrain.models posttrain.hub posttrain.plan
-posttrain.adapters posttrain.generate posttrain.lora_linear posttrain.callbacks
+posttrain.chat posttrain.timing posttrain.attention posttrain.packed_linear
+posttrain.models posttrain.hub
+posttrain.adapters posttrain.generate posttrain.lora_linear posttrain.callbacks posttrain.plan
 posttrain.rollouts posttrain.trainers
 posttrain.training
 
