@@ -41,6 +41,9 @@ CommitId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a branch would mo
 Engine = Literal["transformers", "continuous_batching", "vllm"]
 # nf4_unpacked: the values of nf4, held as bf16: faster, and nearly four times the memory
 Quantization = Literal["nf4", "nf4_unpacked", "none"]
+Attention = Literal[
+    "auto", "matmul", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]
 Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 
 
@@ -75,7 +78,7 @@ class Tokenizer(Settings):
 
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    attn_implementation: str = "auto"  # sdpa on a GPU, matmul (posttrain/attention.py) on a CPU; or what transformers knows
+    attn_implementation: Attention = "auto"  # sdpa on a GPU, matmul (posttrain/attention.py) on a CPU; the rest is transformers'
 
 
 class Lora(Settings):

@@ -62,6 +62,7 @@ def somewhere_new(script):
         ("data_prep", "source.num_train=many", 'source.num_train: should be a whole number, not "many"'),
         ("sft_train", "trainer.max_steps=1.5", "trainer.max_steps: should be a whole number, not 1.5"),
         ("sft_train", "quantization=int4", "quantization: should be 'nf4'"),
+        ("evaluate", "model.attn_implementation=matmull", "did you mean 'matmul'?"),
         ("grpo_train", "rewards.gate_format=no", 'rewards.gate_format: should be true or false, not "no"'),
         ("evaluate", "data.limit=-1", "data.limit"),
         ("evaluate", "generation.samples=4", "4 greedy samples would be equal: set temperature above 0"),
