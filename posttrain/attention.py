@@ -1,4 +1,4 @@
-"""Attention as matrix products, for training on a CPU: exact, and about three times as fast there as SDPA.
+"""Attention as matrix products, for training on a CPU: exact, and nearly three times as fast as SDPA (bench/cpu_kernels.py).
 
 torch's flash attention for CPU (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp) reaches a sixth of the rate of a plain
 matrix product. Here a block of queries is scored against all keys up to its end by one product each for the whole batch,

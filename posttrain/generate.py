@@ -149,7 +149,7 @@ def grouped_attention(
 def products_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """SDPA for a handful of queries, half its time on CPU: two products over all rows and heads. `attn_mask` is added."""
+    """SDPA for a handful of queries, faster on CPU: two products over all rows and heads. `attn_mask` is added."""
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
     scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
     scores.view(*query.shape[:3], -1).add_(attn_mask)

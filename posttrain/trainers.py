@@ -189,11 +189,12 @@ class GRPO(MasterWeights, GRPOTrainer):
         if number == first:
             ids, mask = (torch.cat([part[key] for part in parts]) for key in ("prompt_ids", "prompt_mask"))
             longest = int(mask.sum(1).max())
-            ids, mask = ids[:, -longest:-1], mask[:, -longest:-1]
-            if longest > 1 and len((2 * ids + mask).unique(dim=0)) <= args.per_device_train_batch_size:
+            found = SharedPrompts(model, ids[:, -longest:-1], mask[:, -longest:-1])
+            if longest > 1 and len(found.prompts) <= args.per_device_train_batch_size:
                 with self.accelerator.autocast():
-                    self._step_prompts = SharedPrompts(model, ids, mask, len(ids))
-                self._step_prompts.detach()
+                    found.run(len(ids))
+                found.detach()
+                self._step_prompts = found
         if self._step_prompts is None:
             return None
         start = sum(len(part["advantages"]) for part in parts[: number - first])
@@ -227,8 +228,9 @@ class GRPO(MasterWeights, GRPOTrainer):
             result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         else:
             size = batch_size or len(input_ids)
+            shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
             with self.accelerator.autocast():  # which TRL begins within `score`
-                shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1], size)
+                shared.run(size)
             scores, parts = [], rows_by_length(attention_mask[:, width:], size)
             for rows in parts:
                 keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
@@ -358,15 +360,18 @@ class SharedPrompts:
     the prompts without it.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, size: int) -> None:
+    def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
         # A token and its mask in one number, so that a pad token inside a prompt is not taken for padding.
-        prompts, self.of_row = (2 * ids + mask).unique(dim=0, return_inverse=True)
+        self.prompts, self.of_row = (2 * ids + mask).unique(dim=0, return_inverse=True)
         self.model, self.width = model, ids.shape[1]
-        self.worthwhile = len(prompts) < len(ids)
+        self.worthwhile = len(self.prompts) < len(ids)
+
+    def run(self, size: int) -> None:
+        """Compute keys and values of the prompts, `size` of them at once."""
         if self.worthwhile:
-            caches = [DynamicCache() for _ in prompts.split(size)]
-            for part, cache in zip(prompts.split(size), caches, strict=True):
-                backbone(model)(input_ids=part // 2, attention_mask=part % 2, past_key_values=cache, use_cache=True)
+            caches = [DynamicCache() for _ in self.prompts.split(size)]
+            for part, cache in zip(self.prompts.split(size), caches, strict=True):
+                backbone(self.model)(input_ids=part // 2, attention_mask=part % 2, past_key_values=cache, use_cache=True)
             layers = zip(*(cache.layers for cache in caches), strict=True)
             self.layers = [(torch.cat([c.keys for c in one]), torch.cat([c.values for c in one])) for one in layers]
 
