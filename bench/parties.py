@@ -16,6 +16,7 @@ Command = Callable[[Path], list[str]]  # the folder that a party writes into -> 
 FAST = ["quantization=nf4_unpacked", "trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch_fused"]
 TINY = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
 SIXTEEN = ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"]
+THIRTY_TWO = ["trainer.per_device_train_batch_size=32", "trainer.gradient_accumulation_steps=1"]
 EIGHT_TWOS = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=8"]
 FOUR_FOURS = ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"]
 BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
@@ -61,6 +62,7 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "ours-sft-small": sft(args, 0.0, *FAST, BY_LENGTH, *EIGHT_TWOS),
         "ours-sft-tiny": sft(args, 0.1, *TINY, *FOUR_FOURS),
         "ours-compiled-sft": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN, "compile=true", "fast_adapter=false"),
+        "ours-compiled-32-sft": sft(args, 0.0, *FAST, BY_LENGTH, *THIRTY_TWO, "compile=true", "fast_adapter=false"),
         "trl-sft": peer(args, "sft", args.steps),
         "ours-grpo": grpo(args, *FAST),
         "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),

@@ -74,6 +74,9 @@ class MasterWeights:
         with phase("backward"):  # the rest of the step is taken out of it
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # nobody reads the sum, and counting the model's parameters at every micro-batch takes milliseconds
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with phase("save"):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]

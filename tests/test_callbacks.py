@@ -106,16 +106,15 @@ def test_docs_define_every_logged_key(tiny, sft):
 def share_of_one_step(dtype, learning_rate):
     """Of one step of AdamW, whose first step is the learning rate in every entry."""
     weight = torch.nn.Parameter(torch.linspace(-0.1, 0.1, 1001).to(dtype))
-    model = torch.nn.Module()
-    model.weight = weight
+    optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0)
     reported = []
     watch = MovedShare(lambda key, value: reported.append((key, value)))
     args, state = TrainingArguments(output_dir="x", logging_steps=1, use_cpu=True), type("State", (), {"global_step": 0})()
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
-    watch.on_pre_optimizer_step(args, state, None, model)
-    torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0).step()
-    watch.on_optimizer_step(args, state, None, model)
+    watch.on_pre_optimizer_step(args, state, None, optimizer)
+    optimizer.step()
+    watch.on_optimizer_step(args, state, None, optimizer)
     ((key, share),) = reported
     assert key == "lora_moved_share"
     assert share == int((weight != before).sum()) / weight.numel()

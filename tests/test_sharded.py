@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from posttrain import lora_linear
-from posttrain.callbacks import MovedShare, StopOnNonFinite, trainable
+from posttrain.callbacks import MovedShare, StopOnNonFinite
 from posttrain.config import GrpoConfig, SftConfig, load
 from posttrain.run import check_machine
 from posttrain.training import gathered
@@ -59,16 +59,17 @@ def test_the_moved_share_and_the_check_for_non_numbers_read_them(mesh):
     reported = []
     moved, stop = MovedShare(lambda key, value: reported.append(value)), StopOnNonFinite()
     arguments, state = SimpleNamespace(logging_steps=1), SimpleNamespace(global_step=0)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     run(model, torch.float32, autocast=False)
     for callback in (moved, stop):
-        callback.on_pre_optimizer_step(arguments, state, None, model=model)
+        callback.on_pre_optimizer_step(arguments, state, None, optimizer=optimizer)
     optimizer.step()
-    moved.on_optimizer_step(arguments, state, None, model=model)
+    moved.on_optimizer_step(arguments, state, None, optimizer=optimizer)
     assert reported == [1.0]
-    trainable(model)[-1].grad.to_local()[0] = float("nan")
+    trained[-1].grad.to_local()[0] = float("nan")
     with pytest.raises(FloatingPointError, match="non-finite gradient"):
-        stop.on_pre_optimizer_step(arguments, state, None, model=model)
+        stop.on_pre_optimizer_step(arguments, state, None, optimizer=optimizer)
 
 
 def test_what_is_saved_is_the_adapter_that_was_trained(mesh, tmp_path):
