@@ -63,8 +63,10 @@ class MasterWeights:
                 parameter.data = masters[name].to(parameter.device)
         if fast_adapter:
             lora_linear.install(model)
+        self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
-            add_label_head(model.get_base_model(), getattr(self, "temperature", 1.0), isinstance(self, GRPOTrainer))
+            logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
+            self.label_head = LabelHead(model.get_base_model(), getattr(self, "temperature", 1.0), logged)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with phase("data"):
@@ -224,6 +226,8 @@ class GRPO(MasterWeights, GRPOTrainer):
     ) -> Any:
         score = super()._get_per_token_logps_and_entropies
         width = input_ids.shape[1] - logits_to_keep
+        if self.label_head:  # nobody reads the reference's, which costs passes over all of its logits
+            self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
@@ -431,20 +435,26 @@ def copy_to_reference(model: PeftModel) -> None:
 # --- the output head on CPU -------------------------------------------------------------------------------------------
 
 
-def add_label_head(model: nn.Module, temperature: float, with_entropy: bool) -> None:
-    """Replace TRL's fused head by one that scores only labelled positions. Same call, same outputs."""
-    fused_forward = model.forward
+class LabelHead:
+    """Takes the place of TRL's fused head on a model and scores only labelled positions. Same call, same outputs.
 
-    @functools.wraps(fused_forward)
-    def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    Of FusedCausalLMOutput's fields it fills log_probs and those of `outputs`, "entropy" or "is_top1"; the other is NaN.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, outputs: tuple[str, ...]) -> None:
+        self.model, self.temperature, self.outputs = model, temperature, outputs
+        self.fused_forward = model.forward
+        model.forward = functools.wraps(model.forward)(functools.partial(self.forward))  # `generate` reads its signature
+
+    def forward(self, *args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or kwargs.get("shift_labels") is not None:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+            return self.fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         kwargs.pop("num_items_in_batch", None)
-        hidden = model.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
+        hidden = self.model.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
         labels = labels[:, 1:]
         mask = labels != -100
-        weight = model.get_output_embeddings().weight
-        scores = _LabelScores.apply(hidden[mask], weight, labels[mask], temperature, with_entropy)
+        weight = self.model.get_output_embeddings().weight
+        scores = _LabelScores.apply(hidden[mask], weight, labels[mask], self.temperature, self.outputs)
         log_probs, entropy, is_top1 = (score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / mask.sum().clamp(min=1),
@@ -454,11 +464,9 @@ def add_label_head(model: nn.Module, temperature: float, with_entropy: bool) -> 
             label_mask=mask,
         )
 
-    model.forward = forward
-
 
 class _LabelScores(torch.autograd.Function):
-    """Log-probability, entropy and top-1 hit of each label. Only the log-probability has a gradient.
+    """Log-probability of each label, the only one with a gradient; entropy and top-1 hit if they are among `outputs`, else NaN.
 
     hidden (labels, width), weight (vocabulary, width), labels (labels,). The gradient of `weight` is computed only when
     some of its rows are trained.
@@ -467,20 +475,25 @@ class _LabelScores(torch.autograd.Function):
     ROWS = 256  # a tile of 256 x 49,152 fp32 logits is 50 MB
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, with_entropy):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, temperature, outputs):  # type: ignore[no-untyped-def]
         hidden = hidden.to(weight.dtype)
         logits = hidden @ weight.T
         if temperature != 1.0:
             logits /= temperature
         log_z = hidden.new_empty(len(labels), dtype=torch.float32)
-        entropy, is_top1 = torch.full_like(log_z, float("nan")), torch.empty_like(log_z)
+        entropy, is_top1 = torch.full_like(log_z, float("nan")), torch.full_like(log_z, float("nan"))
         for rows in _tiles(len(labels)):
             tile = logits[rows].float()  # ATen's argmax of bf16 takes six times as long as of fp32
-            is_top1[rows] = (tile.argmax(-1) == labels[rows]).float()
-            log_z[rows] = tile.logsumexp(-1)
-            if with_entropy:
-                p = (tile - log_z[rows, None]).exp_()
-                entropy[rows] = log_z[rows] - p.mul_(tile).sum(-1)
+            if "is_top1" in outputs:
+                is_top1[rows] = (tile.argmax(-1) == labels[rows]).float()
+            if "entropy" not in outputs:
+                log_z[rows] = tile.logsumexp(-1)
+            else:
+                top = tile.amax(-1, keepdim=True)
+                weights = (tile - top).exp_()
+                total = weights.sum(-1)
+                log_z[rows] = top.squeeze(1) + total.log()
+                entropy[rows] = log_z[rows] - weights.mul_(tile).sum(-1) / total
         ctx.save_for_backward(hidden, logits, log_z, labels, weight)
         ctx.temperature = temperature
         log_probs = logits.gather(1, labels[:, None]).squeeze(1).float() - log_z

@@ -29,7 +29,7 @@ from posttrain.adapters import (
 from posttrain.chat import load_tokenizer
 from posttrain.config import GrpoConfig, Lora, Model
 from posttrain.models import PolicyCopy, load_base
-from posttrain.trainers import add_label_head
+from posttrain.trainers import LabelHead
 
 END, START, TEXT_END = 2, 1, 0  # <|im_end|>, <|im_start|>, <|endoftext|>
 IDS = torch.tensor([[1, 300, 301, 2, 17, 2], [1, 2, 3, 4, 5, 6]])
@@ -200,7 +200,7 @@ def test_the_rows_gradient_comes_through_the_embedding_and_the_tied_head(exact, 
     assert through_output.abs().max() > 1e-4
     policy = new_adapter(exact, lora(train_special_tokens="always"), tokenizer, 0)  # B is 0: the same model
     add_fused_lm_head(policy.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    add_label_head(policy.get_base_model(), 1.0, with_entropy=False)
+    LabelHead(policy.get_base_model(), 1.0, ())
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()(input_ids=IDS, labels=LABELS, fused_lm_head=True).loss.backward()

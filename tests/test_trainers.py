@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from posttrain import trainers
 from posttrain.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config import Lora, Model
@@ -24,8 +25,8 @@ from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.trainers import (
     GRPO,
     SFT,
+    LabelHead,
     SharedPrompts,
-    add_label_head,
     by_length,
     copy_to_reference,
     groups_without_signal,
@@ -527,7 +528,7 @@ def two_heads(base, tokenizer, temperature, dtype):
     add_fused_lm_head(theirs.get_base_model(), temperature=temperature, outputs=("log_probs", "entropy", "is_top1"))
     ours = copy.deepcopy(theirs)  # a deep copy's bound forward would still be the original's
     add_fused_lm_head(ours.get_base_model(), temperature=temperature, outputs=("log_probs", "entropy", "is_top1"))
-    add_label_head(ours.get_base_model(), temperature, with_entropy=True)
+    LabelHead(ours.get_base_model(), temperature, ("entropy", "is_top1"))
     return theirs, ours
 
 
@@ -601,6 +602,22 @@ def test_entropy_is_not_a_number_where_it_is_not_computed_and_is_not_logged(tiny
         assert "mean_token_accuracy" in trainer.state.log_history[0]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, TRL's head is used")
+def test_entropy_is_computed_of_the_policy_and_not_of_the_reference(tiny, any_sft, monkeypatch):
+    asked = []
+    original = trainers._LabelScores.apply
+
+    def spy(*args):
+        asked.append((torch.is_grad_enabled(), args[-1]))
+        return original(*args)
+
+    monkeypatch.setattr(trainers._LabelScores, "apply", spy)
+    with tiny.grpo(any_sft, {"max_steps": 1, "beta": 0.04}) as trainer:
+        trainer.train()
+        assert {(False, ()), (True, ("entropy",))} == set(asked)
+        assert trainer.state.log_history[0]["entropy"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, TRL scores the labels alone too")
 def test_upstreams_head_scores_every_position_on_cpu(tiny, monkeypatch):
     scored_positions = []
@@ -617,7 +634,7 @@ def test_upstreams_head_scores_every_position_on_cpu(tiny, monkeypatch):
             with trainer.accelerator.autocast():
                 trainer.model(**batch, fused_lm_head=True)
     rows, length = batch["input_ids"].shape
-    assert scored_positions == [rows * (length - 1)], "TRL scores less now: add_label_head may go"
+    assert scored_positions == [rows * (length - 1)], "TRL scores less now: LabelHead may go"
 
 
 # --- GRPO: advantages, loss and KL ------------------------------------------------------------------------------------
