@@ -29,7 +29,7 @@ from posttrain.packed_linear import packed
 from posttrain.timing import phase
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
-BLOCK = 32  # steps between two looks for finished rows, and the step in which key and value buffers grow
+BLOCK = 16  # steps between two looks for finished rows, and the step in which key and value buffers grow
 
 
 @dataclasses.dataclass(frozen=True)
