@@ -63,24 +63,25 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base, a, b, scaling):  # type: ignore[no-untyped-def]
         flat = x.reshape(-1, x.shape[-1])
-        down = flat @ a.to(x.dtype).T
+        ctx.base, ctx.scaling, ctx.shape, ctx.precisions = base, scaling, x.shape, (a.dtype, b.dtype)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        down = flat @ a.T
         y = flat @ base_weight(base).to(x.dtype).T
-        y.addmm_(down, b.to(x.dtype).T, alpha=scaling)
+        y.addmm_(down, b.T, alpha=scaling)
         ctx.save_for_backward(flat, down, a, b)
-        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         flat, down, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        up = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        up = (grad @ b).mul_(ctx.scaling)
         to_x = to_a = to_b = None
         if ctx.needs_input_grad[0]:
             to_x = grad @ base_weight(ctx.base).to(grad.dtype)
-            to_x = to_x.addmm_(up, a.to(grad.dtype)).view(ctx.shape)
+            to_x = to_x.addmm_(up, a).view(ctx.shape)
         if ctx.needs_input_grad[2]:
-            to_a = (up.T @ flat).to(a.dtype)
+            to_a = (up.T @ flat).to(ctx.precisions[0])
         if ctx.needs_input_grad[3]:
-            to_b = (grad.T @ down).to(b.dtype).mul_(ctx.scaling)
+            to_b = (grad.T @ down).to(ctx.precisions[1]).mul_(ctx.scaling)
         return to_x, None, to_a, to_b, None

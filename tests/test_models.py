@@ -1,6 +1,9 @@
 """Base models in their three forms, the stop token they must agree on, and the copy of a policy that generates."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from posttrain.models import (
     packed_linears,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 300, 301, 2, 17, 400], [1, 2, 3, 4, 5, 6]])
 FORMS = ("nf4", "nf4_unpacked", "none")
 
@@ -74,6 +78,14 @@ def training_precision(model):
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_what_trains_and_generates_says_nothing():
+    """bitsandbytes has a warning on some CPUs: it is about a kernel that is not used here."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import posttrain.adapters, posttrain.generate"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_unpacked_nf4_has_the_values_of_packed_nf4_and_no_trace_of_packing(load):
