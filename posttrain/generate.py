@@ -29,7 +29,7 @@ from posttrain.packed_linear import packed
 from posttrain.timing import phase
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
-BLOCK = 16  # steps between two looks for finished rows, and the step in which key and value buffers grow
+BLOCK = 16  # steps between two looks for finished rows; key and value buffers grow by twice as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,9 @@ class Buffers:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):
+            if key.shape[2] == self.capacity:  # a whole prompt: nothing to copy
+                self.layers.append((key, value))
+                return key, value
             rows, heads, _, head_dim = key.shape
             self.layers.append(tuple(key.new_zeros(rows, heads, self.capacity, head_dim) for _ in range(2)))
         keys, values = self.layers[layer]
@@ -115,15 +118,33 @@ class Buffers:
         return self.length
 
     def take(self, rows: torch.Tensor, capacity: int) -> None:
-        """Keep these rows, in this order and possibly repeated, in buffers of a new capacity."""
+        """Keep these rows, in their order, in buffers of a new capacity."""
         self.layers = [tuple(_resized(tensor, rows, self.length, capacity) for tensor in layer) for layer in self.layers]
         self.capacity = capacity
 
 
 def _resized(tensor: torch.Tensor, rows: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
-    grown = tensor.new_zeros(len(rows), tensor.shape[1], capacity, tensor.shape[3])
-    grown[:, :, :length] = tensor[rows, :, :length]
+    grown = tensor.new_empty(len(rows), tensor.shape[1], capacity, tensor.shape[3])
+    all_stay = len(rows) == len(tensor)
+    grown[:, :, :length] = tensor[:, :, :length] if all_stay else tensor[rows, :, :length]
+    grown[:, :, length:] = 0
     return grown
+
+
+def _together(slices: Sequence[Layers], num_samples: int, length: int, capacity: int) -> Layers:
+    """Keys and values of slices of prompts as those of one batch, a row for each sample; they end at `length`, 0 is around."""
+    return [
+        tuple(_one(parts, num_samples, length, capacity) for parts in zip(*layer, strict=True))
+        for layer in zip(*slices, strict=True)
+    ]
+
+
+def _one(parts: Sequence[torch.Tensor], num_samples: int, length: int, capacity: int) -> torch.Tensor:
+    _, heads, _, head_dim = parts[0].shape
+    whole = parts[0].new_zeros(sum(map(len, parts)), num_samples, heads, capacity, head_dim)
+    for rows, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+        rows[:, :, :, length - part.shape[2] : length] = part[:, None]
+    return whole.flatten(0, 1)
 
 
 def grouped_attention(
@@ -220,15 +241,11 @@ class _Rows:
         self.valid[:, : self.length] = torch.cat(valid)[repeat]
         self.positions = torch.cat(positions)[repeat]
         self.step = (GraphStep if self.device.type == "cuda" else EagerStep)(self.model, self.valid.shape[1])
-        self.step.fill(
-            [tuple(torch.cat(part) for part in zip(*layer, strict=True)) for layer in zip(*layers, strict=True)],
-            repeat,
-            self.length,
-        )
+        self.step.fill(layers, self.sampling.num_samples, self.length)
         return torch.cat(logits)[repeat]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Layers, torch.Tensor, torch.Tensor]:
-        """One slice, padded on the left: last logits, keys and values padded to the batch's width, valid, next positions."""
+        """One slice, padded on the left: last logits, keys and values, valid padded to the batch's width, next positions."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         valid = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -242,9 +259,7 @@ class _Rows:
         mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
         buffers = Buffers(width)
         logits = last_logits(self.model, ids, mask[:, None], positions, buffers)
-        left = (self.length - width, 0)
-        layers = [tuple(nn.functional.pad(tensor, (0, 0, *left)) for tensor in layer) for layer in buffers.layers]
-        return logits, layers, nn.functional.pad(valid, left), positions[:, -1] + 1
+        return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
 
     def place(self, logits: torch.Tensor, step: int) -> bool:
         """Choose token number `step` of every live row; False when there is nothing left to decode."""
@@ -321,22 +336,26 @@ def last_logits(
 
 
 class EagerStep:
-    """One token for every row, run as it is written. Buffers grow by BLOCK tokens; finished rows are dropped at once."""
+    """One token for every row, run as it is written.
+
+    A copy of the buffers takes as long as a step or two: they are copied when they are full, and where a tenth of the rows goes.
+    """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.model, self.most = model, capacity
 
-    def fill(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
-        self.buffers = Buffers(length)
-        self.buffers.layers, self.buffers.length = layers, length
-        self.keep(rows, length)
+    def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
+        self.buffers = Buffers(min(length + 2 * BLOCK, self.most))
+        self.buffers.layers = _together(slices, num_samples, length, self.buffers.capacity)
+        self.buffers.length = length
+        self.num_rows = len(self.buffers.layers[0][0])
 
     def worth_dropping(self, num_rows: int, num_live: int) -> bool:
-        return True  # it is also how the buffers grow
+        return num_live < 0.9 * num_rows or self.buffers.length + BLOCK > self.buffers.capacity
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
         self.num_rows = len(rows)
-        self.buffers.take(rows, min(length + BLOCK, self.most))
+        self.buffers.take(rows, min(length + 2 * BLOCK, self.most))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
         # Added to the scores, and converted once a step, not once a layer.
@@ -357,7 +376,9 @@ class GraphStep:
         self.model, self.capacity = model, -(-capacity // 128) * 128
         self.graphs: dict[tuple[int, int], _Graph] = model.__dict__.setdefault("_step_graphs", {})
 
-    def fill(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
+    def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
+        layers = _together(slices, 1, length, length)
+        rows = torch.arange(len(layers[0][0]), device=self.model.device).repeat_interleave(num_samples)
         self.graph = self._graph(len(rows))
         self.graph.load(layers, rows, length)
 
