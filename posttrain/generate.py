@@ -358,8 +358,9 @@ class EagerStep:
         self.buffers.take(rows, min(length + 2 * BLOCK, self.most))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        # Added to the scores, and converted once a step, not once a layer.
-        mask = torch.zeros(len(valid), 1, 1, self.buffers.capacity)
+        # Added to the scores, fp32 in products_attention, and converted once a step, not once a layer.
+        dtype = torch.float32 if valid.device.type == "cpu" else self.model.dtype
+        mask = torch.zeros(len(valid), 1, 1, self.buffers.capacity, dtype=dtype, device=valid.device)
         mask.masked_fill_(~valid[:, None, None, : self.buffers.capacity], torch.finfo(self.model.dtype).min)
         logits = last_logits(self.model, current[:, None], mask, positions[:, None], self.buffers)
         self.buffers.length += 1
