@@ -14,7 +14,7 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -370,75 +370,115 @@ class EagerStep:
 class GraphStep:
     """The same as one CUDA graph: a step of a small model is hundreds of kernels, and launching them takes longer than they run.
 
-    A graph has fixed shapes and addresses, so there is one for each (rows, capacity) in powers of two, kept with the model.
+    A graph has fixed shapes. There is one for each number of rows, in powers of two, and for each number of tokens to attend
+    to, in steps of `SPAN`: attention reads all it is given, and one for the longest completion would read twice what it needs.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        self.model, self.capacity = model, -(-capacity // 128) * 128
-        self.graphs: dict[tuple[int, int], _Graph] = model.__dict__.setdefault("_step_graphs", {})
+        self.model, self.capacity = model, capacity
 
     def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
         layers = _together(slices, 1, length, length)
         rows = torch.arange(len(layers[0][0]), device=self.model.device).repeat_interleave(num_samples)
-        self.graph = self._graph(len(rows))
-        self.graph.load(layers, rows, length)
+        self.num_rows = _power_of_two(len(rows))
+        self.stage = _stage(self.model, layers, self.num_rows, self.capacity)
+        self.stage.load(layers, rows, length)
 
     def worth_dropping(self, num_rows: int, num_live: int) -> bool:
-        return _power_of_two(num_live) < self.graph.num_rows
+        return _power_of_two(num_live) < self.num_rows
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
-        layers = self.graph.buffers.layers
-        self.graph = self._graph(len(rows))
-        self.graph.load(layers, rows, length)
-
-    @property
-    def num_rows(self) -> int:
-        return self.graph.num_rows
-
-    def _graph(self, num_rows: int) -> _Graph:
-        key = (_power_of_two(num_rows), self.capacity)
-        if key not in self.graphs:
-            self.graphs[key] = _Graph(self.model, *key)
-        return self.graphs[key]
+        self.num_rows = _power_of_two(len(rows))
+        self.stage.load(self.stage.layers, rows, length)
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        return self.graph(current, valid, positions, length)
+        return self.stage(current, valid, positions, length, self.num_rows)
 
 
-class _Graph:
-    def __init__(self, model: PreTrainedModel, num_rows: int, capacity: int) -> None:
-        self.num_rows, device = num_rows, model.device
+SPAN = 128  # keys that SDPA's kernel takes at once: half as many take it as long
+
+
+class _Stage:
+    """Inputs, keys and values of the largest batch so far, and the graphs that step over the front part of them."""
+
+    def __init__(self, model: PreTrainedModel, like: Layers, num_rows: int, capacity: int) -> None:
+        self.model, self.num_rows, self.capacity = model, num_rows, capacity
+        device = model.device
         self.ids = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
         # Added to the scores: 0 where a row may look, the lowest number elsewhere. Converted once a step, not once a layer.
         self.lowest = torch.finfo(model.dtype).min
         self.mask = torch.zeros(num_rows, 1, 1, capacity, dtype=model.dtype, device=device)
-        self.buffers = Buffers(capacity)
-        self.position = self.buffers.position = torch.zeros(1, dtype=torch.long, device=device)
-        self._run(model)  # makes the buffers, and whatever the kernels set up on first use
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._run(model)
-
-    def _run(self, model: PreTrainedModel) -> torch.Tensor:
-        return last_logits(model, self.ids, self.mask, self.positions, self.buffers)
+        self.layers: Layers = [
+            tuple(tensor.new_zeros(num_rows, tensor.shape[1], capacity, tensor.shape[3]) for tensor in layer) for layer in like
+        ]
+        self.graphs: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
 
     def load(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
-        for own, layer in zip(self.buffers.layers, layers, strict=True):
+        """Put these rows of other keys and values, or of its own, in front."""
+        for own, layer in zip(self.layers, layers, strict=True):
             for target, source in zip(own, layer, strict=True):
                 target[: len(rows), :, :length] = source[rows, :, :length]
 
-    def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        n = len(current)
+    def __call__(
+        self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int, num_rows: int
+    ) -> torch.Tensor:
+        n, span = len(current), _up_to(length + 1, SPAN)
+        valid = valid[:, :span]
         self.ids[:n, 0] = current
         self.positions[:n, 0] = positions
-        self.mask.fill_(self.lowest)
+        self.mask[:num_rows, ..., :span].fill_(self.lowest)
         self.mask[:n, 0, 0, : valid.shape[1]].masked_fill_(valid, 0.0)
-        self.mask[n:] = 0.0
+        self.mask[n:num_rows] = 0.0
         self.position.fill_(length)
-        self.graph.replay()
-        return self.logits[:n]
+        if (num_rows, span) not in self.graphs:
+            self.graphs[num_rows, span] = capture(self._step(num_rows, span))
+        return self.graphs[num_rows, span]()[:n]
+
+    def _step(self, num_rows: int, span: int) -> Callable[[], torch.Tensor]:
+        front = Buffers(span)
+        front.position = self.position
+        front.layers = [(keys[:num_rows, :, :span], values[:num_rows, :, :span]) for keys, values in self.layers]
+        inputs = self.ids[:num_rows], self.mask[:num_rows, ..., :span], self.positions[:num_rows], front
+        return lambda: last_logits(self.model, *inputs)
+
+
+def _stage(model: PreTrainedModel, like: Layers, num_rows: int, capacity: int) -> _Stage:
+    """The one kept with the model, made anew where a batch is larger than all before."""
+    kept: _Stage | None = model.__dict__.get("_stage")
+    capacity = _up_to(capacity, SPAN)
+    if kept is None or kept.num_rows < num_rows or kept.capacity < capacity:
+        model.__dict__["_stage"] = None  # its memory is needed
+        if kept:
+            num_rows, capacity = max(kept.num_rows, num_rows), max(kept.capacity, capacity)
+            del kept
+        model.__dict__["_stage"] = kept = _Stage(model, like, num_rows, capacity)
+    return kept
+
+
+def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """What runs `run` again as a graph, into the same tensor. Runs it once itself, for what kernels set up on first use."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def release(model: PreTrainedModel) -> None:
+    """Give back the memory that decoding keeps on a GPU for the next batch."""
+    model.__dict__.pop("_stage", None)
+
+
+def _up_to(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def _power_of_two(n: int) -> int:
@@ -525,7 +565,7 @@ def _continuous_batching_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
     """transformers' own continuous batching; it keeps no log-probabilities."""
-    if model.config._attn_implementation in ("grouped", "matmul"):  # ours, which it does not know
+    if model.config._attn_implementation in ("grouped", "matmul", "varlen"):  # ours, which it does not know
         model.config._attn_implementation = "sdpa"
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

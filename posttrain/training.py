@@ -18,7 +18,7 @@ from posttrain.adapters import adapter_sha256
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
 from posttrain.chat import chat_ids
 from posttrain.config import TrainConfig
-from posttrain.generate import Sampling, generate
+from posttrain.generate import Sampling, generate, release
 from posttrain.models import PolicyCopy, device
 from posttrain.records import Example
 from posttrain.run import Run
@@ -95,6 +95,7 @@ def dev_accuracy(
     with phase("dev", whole=True):
         policy = (copy or PolicyCopy(model)).refresh()
         completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer)
+        release(policy)  # that of these, often more questions at once than a step has, is training's until the next time
     grades = [
         grade(tokenizer.decode(completion.ids, skip_special_tokens=True), example.answer)
         for example, (completion,) in zip(dev, completions, strict=True)

@@ -370,6 +370,30 @@ def test_the_cuda_graph_step_equals_the_eager_step(settings, plain_tokenizer, to
     assert ids(graphed) == ids(generate(model, prompts, sampling, tokenizer, 10))
 
 
+@pytest.mark.parametrize("sampling", [Sampling(LENGTH), SAMPLED])
+def test_stepping_over_the_front_of_a_stage_equals_the_eager_step(
+    settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling
+):
+    """All of GraphStep but the capture, on any device: rows that leave, spans that grow, a batch larger than the one before."""
+    model = liven(load_base(settings, "none", plain_tokenizer))
+    wanted = generate(model, prompts, sampling, tokenizer, 10)
+    one = generate(model, prompts[1:2], sampling, tokenizer, 1)
+    steps = []
+    monkeypatch.setattr(engine, "EagerStep", engine.GraphStep)
+    monkeypatch.setattr(engine, "capture", lambda run: steps.append(run) or run)
+    monkeypatch.setattr(engine, "SPAN", 8)
+    assert ids(generate(model, prompts[1:2], sampling, tokenizer, 1)) == ids(one)
+    small = model._stage
+    for _ in range(2):
+        assert ids(generate(model, prompts, sampling, tokenizer, 10)) == ids(wanted)
+    assert small.num_rows < model._stage.num_rows
+    assert len(model._stage.graphs) + len(small.graphs) == len(steps), "a graph was made twice"
+    rows, spans = (set(part) for part in zip(*model._stage.graphs, strict=True))
+    assert len(spans) > 3 and (len(rows) > 1 or sampling is SAMPLED)  # of ten prompts' rows half finish early, of thirty not
+    engine.release(model)
+    assert not hasattr(model, "_stage")
+
+
 # --- the copy that generates, as the engines use it -------------------------------------------------------------------
 
 
