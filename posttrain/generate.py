@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -496,10 +495,30 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | Non
         return top, torch.zeros_like(top, dtype=torch.float32)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities
-    cumulative = drawn_from.cumsum(-1)
-    target = (uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]).clamp(max=math.nextafter(1.0, 0.0))
-    token = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    token = _inverse(drawn_from, uniform)
     return token, probabilities.gather(1, token[:, None]).squeeze(1).clamp(min=1e-38).log()
+
+
+def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Of each row the first entry at which the running sum of its weights passes `uniform` of their whole, (rows,).
+
+    By way of the sums of blocks: on a GPU one row's running sum over a whole vocabulary is half of what choosing takes.
+    """
+    rows, vocabulary = weights.shape
+    blocks = nn.functional.pad(weights, (0, -vocabulary % SUMMED)).view(rows, -1, SUMMED)
+    ends = blocks.sum(-1).cumsum(-1)
+    target = uniform[:, None].to(ends.dtype).clamp(max=BELOW_ONE) * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
+    inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)]
+    before = ends.gather(1, block) - inside.sum(-1, keepdim=True)
+    cumulative = inside.cumsum(-1)
+    # Sums in another order round differently: within a block stay below its own whole, or a weight of 0 could be drawn.
+    target = (target - before).clamp(min=0).minimum(cumulative[:, -1:] * BELOW_ONE)
+    return (block * SUMMED + torch.searchsorted(cumulative, target, right=True)).squeeze(1).clamp(max=vocabulary - 1)
+
+
+SUMMED = 256
+BELOW_ONE = 1 - 2**-23  # times any fp32 number, it is the next lower one or the one after
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
