@@ -38,6 +38,9 @@ from posttrain.timing import phase
 MASTER_DTYPE = torch.float32
 # Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
 ROUNDING = 1e-6
+# Of so many micro-batches the reference is computed at once on a GPU: it keeps nothing for a backward pass, and a GPU waits
+# for the launches of small batches.
+ROWS_WITHOUT_GRADIENT = 4
 # Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each, and a
 # `top_entropy_quantile` is taken of each.
 ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
@@ -235,6 +238,8 @@ class GRPO(MasterWeights, GRPOTrainer):
             result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         else:
             size = batch_size or len(input_ids)
+            if input_ids.is_cuda and not torch.is_grad_enabled():
+                size *= ROWS_WITHOUT_GRADIENT
             shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
             with self.accelerator.autocast():  # which TRL begins within `score`
                 shared.run(size)
