@@ -27,15 +27,16 @@ speed() {
     --eval-questions "${EVAL_QUESTIONS:-1319}" "$@"
 }
 
-[ $# -gt 0 ] || set -- sft compiled grpo eval
+[ $# -gt 0 ] || set -- sft large compiled grpo eval
 for stage; do
   if [ "$stage" = grpo ]; then
-    for size in ${NUM_COMPLETIONS:-32 64}; do
-      speed --stages grpo --num-completions "$size" --micro-batch "${MICRO_BATCH:-32}" --work "$work/grpo-$size" --json "$out/grpo-$size.json"
+    for size in ${NUM_COMPLETIONS:-32 128}; do
+      micro=${MICRO_BATCH:-64}
+      speed --stages grpo --num-completions "$size" --micro-batch $((micro < size ? micro : size)) --work "$work/grpo-$size" --json "$out/grpo-$size.json"
     done
   elif [ "$stage" = profile ]; then
-    speed --stages sft compiled grpo --only ours-sft-fast ours-compiled-sft ours-grpo --profile --steps 8 --grpo-steps 6 \
-      --num-completions 64 --micro-batch "${MICRO_BATCH:-32}" --work "$work/profile"
+    speed --stages large compiled grpo --only ours-large-sft ours-compiled-32-sft ours-grpo --profile --steps 8 --grpo-steps 6 \
+      --num-completions 128 --micro-batch "${MICRO_BATCH:-64}" --work "$work/profile"
     grep -hA 26 " steps in " "$work"/profile/*.log
   else
     speed --stages "$stage" --work "$work/$stage" --json "$out/$stage.json"

@@ -23,7 +23,7 @@ BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
 
 # What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
 SFT_LEVERS = {
-    "plain": "quantization=nf4 model.attn_implementation=sdpa fast_loss=false fast_adapter=false "
+    "plain": "quantization=nf4 model.attn_implementation=sdpa model.kernels=torch fast_loss=false fast_adapter=false "
     "trainer.gradient_checkpointing=true trainer.optim=adamw_torch_fused "
     "trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
     "label-head": "fast_loss=true",
@@ -35,7 +35,7 @@ SFT_LEVERS = {
     "matmul": "model.attn_implementation=matmul",
 }
 GRPO_LEVERS = {
-    "plain": "quantization=nf4 model.attn_implementation=sdpa rollouts.engine=trl fast_adapter=false "
+    "plain": "quantization=nf4 model.attn_implementation=sdpa model.kernels=torch rollouts.engine=trl fast_adapter=false "
     "trainer.gradient_checkpointing=true trainer.optim=adamw_torch_fused "
     "trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=2",
     "own-engine": "rollouts.engine=transformers",
@@ -63,6 +63,7 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "ours-sft-tiny": sft(args, 0.1, *TINY, *FOUR_FOURS),
         "ours-compiled-sft": sft(args, 0.0, *FAST, BY_LENGTH, *SIXTEEN, "compile=true", "fast_adapter=false"),
         "ours-compiled-32-sft": sft(args, 0.0, *FAST, BY_LENGTH, *THIRTY_TWO, "compile=true", "fast_adapter=false"),
+        "ours-large-sft": sft(args, 0.0, *FAST, BY_LENGTH, *THIRTY_TWO),
         "trl-sft": peer(args, "sft", args.steps),
         "ours-grpo": grpo(args, *FAST),
         "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),

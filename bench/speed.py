@@ -41,7 +41,7 @@ from posttrain.config import Model  # noqa: E402
 from posttrain.plan import model_shape  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 
-STAGES = ("sft", "compiled", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
+STAGES = ("sft", "large", "compiled", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
 
 
@@ -245,7 +245,7 @@ def bound(args: argparse.Namespace) -> dict[str, Any]:
 def share_of_bound(name: str, row: dict[str, Any], bounds: dict[str, Any]) -> float | None:
     """Of SFT's tokens a second, and of the sampler's in GRPO."""
     rates = {"sft": row.get("tokens_per_second"), "grpo": row.get("last", {}).get("rollout/tokens_per_second")}
-    stage = name.split("-")[1 + ("ladder" in name)].replace("compiled", "sft")
+    stage = name.split("-")[1 + ("ladder" in name)].replace("compiled", "sft").replace("large", "sft")
     return rates[stage] / bounds[stage] if rates.get(stage) else None
 
 
@@ -300,6 +300,8 @@ PAIRS = (
     ("ours-sft-fast", "trl-sft"),
     ("ours-sft-small", "trl-sft"),
     ("ours-sft-tiny", "trl-sft"),
+    ("ours-large-sft", "trl-sft"),
+    ("ours-compiled-32-sft", "trl-sft"),
     ("ours-grpo", "trl-grpo"),
     ("ours-eval", "hf-eval"),
 )
