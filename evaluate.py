@@ -93,11 +93,7 @@ def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, run: R
 
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
-    identity = {
-        **config.model.model_dump(),
-        "quantization": config.quantization,
-        "fingerprint": models.fingerprint(base),
-    }
+    identity = models.identity(config.model, config.quantization, base)
     run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
     model = adapters.load_adapter(base, adapter, trainable=False) if adapter else base
     return models.PolicyCopy(model).model

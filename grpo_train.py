@@ -54,11 +54,7 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
     parent, chain = parent_of(folder, sft_sha256)
     base = models.load_base(config.model, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
-    identity = {
-        **config.model.model_dump(),
-        "quantization": config.quantization,
-        "fingerprint": models.fingerprint(base),
-    }
+    identity = models.identity(config.model, config.quantization, base)
     model = adapters.load_adapter(base, folder, trainable=True)
     live = adapters.live_adapter_sha256(model)
     if live != sft_sha256:

@@ -56,13 +56,11 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer, run: Run):  #
     chain: list[dict[str, Any]] = []
     if folder:
         parent, chain = parent_of(folder, adapters.adapter_sha256(folder))
-    base = models.load_base(config.model, config.quantization, tokenizer)
+    # The compiler fuses the layers itself, and what it is given of Liger's it leaves as it is.
+    base_settings = config.model.model_copy(update={"kernels": "torch"}) if config.compile else config.model
+    base = models.load_base(base_settings, config.quantization, tokenizer)
     models.check_stop_token(base, tokenizer)
-    identity = {
-        **config.model.model_dump(),
-        "quantization": config.quantization,
-        "fingerprint": models.fingerprint(base),
-    }
+    identity = models.identity(config.model, config.quantization, base)
     tokens = adapters.special_token_report(base, tokenizer)
     if folder:
         model = adapters.load_adapter(base, folder, trainable=True)

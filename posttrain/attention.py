@@ -1,23 +1,32 @@
-"""Attention as matrix products, for training on a CPU: exact, and nearly three times as fast as SDPA (bench/cpu_kernels.py).
+"""Attention for training, exact: as matrix products on a CPU, without padding on a GPU.
 
-torch's flash attention for CPU (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp) reaches a sixth of the rate of a plain
-matrix product. Here a block of queries is scored against all keys up to its end by one product each for the whole batch,
-the heads of a group together. Scores and softmax are fp32, as in SDPA; transformers' "eager" rounds the scores to bf16.
-The probabilities are kept for the backward pass: 2 bytes for every pair of positions and head, half of them by causality.
+"matmul", nearly three times as fast as SDPA on a CPU (bench/cpu_kernels.py): torch's flash attention for CPU
+(aten/src/ATen/native/cpu/FlashAttentionKernel.cpp) reaches a sixth of the rate of a plain matrix product. Here a block of
+queries is scored against all keys up to its end by one product each for the whole batch, the heads of a group together.
+Scores and softmax are fp32, as in SDPA; transformers' "eager" rounds the scores to bf16. The probabilities are kept for the
+backward pass: 2 bytes for every pair of positions and head, half of them by causality.
+
+"varlen", twice as fast as SDPA on a GPU: a batch with padding needs a mask, and torch's flash attention takes none. But
+padding on the right no query sees, by causality, and padding on the left can be cut: torch's `varlen_attn` takes rows of
+different lengths.
 
     model.config._attn_implementation = "matmul"
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+
+# --- as matrix products -----------------------------------------------------------------------------------------------
 
 BLOCK = 96  # queries: few enough that a block's scores stay in the cache, and that little above the diagonal is computed
 
@@ -101,3 +110,99 @@ def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, int]]:
     for start in range(0, queries, BLOCK):
         end = min(start + BLOCK, queries)
         yield slice(start, end), keys - queries + end
+
+
+# --- without padding --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tails:
+    """Causal attention of rows that begin with padding: row i sees its keys from `first[i]` on, (rows,)."""
+
+    first: torch.Tensor
+    row: torch.Tensor  # of each key that is left, and its place there, (keys left,) each
+    place: torch.Tensor
+    ends: torch.Tensor  # where the rows of what is left end, a 0 before them; int32 (rows + 1,)
+
+    def mask(self, queries: int, keys: int) -> torch.Tensor:
+        """The same as SDPA takes it, (rows, 1, queries, keys), True where a query looks."""
+        places = torch.arange(keys, device=self.first.device)
+        causal = places <= places[keys - queries :, None]
+        return (causal & (places >= self.first[:, None, None]))[:, None]
+
+
+def tails(first: torch.Tensor, keys: int) -> Tails:
+    row, place = (torch.arange(keys, device=first.device) >= first[:, None]).nonzero(as_tuple=True)
+    return Tails(first, row, place, nn.functional.pad((keys - first).cumsum(0), (1, 0)).int())
+
+
+def tails_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Tails | torch.Tensor | None:
+    """For transformers: None where no row begins with padding, Tails where one does, SDPA's mask for everything else."""
+    whole = (attention_mask is None or attention_mask.shape[1] == kv_length) and q_offset + q_length == kv_length
+    if whole and attention_mask is not None and mask_function is causal_mask_function:
+        token = attention_mask.bool()
+        begins = token & ~nn.functional.pad(token, (1, 0))[:, :-1]
+        first = token.int().argmax(1)
+        padded, torn = torch.stack([first.any(), (begins.sum(1) > 1).any()]).tolist()
+        if not torn:
+            return tails(first, kv_length) if padded or q_length != kv_length else None
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+    )
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (rows, heads, queries, head_dim)
+    key: torch.Tensor,  # (rows, kv_heads, keys, head_dim)
+    value: torch.Tensor,
+    attention_mask: Tails | torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention, (rows, queries, heads, head_dim); SDPA's where flash attention cannot. Padding's own outputs mean nothing."""
+    rows, heads, queries, dim = query.shape
+    keys = key.shape[2]
+    if isinstance(attention_mask, Tails):
+        if query.is_cuda and query.dtype in HALF and not any(kwargs.get(name) for name in ("dropout", "softcap")):
+            q = query.transpose(1, 2).reshape(rows * queries, heads, dim)
+            k, v = (_Take.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
+            starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)
+            # A query is counted from the end of its row: the causal window of rows with more keys than queries.
+            out = varlen_attn(
+                q, k, v, starts, attention_mask.ends, queries, keys,
+                scale=scaling, window_size=(-1, 0), enable_gqa=heads != key.shape[1],
+            )  # fmt: skip
+            return out.view(rows, queries, heads, dim), None
+        attention_mask = attention_mask.mask(queries, keys)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+HALF = (torch.bfloat16, torch.float16)
+AttentionInterface.register("varlen", varlen_attention)
+AttentionMaskInterface.register("varlen", tails_mask)
+
+
+class _Take(torch.autograd.Function):
+    """x[row, :, place], (taken, heads, head_dim) of (rows, heads, places, head_dim). No two are the same: nothing to sum."""
+
+    @staticmethod
+    def forward(ctx, x, row, place):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row, place)
+        ctx.shape = x.shape
+        return x[row, :, place]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        row, place = ctx.saved_tensors
+        to_x = grad.new_zeros(ctx.shape)
+        to_x[row, :, place] = grad
+        return to_x, None, None

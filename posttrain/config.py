@@ -42,8 +42,9 @@ Engine = Literal["transformers", "continuous_batching", "vllm"]
 # nf4_unpacked: the values of nf4, held as bf16: faster, and nearly four times the memory
 Quantization = Literal["nf4", "nf4_unpacked", "none"]
 Attention = Literal[
-    "auto", "matmul", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    "auto", "matmul", "varlen", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
+Kernels = Literal["auto", "liger", "torch"]
 Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 
 
@@ -78,7 +79,8 @@ class Tokenizer(Settings):
 
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    attn_implementation: Attention = "auto"  # sdpa on a GPU, matmul (posttrain/attention.py) on a CPU; the rest is transformers'
+    attn_implementation: Attention = "auto"  # varlen on a GPU, matmul on a CPU (posttrain/attention.py)
+    kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/fused_kernels.py), else torch's own
 
 
 class Lora(Settings):
@@ -251,6 +253,8 @@ class SftConfig(TrainConfig):
             yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
+        if self.compile and self.model.kernels == "liger":
+            yield ("model", "kernels"), "compile fuses these operations itself: set auto or torch, or compile to false"
         if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
             yield ("trainer", "eval_strategy"), "needs dev rows: set data.num_dev above 0, or eval_strategy to no"
 

@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain import attention  # noqa: F401  # transformers knows it by name from here on
 from posttrain.chat import from_hub, stop_token
 from posttrain.config import Model
+from posttrain.fused_kernels import fuse
 from posttrain.run import is_sharded
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -39,6 +40,9 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model, frozen, its stop and pad token equal to the tokenizer's."""
     to, auto = to or device(), settings.attn_implementation == "auto"
+    # cuDNN, which torch prefers on Hopper, plans its attention anew for every shape of a batch: a second each, where a step is
+    # half of one (https://github.com/modelscope/FunASR/issues/3704; EXPERIMENTS.md, 2026-11-26).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     packed = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -56,8 +60,8 @@ def load_base(
         quantization_config=packed if quantization != "none" else None,
         use_safetensors=True,
     )
-    if auto and to.type == "cpu" and model.config._attn_implementation == "sdpa":  # not eager, for want of it
-        model.set_attn_implementation("matmul")
+    if auto and model.config._attn_implementation == "sdpa":  # not eager, for want of it
+        model.set_attn_implementation("matmul" if to.type == "cpu" else "varlen")
     for module in packed_linears(model).values():
         # On AVX512 hosts an eval forward would repack the weight for a kernel without gradients, and training after it
         # would silently get none. https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804
@@ -66,7 +70,14 @@ def load_base(
         unpack(model)
     model.requires_grad_(False)
     align_special_tokens(model, tokenizer)
+    fuse(model, settings.kernels)
     return model
+
+
+def identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
+    """What a manifest says of a loaded base, its kernels as they turned out."""
+    loaded = {"quantization": quantization, "fingerprint": fingerprint(base), "kernels": base.kernels}
+    return settings.model_dump() | loaded
 
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -165,6 +176,7 @@ class PolicyCopy:
         config._attn_implementation = base.config._attn_implementation
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=base.dtype)
+        fuse(self.model, getattr(base, "kernels", "torch"))
         self._adopt()
         if base.config.tie_word_embeddings:
             self.model.tie_weights()  # trained token rows are folded into one matrix, not into two

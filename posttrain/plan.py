@@ -5,6 +5,7 @@ Needs the data set and the tokenizer, never the weights; without a reachable tok
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -164,9 +165,9 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
     lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
     layers = 1 if checkpointing else shape["layers"]
-    activations = (
-        rows * length * width * (layers * (10 * shape["hidden"] + 4 * shape["intermediate"]) + shape["layers"] * shape["hidden"])
-    )
+    hidden, inner = (8, 3) if is_fused(config.model) else (10, 4)
+    kept = layers * (hidden * shape["hidden"] + inner * shape["intermediate"]) + shape["layers"] * shape["hidden"]
+    activations = rows * length * width * kept
     if keeps_probabilities(config.model):
         activations += layers * rows * shape["heads"] * length * length / 2 * width
     total = weights + lora + activations
@@ -181,6 +182,13 @@ def keeps_probabilities(model: Model) -> bool:
     from posttrain.models import device
 
     return model.attn_implementation == "matmul" or (model.attn_implementation == "auto" and device().type == "cpu")
+
+
+def is_fused(model: Model) -> bool:
+    """Whether norms and MLP keep for the backward pass only what they were given (posttrain/fused_kernels.py)."""
+    from posttrain.models import device
+
+    return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
 def show_cache(model: Model, rows: int, length: int) -> None:

@@ -32,7 +32,7 @@ from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 
 PACKAGES = (
     "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
-    "reasoning-gym", "vllm",
+    "liger-kernel", "reasoning-gym", "vllm",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -205,6 +205,8 @@ def check_machine(config: Settings) -> None:
             raise ValueError(
                 f"{key} vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or {key}=transformers"
             )
+    if asked.get("model.kernels") == "liger" and torch.cuda.is_available() and not importlib.util.find_spec("liger_kernel"):
+        raise ValueError("model.kernels liger needs the package: pip install 'posttrain[liger]', or model.kernels=torch")
     for key, needs_cuda, instead in CUDA_ONLY:
         if re.fullmatch(needs_cuda, str(asked.get(key))) and not torch.cuda.is_available():
             raise ValueError(f"{key} {asked[key]} needs CUDA, and this machine has none: {instead}")
@@ -217,6 +219,7 @@ def check_machine(config: Settings) -> None:
 
 CUDA_ONLY = (
     ("model.attn_implementation", "flash_attention_.*", "use model.attn_implementation=sdpa"),
+    ("model.kernels", "liger", "use model.kernels=torch"),
     ("model.dtype", "float16", "use model.dtype=bfloat16"),
     ("trainer.tf32", "True", "remove it"),
 )

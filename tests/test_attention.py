@@ -1,4 +1,4 @@
-"""Attention as matrix products against SDPA: outputs and gradients, whatever the heads, the lengths and the mask."""
+"""Both kinds of attention against SDPA: outputs and gradients, whatever the heads, the lengths and the mask."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from conftest import tiny_tokenizer
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers.masking_utils import sdpa_mask
 
-from posttrain.attention import BLOCK, matmul_attention
+from posttrain.attention import BLOCK, Tails, matmul_attention, tails, tails_mask, varlen_attention
 from posttrain.config import Model
 from posttrain.models import load_base
 
@@ -49,7 +50,7 @@ def with_gradients(function, inputs):
     for x in inputs:
         x.grad = None
     out = function(*inputs)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
     (out.float() * weight).sum().backward()
     return [out.detach(), *(x.grad.clone() for x in inputs)]
 
@@ -132,7 +133,7 @@ def test_what_it_does_not_do_is_left_to_sdpa():
 @pytest.fixture(scope="module")
 def models(tiny_model_dir):
     made = {}
-    for name in ("matmul", "sdpa"):
+    for name in ("matmul", "varlen", "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32, attn_implementation=name)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -145,41 +146,116 @@ def models(tiny_model_dir):
 IDS = torch.randint(3, 60, (3, BLOCK + 20), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("kind", ["whole", "right", "left", "packed"])
-def test_a_model_with_it_is_the_model(models, kind):
+@pytest.mark.parametrize("name", ["matmul", "varlen"])
+@pytest.mark.parametrize("kind", ["whole", "right", "left", "both", "torn", "packed"])
+def test_a_model_with_it_is_the_model(models, kind, name):
     inputs = {"input_ids": IDS}
     mask = torch.ones_like(IDS)
-    if kind == "right":
+    if kind in ("right", "both"):
         mask[1, -30:], mask[2, -5:] = 0, 0
-    if kind == "left":
+    if kind in ("left", "both"):
         mask[1, :30], mask[2, :5] = 0, 0
+    if kind == "torn":
+        mask[1, 10:20], mask[2, :5] = 0, 0
     if kind == "packed":
         inputs["position_ids"] = torch.cat([torch.arange(50), torch.arange(BLOCK - 30)]).expand(3, -1)
     else:
         inputs["attention_mask"] = mask
     logits, gradients = {}, {}
-    for name, model in models.items():
+    for which in (name, "sdpa"):
+        model = models[which]
         model.zero_grad()
-        logits[name] = model(**inputs).logits[mask.bool()]
-        logits[name].logsumexp(-1).sum().backward()
-        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert distance(logits["matmul"], logits["sdpa"]) < 1e-5
-    assert distance(gradients["matmul"], gradients["sdpa"]) < 1e-4
+        logits[which] = model(**inputs).logits[mask.bool()]
+        logits[which].logsumexp(-1).sum().backward()
+        gradients[which] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert distance(logits[name], logits["sdpa"]) < 1e-5
+    assert distance(gradients[name], gradients["sdpa"]) < 1e-4
 
 
-def test_after_a_cache(models):
+@pytest.mark.parametrize("name", ["matmul", "varlen"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_after_a_cache(models, name, padded):
+    mask = torch.ones_like(IDS)
+    if padded:
+        mask[0, :12], mask[2, :3], mask[1, -8:] = 0, 0, 0
     found = {}
-    for name, model in models.items():
-        cache = DynamicCache()
-        model(input_ids=IDS[:, :40], past_key_values=cache, use_cache=True)
-        found[name] = model(input_ids=IDS[:, 40:], past_key_values=cache).logits
-    assert distance(found["matmul"], found["sdpa"]) < 1e-5
+    for which in (name, "sdpa"):
+        model, cache = models[which], DynamicCache()
+        model(input_ids=IDS[:, :40], attention_mask=mask[:, :40], past_key_values=cache, use_cache=True)
+        out = model(input_ids=IDS[:, 40:], attention_mask=mask, past_key_values=cache).logits
+        found[which] = out[mask[:, 40:].bool()]
+    assert distance(found[name], found["sdpa"]) < 1e-5
 
 
-@pytest.mark.parametrize(("asked", "meant"), [("auto", "matmul"), ("matmul", "matmul"), ("sdpa", "sdpa"), ("eager", "eager")])
-def test_which_attention_a_model_is_loaded_with_on_a_cpu(tiny_model_dir, asked, meant):
+# --- without padding --------------------------------------------------------------------------------------------------
+
+
+def mask_of(*rows):
+    return torch.tensor([[int(c) for c in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("mask", "first"),
+    [
+        (mask_of("1111", "1111"), None),
+        (mask_of("1111", "1100"), None),  # no query sees what follows it
+        (mask_of("1111", "0011"), [0, 2]),
+        (mask_of("0110", "0011"), [1, 2]),
+        (mask_of("0000", "0011"), [0, 2]),  # nothing but padding: whatever it sees, nobody reads it
+    ],
+)
+def test_only_padding_on_the_left_needs_a_mask(mask, first):
+    found = tails_mask(len(mask), 4, 4, attention_mask=mask)
+    assert (found is None) if first is None else found.first.tolist() == first
+    if first:
+        assert found.ends.tolist() == [0, 4 - first[0], 8 - sum(first)]
+        assert list(zip(found.row.tolist(), found.place.tolist(), strict=True)) == [
+            (row, place) for row in range(2) for place in range(first[row], 4)
+        ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": mask_of("1011")},  # a hole
+        {"attention_mask": mask_of("0111"), "mask_function": lambda b, h, q, k: k <= q},  # packed rows, sliding windows
+        {"attention_mask": mask_of("0111"), "kv_length": 6},  # a cache longer than what is in it
+        {"attention_mask": None},
+    ],
+)
+def test_every_other_mask_is_sdpas(given):
+    kv_length = given.pop("kv_length", 4)
+    found = tails_mask(1, 4, kv_length, allow_is_causal_skip=False, **given)
+    assert isinstance(found, torch.Tensor) and found.shape == (1, 1, 4, kv_length)
+
+
+def test_its_dense_mask_is_transformers():
+    mask = mask_of("0011111", "1111111", "0000011")
+    both = Tails.mask(tails(mask.argmax(1), 7), 3, 7), sdpa_mask(3, 3, 7, q_offset=4, attention_mask=mask.bool())
+    assert torch.equal(*both)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (33, 90), (1, 40)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_on_a_gpu_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queries, keys):
+    first = torch.tensor([0, 5, 29], device="cuda")
+    inputs = [x.detach().cuda().requires_grad_() for x in states(3, heads, kv_heads, queries, keys, torch.bfloat16)]
+    cut = tails(first, keys)
+    sees = cut.mask(queries, keys)
+    token = sees.any(-1)[:, 0, :, None, None]  # what padding attends to is nobody's business
+    ours = with_gradients(lambda q, k, v: varlen_attention(None, q, k, v, cut)[0] * token, inputs)
+    wanted = with_gradients(lambda q, k, v: by_sdpa(q, k, v, sees).nan_to_num() * token, inputs)
+    assert all(distance(one, other) < 0.02 for one, other in zip(ours, wanted, strict=True))
+
+
+# --- which one --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["auto", "matmul", "varlen", "sdpa", "eager"])
+def test_which_attention_a_model_is_loaded_with_on_a_cpu(tiny_model_dir, asked):
     settings = Model(name_or_path=str(tiny_model_dir), attn_implementation=asked)
-    assert load_base(settings, "none", tiny_tokenizer()).config._attn_implementation == meant
+    assert load_base(settings, "none", tiny_tokenizer()).config._attn_implementation == ("matmul" if asked == "auto" else asked)
 
 
 def test_an_architecture_without_sdpa_keeps_eager_attention(tiny_model_dir, monkeypatch):

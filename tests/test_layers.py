@@ -29,7 +29,7 @@ posttrain.report.page
 posttrain.report
 posttrain.report.__main__
 
-posttrain.chat posttrain.timing posttrain.attention posttrain.packed_linear
+posttrain.chat posttrain.timing posttrain.attention posttrain.packed_linear posttrain.fused_kernels
 posttrain.models posttrain.hub
 posttrain.adapters posttrain.generate posttrain.lora_linear posttrain.callbacks posttrain.plan
 posttrain.rollouts posttrain.trainers
@@ -46,6 +46,7 @@ KEEPERS = {
     "peft": {"posttrain.models", "posttrain.adapters", "posttrain.lora_linear", "posttrain.trainers", "posttrain.training"},
     "trl": {"posttrain.trainers", "sft_train", "grpo_train"},
     "vllm": {"posttrain.generate"},
+    "liger_kernel": set(),  # transformers applies it
     "datasets": {"posttrain.records", "data_prep"},
     "reasoning_gym": {"data_prep"},
     "matplotlib": {"posttrain.report.charts"},

@@ -1,0 +1,43 @@
+"""Norm, rotary embedding and gated MLP as one kernel each on a GPU: those of Liger (github.com/linkedin/Liger-Kernel).
+
+transformers composes a norm of seven operations and a rotary embedding of ten. A decoding step is then mostly small kernels,
+training keeps their intermediate results until the backward pass, and launching them takes longer than they run. Liger's
+compute the same, in fp32 between input and output; its losses are not used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from transformers import PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
+
+from posttrain.config import Kernels
+
+# Compared with transformers' own layers in tests/test_fused_kernels.py. Liger's gated MLP of them is that of SiLU.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def fuse(model: PreTrainedModel, asked: Kernels) -> None:
+    """Give a model the kernels that were asked for; `model.kernels` says which it has from here on."""
+    model.kernels = "torch"
+    reason = why_not(model)
+    if asked == "liger" and reason:
+        raise ValueError(f"model.kernels liger: {reason}; use model.kernels=torch")
+    if asked == "auto" and reason and model.device.type == "cuda":
+        print(f"norms, rotary embedding and MLP run unfused, which is slower and takes more memory: {reason}")
+    if asked == "torch" or reason:
+        return
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    model.kernels = "liger"
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """What keeps a model from Liger's kernels, None if nothing does."""
+    if model.device.type not in ("cuda", "meta"):  # the copy that generates is made without memory
+        return "they need CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "pip install 'posttrain[liger]'"
+    if model.config.model_type not in MODEL_TYPES or model.config.hidden_act != "silu":
+        return f"not tried on {model.config.model_type} with {getattr(model.config, 'hidden_act', 'its activation')}"
+    return None
