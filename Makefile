@@ -12,7 +12,7 @@ BENCH_DATA := data/demo
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint fast-tests slow-tests bench vllm-cpu
+.PHONY: help setup model demo test lint fast-tests slow-tests gpu-tests bench vllm-cpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -95,6 +95,10 @@ fast-tests: lint
 
 slow-tests: fast-tests
 	python -m pytest -m slow $(PYTEST_FLAGS)
+
+# The others are of the CPU on every machine.
+gpu-tests: $(READY)  ## the tests that need a GPU
+	POSTTRAIN_GPU_TESTS=1 python -m pytest -m gpu $(PYTEST_FLAGS)
 
 # vLLM's CPU build, for bench/speed.py --vllm. It wants torch's CPU build, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # offers, and another transformers than ours. torchvision, torchaudio and torchcodec come without its builds, and it does without them.

@@ -20,7 +20,20 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
+# On any machine the tests are of the CPU, but for those marked gpu, which have a run of their own: make gpu-tests.
+if os.environ.get("POSTTRAIN_GPU_TESTS") != "1":
+    ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 os.environ |= ENVIRONMENT
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="make gpu-tests, on a machine with a GPU"))
+
 
 ROOT = Path(__file__).resolve().parent.parent
 

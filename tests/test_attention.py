@@ -235,7 +235,7 @@ def test_its_dense_mask_is_transformers():
     assert torch.equal(*both)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("queries", "keys"), [(60, 60), (33, 90), (1, 40)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_on_a_gpu_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queries, keys):

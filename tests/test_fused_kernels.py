@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
 
 import pytest
 import torch
@@ -13,9 +13,6 @@ from posttrain import fused_kernels
 from posttrain.chat import load_tokenizer
 from posttrain.config import Lora, Model
 from posttrain.models import PolicyCopy, identity, load_base
-
-HERE = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
-on_gpu = pytest.mark.skipif(not HERE, reason="needs a GPU and liger-kernel")
 
 
 def tiny(model_type: str, device: str = "cpu", **more):
@@ -69,12 +66,12 @@ def test_auto_on_a_gpu_says_why_it_fuses_nothing(monkeypatch, capsys, installed,
     assert capsys.readouterr().out == "" and model.kernels == "torch"
     fused_kernels.fuse(model, "auto")
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and __import__("re").search(said, out) and model.kernels == "torch"
+    assert out.count("\n") == 1 and re.search(said, out) and model.kernels == "torch"
     with pytest.raises(ValueError, match=said):
         fused_kernels.fuse(model, "liger")
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("model_type", fused_kernels.MODEL_TYPES)
 def test_logits_and_gradients_are_those_of_transformers_layers(model_type):
     ids = torch.randint(0, 97, (3, 21), generator=torch.Generator().manual_seed(1)).cuda()
@@ -93,7 +90,7 @@ def test_logits_and_gradients_are_those_of_transformers_layers(model_type):
         assert ((ours - wanted).norm() / wanted.norm()).item() < 1e-5
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_the_copy_that_generates_has_its_models_kernels(tiny_model_dir):
     from posttrain.adapters import new_adapter
 

@@ -361,7 +361,7 @@ def test_without_vllm_its_engine_says_what_to_install(model, prompts, tokenizer)
         generate(model, prompts, Sampling(4), tokenizer, engine="vllm")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [Sampling(LENGTH), SAMPLED])
 def test_the_cuda_graph_step_equals_the_eager_step(settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling):
     model = liven(load_base(settings, "none", plain_tokenizer, to=torch.device("cuda")))

@@ -1,0 +1,51 @@
+"""The scripts on a GPU, as they run there by default, against what transformers and PEFT compose: `make gpu-tests`."""
+
+import pytest
+from scripts import CONFIGS, run_fresh, workplace
+
+from posttrain.records import read_rows
+from posttrain.run import read_manifest
+
+PLAIN = ("model.kernels=torch", "model.attn_implementation=sdpa", "fast_adapter=false")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model_dir):
+    """SFT both ways, then GRPO and evaluation of the default one. Each way in a process of its own: kernels are patched in."""
+    folder = tmp_path_factory.mktemp("gpu")
+    workplace(folder, tiny_model_dir)
+    data, sft, grpo, evaluation = (["--config", CONFIGS / f"{stage}_tiny.yaml"] for stage in ("data", "sft", "grpo", "eval"))
+    environment = {"POSTTRAIN_GPU_TESTS": "1"}
+    ours = (
+        ["data_prep", *data],
+        ["sft_train", *sft, "quantization=none"],
+        ["grpo_train", *grpo, "quantization=none"],
+        ["evaluate", *evaluation, "quantization=none", "adapter=runs/grpo_tiny"],
+    )
+    for commands in (ours, (["sft_train", *sft, "quantization=none", *PLAIN, "run_dir=runs/plain"],)):
+        done = run_fresh(*commands, cwd=folder, **environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs"
+
+
+def logged(folder, key):
+    return [row[key] for row in read_rows(folder / "metrics.jsonl") if key in row]
+
+
+@pytest.mark.gpu
+def test_sft_has_the_losses_of_the_plain_layers(runs):
+    kernels = [read_manifest(runs / name)["model"]["kernels"] for name in ("sft_tiny", "plain")]
+    assert kernels == ["liger", "torch"]
+    ours, plain = (logged(runs / name, "loss") for name in ("sft_tiny", "plain"))
+    assert len(ours) == 6 and ours[-1] < ours[0]
+    # bf16 all through, at a rate that learns from random weights in thirty steps: what rounds differently drifts apart.
+    assert ours[:3] == pytest.approx(plain[:3], rel=0.01) and ours == pytest.approx(plain, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_the_sampler_and_the_trainer_of_grpo_agree(runs):
+    folder = runs / "grpo_tiny"
+    assert read_manifest(folder)["model"]["kernels"] == "liger"
+    assert all(0 < difference < 0.05 for difference in logged(folder, "rollout/logp_difference"))
+    assert abs(logged(folder, "kl")[0]) < 1e-6  # the reference is the policy, by the same kernels
+    assert len(list(read_rows(runs / "eval_tiny_grpo_tiny" / "predictions.jsonl"))) == 8
