@@ -61,10 +61,12 @@ def show_grpo_plan(config: GrpoConfig) -> None:
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
         show_stop(tokenizer)
+    # Without checkpointing a group shares its prompt (posttrain/trainers.py).
+    prompt = 256 if value["gradient_checkpointing"] else 256 // group
     show_memory(
         config,
         value["per_device_train_batch_size"],
-        256 + value["max_completion_length"],
+        prompt + value["max_completion_length"],
         value["gradient_checkpointing"],
     )
     show_cache(config.model, window, 256 + value["max_completion_length"])
@@ -165,7 +167,7 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
     lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
     layers = 1 if checkpointing else shape["layers"]
-    hidden, inner = (8, 3) if is_fused(config.model) else (10, 4)
+    hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
     kept = layers * (hidden * shape["hidden"] + inner * shape["intermediate"]) + shape["layers"] * shape["hidden"]
     activations = rows * length * width * kept
     if keeps_probabilities(config.model):
