@@ -8,6 +8,7 @@ compute the same, in fp32 between input and output; its losses are not used.
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
@@ -28,6 +29,8 @@ def fuse(model: PreTrainedModel, asked: Kernels) -> None:
         print(f"norms, rotary embedding and MLP run unfused, which is slower and takes more memory: {reason}")
     if asked == "torch" or reason:
         return
+    # It says of each kernel's other versions, for other chips and other compilers, why they are not there.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     model.kernels = "liger"
 

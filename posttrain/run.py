@@ -349,11 +349,26 @@ def _utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def use_one_gpu() -> None:
+    """Without a launcher a process takes the first GPU that it sees. TRL's trainers refuse to begin when they see several.
+
+    Before anything is imported: bitsandbytes asks CUDA for the GPUs, and what it hears then stands.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    if len(visible) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+        print(f"one of {len(visible)} GPUs is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml ...")
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's main: what the user can mend is one line and exit code 2, everything else a traceback.
 
     A `ValueError` that this project's own code raises is the user's to mend; one from inside a library is a fault.
     """
+    use_one_gpu()
     try:
         main()
     except AlreadyDone as done:

@@ -318,6 +318,18 @@ def test_data_that_is_not_prepared_is_told_with_the_command(monkeypatch, tmp_pat
 # --- what a machine cannot do -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("visible", "launched", "left"), [("3,5", False, "3"), ("3,5", True, "3,5"), ("", False, ""), ("GPU-8f1e", False, "GPU-8f1e")]
+)
+def test_of_several_gpus_one_is_used_unless_a_launcher_deals_them_out(monkeypatch, capsys, visible, launched, left):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    exit_on_user_error(lambda: None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+    assert ("one of 2 GPUs is used" in capsys.readouterr().out) == (left != visible)
+
+
 def test_a_paged_optimizer_is_replaced_and_noted(pipeline):
     (note,) = read_manifest(pipeline / "sft_tiny")["notes"]
     assert "paged_adamw_32bit" in note and "adamw_torch" in note
@@ -344,6 +356,7 @@ def test_wandb_without_a_key_goes_offline(folder, monkeypatch, tmp_path):
     ("config", "override", "told"),
     [
         ("sft", "model.attn_implementation=flash_attention_2", "model.attn_implementation flash_attention_2 needs CUDA"),
+        ("sft", "model.kernels=liger", "model.kernels liger needs CUDA"),
         ("eval", "model.dtype=float16", "model.dtype float16 needs CUDA"),
         ("sft", "trainer.tf32=true", "trainer.tf32 True needs CUDA"),
         ("eval", "engine=vllm", "engine vllm needs the package"),
