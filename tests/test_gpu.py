@@ -10,21 +10,19 @@ PLAIN = ("model.kernels=torch", "model.attn_implementation=sdpa", "fast_adapter=
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_model_dir):
+def runs(tmp_path_factory, tiny_model_dir, tiny_data_dir):
     """SFT both ways, then GRPO and evaluation of the default one. Each way in a process of its own: kernels are patched in."""
     folder = tmp_path_factory.mktemp("gpu")
     workplace(folder, tiny_model_dir)
-    data, sft, grpo, evaluation = (["--config", CONFIGS / f"{stage}_tiny.yaml"] for stage in ("data", "sft", "grpo", "eval"))
-    environment = {"POSTTRAIN_GPU_TESTS": "1"}
+    more = ["quantization=none", f"data.path={tiny_data_dir}"]
+    sft, grpo, evaluation = (["--config", CONFIGS / f"{stage}_tiny.yaml", *more] for stage in ("sft", "grpo", "eval"))
     ours = (
-        ["data_prep", *data],
-        ["sft_train", *sft, "quantization=none"],
-        ["grpo_train", *grpo, "quantization=none"],
-        ["evaluate", *evaluation, "quantization=none", "adapter=runs/grpo_tiny"],
+        ["sft_train", *sft],
+        ["grpo_train", *grpo, "trainer.weight_decay=0.1"],  # no answer is right, and a run that moves nothing fails
+        ["evaluate", *evaluation, "adapter=runs/grpo_tiny"],
     )
-    for commands in (ours, (["sft_train", *sft, "quantization=none", *PLAIN, "run_dir=runs/plain"],)):
-        done = run_fresh(*commands, cwd=folder, **environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for commands in (ours, (["sft_train", *sft, *PLAIN, "run_dir=runs/plain"],)):
+        assert all(done.code == 0 for done in run_fresh(*commands, cwd=folder))
     return folder / "runs"
 
 
@@ -38,8 +36,7 @@ def test_sft_has_the_losses_of_the_plain_layers(runs):
     assert kernels == ["liger", "torch"]
     ours, plain = (logged(runs / name, "loss") for name in ("sft_tiny", "plain"))
     assert len(ours) == 6 and ours[-1] < ours[0]
-    # bf16 all through, at a rate that learns from random weights in thirty steps: what rounds differently drifts apart.
-    assert ours[:3] == pytest.approx(plain[:3], rel=0.01) and ours == pytest.approx(plain, rel=0.1)
+    assert ours == pytest.approx(plain, rel=0.01)  # ways to compute the same on a CPU differ by 0.001 after thirty steps
 
 
 @pytest.mark.gpu
@@ -48,4 +45,4 @@ def test_the_sampler_and_the_trainer_of_grpo_agree(runs):
     assert read_manifest(folder)["model"]["kernels"] == "liger"
     assert all(0 < difference < 0.05 for difference in logged(folder, "rollout/logp_difference"))
     assert abs(logged(folder, "kl")[0]) < 1e-6  # the reference is the policy, by the same kernels
-    assert len(list(read_rows(runs / "eval_tiny_grpo_tiny" / "predictions.jsonl"))) == 8
+    assert len(list(read_rows(runs / "eval_tiny_grpo_tiny" / "predictions.jsonl"))) == 20
