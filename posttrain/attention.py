@@ -172,7 +172,8 @@ def varlen_attention(
     rows, heads, queries, dim = query.shape
     keys = key.shape[2]
     if isinstance(attention_mask, Tails):
-        if query.is_cuda and query.dtype in HALF and not any(kwargs.get(name) for name in ("dropout", "softcap")):
+        more = any(kwargs.get(name) for name in ("dropout", "softcap"))
+        if query.is_cuda and query.dtype in HALF and dim <= 256 and not more:
             q = query.transpose(1, 2).reshape(rows * queries, heads, dim)
             k, v = (_Take.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
             starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)

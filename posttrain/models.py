@@ -61,7 +61,7 @@ def load_base(
         use_safetensors=True,
     )
     if auto and model.config._attn_implementation == "sdpa":  # not eager, for want of it
-        model.set_attn_implementation("matmul" if to.type == "cpu" else "varlen")
+        model.set_attn_implementation(fastest_attention(to))
     for module in packed_linears(model).values():
         # On AVX512 hosts an eval forward would repack the weight for a kernel without gradients, and training after it
         # would silently get none. https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804
@@ -72,6 +72,12 @@ def load_base(
     align_special_tokens(model, tokenizer)
     fuse(model, settings.kernels)
     return model
+
+
+def fastest_attention(to: torch.device) -> str:
+    if to.type != "cuda":
+        return "matmul"
+    return "varlen" if torch.cuda.get_device_capability(to) >= (8, 0) else "sdpa"  # flash attention begins with Ampere
 
 
 def identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:

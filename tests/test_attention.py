@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from posttrain.attention import BLOCK, Tails, matmul_attention, tails, tails_mask, varlen_attention
 from posttrain.config import Model
-from posttrain.models import load_base
+from posttrain.models import fastest_attention, load_base
 
 
 def states(rows, heads, kv_heads, queries, keys, dtype=torch.float32, dim=16):
@@ -256,6 +256,12 @@ def test_on_a_gpu_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queri
 def test_which_attention_a_model_is_loaded_with_on_a_cpu(tiny_model_dir, asked):
     settings = Model(name_or_path=str(tiny_model_dir), attn_implementation=asked)
     assert load_base(settings, "none", tiny_tokenizer()).config._attn_implementation == ("matmul" if asked == "auto" else asked)
+
+
+@pytest.mark.parametrize(("capability", "meant"), [((7, 5), "sdpa"), ((8, 0), "varlen"), ((9, 0), "varlen"), ((12, 0), "varlen")])
+def test_which_attention_auto_means_on_a_gpu(monkeypatch, capability, meant):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fastest_attention(torch.device("cuda")) == meant
 
 
 def test_an_architecture_without_sdpa_keeps_eager_attention(tiny_model_dir, monkeypatch):
