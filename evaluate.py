@@ -32,6 +32,7 @@ from posttrain.run import (
     open_run,
     parent_of,
     read_manifest,
+    use_one_gpu,
 )
 
 
@@ -49,6 +50,7 @@ def main() -> None:
 
         return show_eval_plan(config, asked)
     check_reusable(config, config.run_dir, resume=True)
+    use_one_gpu()
 
     from posttrain.chat import load_tokenizer
 

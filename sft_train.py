@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain import config as settings
 from posttrain.config import SftConfig
-from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of
+from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of, use_one_gpu
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
 
         return show_sft_plan(config)
     check_reusable(config, config.run_dir, args.resume)
+    use_one_gpu()
 
     from posttrain import adapters, training
     from posttrain.chat import load_tokenizer

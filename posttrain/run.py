@@ -368,7 +368,6 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
     A `ValueError` that this project's own code raises is the user's to mend; one from inside a library is a fault.
     """
-    use_one_gpu()
     try:
         main()
     except AlreadyDone as done:
