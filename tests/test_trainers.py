@@ -970,7 +970,7 @@ def test_the_reference_is_scored_in_parts_by_length_and_put_back_in_order(tiny, 
 
 
 @pytest.mark.parametrize("form", ["fp32", "nf4"])
-@pytest.mark.parametrize("attention", ["matmul", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["matmul", "varlen", "sdpa", "eager"])
 def test_sharing_prompts_changes_no_score_and_no_gradient(tiny, any_sft, fp32, monkeypatch, form, attention):
     """Rows of two groups in any order, one prompt padded, against a prompt for every row; over NF4 within bf16's rounding."""
     model = fp32["model"] if form == "fp32" else {"name_or_path": tiny.model}
