@@ -137,7 +137,8 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     from tqdm import tqdm
 
     from posttrain.chat import chat_ids
-    from posttrain.generate import Sampling, engine_batches, plan_batches
+    from posttrain.decode import Sampling
+    from posttrain.generate import engine_batches, plan_batches
 
     generation = config.generation
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]

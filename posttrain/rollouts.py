@@ -13,7 +13,8 @@ import rewards
 from posttrain.chat import chat_ids
 from posttrain.config import Rewards
 from posttrain.config import Rollouts as RolloutSettings
-from posttrain.generate import Completion, Sampling, generate
+from posttrain.decode import Completion, Sampling
+from posttrain.generate import generate
 from posttrain.models import PolicyCopy
 from posttrain.timing import phase
 

@@ -18,7 +18,9 @@ from posttrain.adapters import adapter_sha256
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
 from posttrain.chat import chat_ids
 from posttrain.config import TrainConfig
-from posttrain.generate import Sampling, generate, release
+from posttrain.decode import Sampling
+from posttrain.decode_steps import release
+from posttrain.generate import generate
 from posttrain.models import PolicyCopy, device
 from posttrain.records import Example
 from posttrain.run import Run

@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny_training import LORA, liven
 
-from posttrain import generate as engine
+from posttrain import decode, decode_steps
 from posttrain.adapters import new_adapter
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config import Lora, Model
-from posttrain.generate import Sampling, auto_batch_size, choose, decode_batch, generate, plan_batches, prepare
+from posttrain.decode import Sampling, choose, decode_batch, prepare
+from posttrain.generate import auto_batch_size, generate, plan_batches
 from posttrain.models import PolicyCopy, load_base
 from posttrain.records import Example, read_jsonl
 
@@ -139,7 +140,7 @@ def test_a_single_prompt(model, prompts, tokenizer, expected):
 
 @pytest.mark.parametrize("num_tokens", [1, 100, 200])
 def test_prefill_in_slices_changes_nothing(model, prompts, tokenizer, expected, monkeypatch, num_tokens):
-    monkeypatch.setitem(engine.PREFILL_TOKENS, "cpu", num_tokens)
+    monkeypatch.setitem(decode.PREFILL_TOKENS, "cpu", num_tokens)
     assert ids(generate(model, prompts, Sampling(LENGTH), tokenizer, 10)) == [[tokens] for tokens in expected]
 
 
@@ -184,10 +185,10 @@ def test_the_samples_of_a_prompt_and_equal_prompts_of_two_batches_differ(model, 
 @pytest.mark.parametrize("block", [1, 3, 7])
 def test_a_draw_does_not_depend_on_which_rows_finished_before(model, prompts, tokenizer, monkeypatch, block):
     """BLOCK is how often finished rows are dropped: never within 40 tokens at 1000."""
-    monkeypatch.setattr(engine, "BLOCK", 1000)
+    monkeypatch.setattr(decode_steps, "BLOCK", 1000)
     whole = generate(model, prompts, SAMPLED, tokenizer, 10)
     assert {completion.finish for group in whole for completion in group} == {"stop", "length"}
-    monkeypatch.setattr(engine, "BLOCK", block)
+    monkeypatch.setattr(decode_steps, "BLOCK", block)
     widths = []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     dropped = generate(model, prompts, SAMPLED, tokenizer, 10)
@@ -366,7 +367,7 @@ def test_without_vllm_its_engine_says_what_to_install(model, prompts, tokenizer)
 def test_the_cuda_graph_step_equals_the_eager_step(settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling):
     model = liven(load_base(settings, "none", plain_tokenizer, to=torch.device("cuda")))
     graphed = generate(model, prompts, sampling, tokenizer, 10)
-    monkeypatch.setattr(engine, "GraphStep", engine.EagerStep)
+    monkeypatch.setattr(decode_steps, "GraphStep", decode_steps.EagerStep)
     assert ids(graphed) == ids(generate(model, prompts, sampling, tokenizer, 10))
 
 
@@ -379,19 +380,19 @@ def test_stepping_over_the_front_of_a_stage_equals_the_eager_step(
     wanted = generate(model, prompts, sampling, tokenizer, 10)
     one = generate(model, prompts[1:2], sampling, tokenizer, 1)
     steps = []
-    monkeypatch.setattr(engine, "EagerStep", engine.GraphStep)
-    monkeypatch.setattr(engine, "capture", lambda run: steps.append(run) or run)
-    monkeypatch.setattr(engine, "SPAN", 8)
+    monkeypatch.setattr(decode_steps, "EagerStep", decode_steps.GraphStep)
+    monkeypatch.setattr(decode_steps, "capture", lambda run: steps.append(run) or run)
+    monkeypatch.setattr(decode_steps, "SPAN", 8)
     assert ids(generate(model, prompts[1:2], sampling, tokenizer, 1)) == ids(one)
-    small = model._stage
+    small = model._graphs
     for _ in range(2):
         assert ids(generate(model, prompts, sampling, tokenizer, 10)) == ids(wanted)
-    assert small.num_rows < model._stage.num_rows
-    assert len(model._stage.graphs) + len(small.graphs) == len(steps), "a graph was made twice"
-    rows, spans = (set(part) for part in zip(*model._stage.graphs, strict=True))
+    assert small.num_rows < model._graphs.num_rows
+    assert len(model._graphs.captured) + len(small.captured) == len(steps), "a graph was made twice"
+    rows, spans = (set(part) for part in zip(*model._graphs.captured, strict=True))
     assert len(spans) > 3 and (len(rows) > 1 or sampling is SAMPLED)  # of ten prompts' rows half finish early, of thirty not
-    engine.release(model)
-    assert not hasattr(model, "_stage")
+    decode_steps.release(model)
+    assert not hasattr(model, "_graphs")
 
 
 # --- the copy that generates, as the engines use it -------------------------------------------------------------------

@@ -31,7 +31,9 @@ posttrain.report.__main__
 
 posttrain.chat posttrain.timing posttrain.attention posttrain.packed_linear posttrain.fused_kernels
 posttrain.models posttrain.hub
-posttrain.adapters posttrain.generate posttrain.lora_linear posttrain.callbacks posttrain.plan
+posttrain.adapters posttrain.decode_steps posttrain.lora_linear posttrain.callbacks posttrain.plan
+posttrain.decode
+posttrain.generate
 posttrain.rollouts posttrain.trainers
 posttrain.training
 

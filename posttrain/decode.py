@@ -1,0 +1,223 @@
+"""Prompts -> completions by a decode loop over the model's own forward.
+
+Against `model.generate` it computes each prompt once for all of its samples and drops finished rows; what one step saves is in
+decode_steps.py. Random numbers belong to a row and a step, so what a row samples does not depend on which rows finished before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from posttrain import decode_steps
+from posttrain.timing import phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Temperature 0 is greedy. `seed` and the batch number decide every random draw."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_samples: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """Generated token ids, the end token included when there is one, and their log-probabilities as sampled."""
+
+    ids: list[int]
+    finish: Literal["stop", "length"]
+    logprobs: list[float]
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model ready to decode: grouped attention, and a contiguous input for the output head.
+
+    A frozen head given a slice is run by ATen as a batched product with a copied weight, 5-6 times slower on CPU.
+    """
+    model.config._attn_implementation = "grouped"
+    head = model.get_output_embeddings()
+    if not getattr(head, "contiguous_input", False):
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+        head.contiguous_input = True
+    return model.eval()
+
+
+@torch.no_grad()
+def decode_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int = 0
+) -> list[list[Completion]]:
+    """Completions of a batch of prompts, `num_samples` each. `model` must have been through `prepare`.
+
+    `batch` numbers the batch: with `sampling.seed` it fixes every random draw.
+    """
+    rows = _Rows(model, prompts, sampling, stop_id, batch)
+    with phase("prefill"):
+        logits = rows.prefill()
+    with phase("decode"):
+        step = 0
+        while rows.place(logits, step):
+            step += 1
+            if step % decode_steps.BLOCK == 0:
+                rows.retire()
+            logits = rows.forward()
+        return rows.completions()
+
+
+class _Rows:
+    """The state of one batch: one row for every sample, the finished ones dropped from time to time."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int
+    ) -> None:
+        self.model, self.prompts, self.sampling, self.stop_id = model, prompts, sampling, stop_id
+        self.device = model.device
+        self.num_rows = len(prompts) * sampling.num_samples
+        self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=self.device)
+        self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each decoding row belongs to
+        self.done = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        if sampling.temperature > 0:
+            draw = torch.Generator().manual_seed((sampling.seed * 1_000_003 + batch) % 2**63)
+            self.uniform = torch.rand(self.num_rows, sampling.max_new_tokens, generator=draw).to(self.device)
+
+    def prefill(self) -> torch.Tensor:
+        """Run every prompt once, in slices of similar length; then one row for each sample. Logits (rows, vocabulary)."""
+        self.length = max(len(prompt) for prompt in self.prompts)
+        pieces = [self._prefill(slice) for slice in _slices(self.prompts, PREFILL_TOKENS[self.device.type])]
+        logits, layers, valid, positions = zip(*pieces, strict=True)
+        repeat = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.num_samples)
+        self.valid = torch.zeros(self.num_rows, self.length + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
+        self.valid[:, : self.length] = torch.cat(valid)[repeat]
+        self.positions = torch.cat(positions)[repeat]
+        make_step = decode_steps.GraphStep if self.device.type == "cuda" else decode_steps.EagerStep
+        self.step = make_step(self.model, self.valid.shape[1])
+        self.step.fill(layers, self.sampling.num_samples, self.length)
+        return torch.cat(logits)[repeat]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, decode_steps.Layers, torch.Tensor, torch.Tensor]:
+        """One slice, padded on the left: last logits, keys and values, valid padded to the batch's width, next positions."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        valid = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            valid[row, width - len(prompt) :] = True
+        ids, valid = ids.to(self.device), valid.to(self.device)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        # A padding query attends to itself, so that its softmax is not empty; nothing ever attends to it.
+        mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
+        buffers = decode_steps.Buffers(width)
+        logits = decode_steps.last_logits(self.model, ids, mask[:, None], positions, buffers)
+        return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
+
+    def place(self, logits: torch.Tensor, step: int) -> bool:
+        """Choose token number `step` of every live row; False when there is nothing left to decode."""
+        uniform = self.uniform[self.alive, step] if self.sampling.temperature > 0 else None
+        token, logprob = choose(logits, self.sampling, uniform)
+        going = ~self.done[self.alive]
+        self.tokens[self.alive, step] = torch.where(going, token, -1)
+        self.logprobs[self.alive, step] = torch.where(going, logprob, 0.0)
+        self.done[self.alive] |= token == self.stop_id
+        self.current = token
+        last = step + 1 == self.sampling.max_new_tokens
+        return not last and (step % LOOK[self.device.type] != 0 or not bool(self.done[self.alive].all()))
+
+    def retire(self) -> None:
+        """Drop finished rows, where that makes a step cheaper."""
+        keep = (~self.done[self.alive]).nonzero().squeeze(1)
+        if len(keep) and self.step.worth_dropping(len(self.alive), len(keep)):
+            self.step.keep(keep, self.length)
+            self.alive, self.valid = self.alive[keep], self.valid[keep]
+            self.positions, self.current = self.positions[keep], self.current[keep]
+
+    def forward(self) -> torch.Tensor:
+        phase.counts["slots"] += self.step.num_rows
+        self.valid[:, self.length] = True
+        logits = self.step(self.current, self.valid, self.positions, self.length)
+        self.length += 1
+        self.positions = self.positions + 1
+        return logits
+
+    def completions(self) -> list[list[Completion]]:
+        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
+        flat = [self._completion(ids, logps) for ids, logps in zip(tokens, logprobs, strict=True)]
+        k = self.sampling.num_samples
+        return [flat[start : start + k] for start in range(0, len(flat), k)]
+
+    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
+        length = ids.index(-1) if -1 in ids else len(ids)
+        finish: Literal["stop", "length"] = "stop" if ids[length - 1] == self.stop_id else "length"
+        return Completion(ids[:length], finish, logprobs[:length])
+
+
+# Prompt tokens, padding included, in one prefill slice: enough to fill the device, few enough to pad little.
+PREFILL_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+# How often to ask whether every row is done: on CUDA the answer waits for the device.
+LOOK = {"cpu": 1, "cuda": 8}
+
+
+def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
+    """Neighbours in slices of at most `num_tokens` tokens after padding (at least one prompt each)."""
+    slices, start = [], 0
+    while start < len(prompts):
+        end, width = start, 0
+        while end < len(prompts) and (end == start or max(width, len(prompts[end])) * (end + 1 - start) <= num_tokens):
+            width = max(width, len(prompts[end]))
+            end += 1
+        slices.append(prompts[start:end])
+        start = end
+    return slices
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens and their log-probabilities, (rows,) each, from logits (rows, vocabulary).
+
+    Sampling inverts the cumulative distribution at `uniform`, (rows,) in [0, 1): one draw a token instead of one for
+    every entry of the vocabulary. Log-probabilities are those of the temperature-scaled distribution, as the trainer's.
+    """
+    if uniform is None:
+        top = logits.float().argmax(-1)  # on CPU that of bf16 takes five times as long
+        return top, torch.zeros_like(top, dtype=torch.float32)
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities
+    token = _inverse(drawn_from, uniform)
+    return token, probabilities.gather(1, token[:, None]).squeeze(1).clamp(min=1e-38).log()
+
+
+def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Of each row the first entry at which the running sum of its weights passes `uniform` of their whole, (rows,).
+
+    By way of the sums of blocks: on a GPU one row's running sum over a whole vocabulary is half of what choosing takes.
+    """
+    rows, vocabulary = weights.shape
+    blocks = nn.functional.pad(weights, (0, -vocabulary % SUMMED)).view(rows, -1, SUMMED)
+    ends = blocks.sum(-1).cumsum(-1)
+    target = uniform[:, None].to(ends.dtype).clamp(max=BELOW_ONE) * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
+    inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)]
+    before = ends.gather(1, block) - inside.sum(-1, keepdim=True)
+    cumulative = inside.cumsum(-1)
+    # Sums in another order round differently: within a block stay below its own whole, or a weight of 0 could be drawn.
+    target = (target - before).clamp(min=0).minimum(cumulative[:, -1:] * BELOW_ONE)
+    return (block * SUMMED + torch.searchsorted(cumulative, target, right=True)).squeeze(1).clamp(max=vocabulary - 1)
+
+
+SUMMED = 256
+BELOW_ONE = 1 - 2**-23  # times any fp32 number, it is the next lower one or the one after
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero everything outside the smallest set of tokens whose probability reaches `top_p` (arXiv:1904.09751)."""
+    ordered, index = probabilities.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    return probabilities.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
