@@ -5,8 +5,9 @@ PYTHONS := python3 python3.13 python3.12 python3.11
 PYTHON  := $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 CORES   := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
              c=$$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^\#' | sort -u | wc -l); echo $$((c > 0 && c < n ? c : n)))
+comma   := ,
 # On a machine with an NVIDIA GPU, the kernels for it.
-EXTRAS  := demo,dev,trackers$(if $(shell command -v nvidia-smi),$(strip ,)liger)
+EXTRAS  := demo,dev,trackers$(if $(shell command -v nvidia-smi),$(comma)liger)
 READY   := .venv/ready
 BENCH_DATA := data/demo
 

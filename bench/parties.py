@@ -24,15 +24,17 @@ BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
 # What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
 SFT_LEVERS = {
     "plain": "quantization=nf4 model.attn_implementation=sdpa model.kernels=torch fast_loss=false fast_adapter=false "
-    "trainer.gradient_checkpointing=true trainer.optim=adamw_torch_fused "
+    "trainer.gradient_checkpointing=true trainer.optim=paged_adamw_32bit "  # a CPU pages nothing
     "trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4",
+    "fused-optimizer": "trainer.optim=adamw_torch_fused",
     "label-head": "fast_loss=true",
     "fused-adapter": "fast_adapter=true",
     "no-checkpointing": "trainer.gradient_checkpointing=false",
     "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
     "by-length": "trainer.train_sampling_strategy=group_by_length",
     "unpacked": "quantization=nf4_unpacked",
-    "matmul": "model.attn_implementation=matmul",
+    "own-attention": "model.attn_implementation=auto",
+    "fused-kernels": "model.kernels=auto",  # none on a CPU
 }
 GRPO_LEVERS = {
     "plain": "quantization=nf4 model.attn_implementation=sdpa model.kernels=torch rollouts.engine=trl fast_adapter=false "
@@ -43,7 +45,8 @@ GRPO_LEVERS = {
     "no-checkpointing": "trainer.gradient_checkpointing=false",  # and with it shared prompts
     "one-micro-batch": "trainer.per_device_train_batch_size=16 trainer.gradient_accumulation_steps=1",
     "unpacked": "quantization=nf4_unpacked",
-    "matmul": "model.attn_implementation=matmul",
+    "own-attention": "model.attn_implementation=auto",
+    "fused-kernels": "model.kernels=auto",  # none on a CPU
     "no-reference": "trainer.beta=0",
     "signal-only": "rollouts.skip_zero_signal=true",
 }

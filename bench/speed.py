@@ -245,7 +245,7 @@ def bound(args: argparse.Namespace) -> dict[str, Any]:
 def share_of_bound(name: str, row: dict[str, Any], bounds: dict[str, Any]) -> float | None:
     """Of SFT's tokens a second, and of the sampler's in GRPO."""
     rates = {"sft": row.get("tokens_per_second"), "grpo": row.get("last", {}).get("rollout/tokens_per_second")}
-    stage = name.split("-")[1 + ("ladder" in name)].replace("compiled", "sft").replace("large", "sft")
+    stage = next((stage for stage in rates if stage in name.split("-")), "")
     return rates[stage] / bounds[stage] if rates.get(stage) else None
 
 
