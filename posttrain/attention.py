@@ -146,8 +146,8 @@ def tails_mask(
     **kwargs: Any,
 ) -> Tails | torch.Tensor | None:
     """For transformers: None where no row begins with padding, Tails where one does, SDPA's mask for everything else."""
-    whole = (attention_mask is None or attention_mask.shape[1] == kv_length) and q_offset + q_length == kv_length
-    if whole and attention_mask is not None and mask_function is causal_mask_function:
+    plain = mask_function is causal_mask_function and kv_length == q_offset + q_length
+    if plain and attention_mask is not None and attention_mask.shape[1] == kv_length:
         token = attention_mask.bool()
         begins = token & ~nn.functional.pad(token, (1, 0))[:, :-1]
         first = token.int().argmax(1)

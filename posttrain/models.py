@@ -81,9 +81,9 @@ def fastest_attention(to: torch.device) -> str:
 
 
 def identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
-    """What a manifest says of a loaded base, its kernels as they turned out."""
-    loaded = {"quantization": quantization, "fingerprint": fingerprint(base), "kernels": base.kernels}
-    return settings.model_dump() | loaded
+    """What a manifest says of a loaded base, with what `auto` turned out to be."""
+    chosen = {"attn_implementation": base.config._attn_implementation, "kernels": base.kernels}
+    return settings.model_dump() | chosen | {"quantization": quantization, "fingerprint": fingerprint(base)}
 
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -167,6 +167,8 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
     lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
     layers = 1 if checkpointing else shape["layers"]
+    # Of a token and layer, in widths of the model and of its MLP: by the tensors that the backward pass reads, and within a
+    # tenth of what a step of GRPO took on an H100 (EXPERIMENTS.md, 2026-11-26).
     hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
     kept = layers * (hidden * shape["hidden"] + inner * shape["intermediate"]) + shape["layers"] * shape["hidden"]
     activations = rows * length * width * kept

@@ -10,7 +10,8 @@
 4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all; ours go by
    length, and each is cut to its own longest.
 5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt once for all completions of an
-   optimizer step, or of a micro-batch where a step has more prompts than a micro-batch has rows.
+   optimizer step, or of a micro-batch where a step has more prompts than a micro-batch has rows. Without a gradient several
+   micro-batches are scored at once on a GPU.
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
 7. Adapted layers. posttrain/lora_linear.py computes what PEFT's layers do in a third of the operations.
@@ -38,9 +39,9 @@ from posttrain.timing import phase
 MASTER_DTYPE = torch.float32
 # Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
 ROUNDING = 1e-6
-# Of so many micro-batches the reference is computed at once on a GPU: it keeps nothing for a backward pass, and a GPU waits
-# for the launches of small batches.
-ROWS_WITHOUT_GRADIENT = 4
+# So many micro-batches are scored at once where no gradient is wanted, as of the reference: it keeps nothing for a backward
+# pass, and a GPU waits for the launches of small batches.
+SCORED_AT_ONCE = {"cpu": 1, "cuda": 4}
 # Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each, and a
 # `top_entropy_quantile` is taken of each.
 ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
@@ -238,8 +239,8 @@ class GRPO(MasterWeights, GRPOTrainer):
             result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         else:
             size = batch_size or len(input_ids)
-            if input_ids.is_cuda and not torch.is_grad_enabled():
-                size *= ROWS_WITHOUT_GRADIENT
+            if not torch.is_grad_enabled():
+                size *= SCORED_AT_ONCE[input_ids.device.type]
             shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
             with self.accelerator.autocast():  # which TRL begins within `score`
                 shared.run(size)

@@ -13,6 +13,7 @@ from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from posttrain import decode_steps
 from posttrain.adapters import new_adapter
 from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
 from posttrain.chat import chat_ids, load_tokenizer
@@ -352,6 +353,17 @@ def test_dev_accuracy_is_what_grading_one_by_one_gives(tiny, tiny_model_dir, tin
 
 def as_dict(example):
     return {name: getattr(example, name) for name in example.__dataclass_fields__}
+
+
+def test_dev_accuracy_gives_back_what_graphs_step_over(tiny, sft, monkeypatch):
+    monkeypatch.setattr(decode_steps, "EagerStep", decode_steps.GraphStep)
+    monkeypatch.setattr(decode_steps, "capture", lambda run: run)
+    kept = []
+    monkeypatch.setattr("posttrain.training.release", lambda model: kept.append(model._graphs) or decode_steps.release(model))
+    with tiny.grpo(sft, **with_dev(tiny)) as trainer:
+        next(c for c in trainer.callback_handler.callbacks if isinstance(c, DevAccuracy)).measure()
+        copied = trainer.rollout_func.copy.model
+    assert len(kept) == 1 and kept[0].captured and not hasattr(copied, "_graphs")
 
 
 def test_dev_accuracy_follows_the_policy_and_leaves_it_in_training(tiny, sft):

@@ -377,6 +377,7 @@ NOT_WHOLE_GROUPS = (
     "cls, changes, expected",
     [
         (SftConfig, {"lora": None}, "lora: missing"),
+        (SftConfig, {"compile": True, "model": {"name_or_path": "m", "kernels": "liger"}}, "model.kernels: compile fuses"),
         (SftConfig, {"adapter": "runs/x"}, "lora: an adapter that is continued keeps its shape"),
         (GrpoConfig, {"lora": LORA}, "lora: adapter_mode continue keeps the adapter's shape"),
         (GrpoConfig, {"adapter_mode": "merge_and_new"}, "lora: missing: adapter_mode merge_and_new"),

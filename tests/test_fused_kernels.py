@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
+from scripts import CONFIGS, run, workplace
 from tiny_training import liven
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain import fused_kernels
+from posttrain import fused_kernels, models
 from posttrain.chat import load_tokenizer
 from posttrain.config import Lora, Model
 from posttrain.models import PolicyCopy, identity, load_base
@@ -42,6 +43,22 @@ def test_on_a_cpu_a_model_stays_as_it_is_and_the_manifest_says_so(tiny_model_dir
 def test_what_is_asked_for_and_cannot_be_is_refused(tiny_model_dir):
     with pytest.raises(ValueError, match="model.kernels liger: they need CUDA; use model.kernels=torch"):
         load(tiny_model_dir, kernels="liger")
+
+
+@pytest.mark.parametrize(("compiled", "kernels"), [("true", "torch"), ("false", "auto")])
+def test_what_is_compiled_is_loaded_without_them(monkeypatch, tmp_path, tiny_model_dir, tiny_data_dir, compiled, kernels):
+    """The compiler fuses on its own."""
+    asked = []
+
+    def load_base(settings, *_):
+        asked.append(settings.kernels)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(models, "load_base", load_base)
+    folder = workplace(tmp_path, tiny_model_dir, data=tiny_data_dir)
+    with pytest.raises(RuntimeError, match="far enough"):
+        run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", f"compile={compiled}", cwd=folder)
+    assert asked == [kernels]
 
 
 @pytest.mark.parametrize(

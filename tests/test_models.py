@@ -80,6 +80,14 @@ def training_precision(model):
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_is_loaded_past_cudnns_attention(tiny_model_dir):
+    """It plans for every new shape of a batch: a second each."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    settings = Model(name_or_path=str(tiny_model_dir))
+    load_base(settings, "none", load_tokenizer(settings))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_importing_what_trains_and_generates_says_nothing():
     """bitsandbytes has a warning on some CPUs: it is about a kernel that is not used here."""
     done = subprocess.run(

@@ -331,6 +331,26 @@ def test_of_several_gpus_one_is_used_unless_a_launcher_deals_them_out(monkeypatc
     assert ("one of 2 GPUs is used" in capsys.readouterr().out) == (left != visible)
 
 
+@pytest.mark.parametrize(("files", "left"), [(["nvidia3", "nvidia7"], "0"), (["nvidia3"], None), ([], None)])
+def test_where_nothing_says_which_gpus_are_visible_they_are_counted(monkeypatch, files, left):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is put back afterwards
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("posttrain.run.Path.glob", lambda folder, pattern: iter(files))
+    use_one_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "eval"])
+def test_every_script_that_loads_a_model_uses_one_gpu(monkeypatch, tmp_path, tiny_model_dir, tiny_data_dir, stage):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    script = {"sft": "sft_train", "grpo": "grpo_train", "eval": "evaluate"}[stage]
+    adapter = ["adapter=nowhere", "lora=null"] if stage == "sft" else ["adapter=nowhere"]
+    folder = workplace(tmp_path, tiny_model_dir, data=tiny_data_dir)
+    done = run(script, "--config", CONFIGS / f"{stage}_tiny.yaml", *adapter, cwd=folder)
+    assert done.code == 2 and "nowhere" in done.err and "one of 2 GPUs is used" in done.out
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
 def test_a_paged_optimizer_is_replaced_and_noted(pipeline):
     (note,) = read_manifest(pipeline / "sft_tiny")["notes"]
     assert "paged_adamw_32bit" in note and "adamw_torch" in note

@@ -942,8 +942,9 @@ def test_prompts_are_shared_across_a_step_of_as_many_rows_and_the_step_is_the_sa
         assert seen == [2 * [2, *[rows] * (8 // rows)], 2 * [rows] * (8 // rows)]
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, None])
-def test_the_reference_is_scored_in_parts_by_length_and_put_back_in_order(tiny, sft, fp32, size):
+@pytest.mark.parametrize(("size", "at_once"), [(1, 1), (3, 1), (8, 1), (None, 1), (1, 4), (3, 4)])
+def test_the_reference_is_scored_in_parts_by_length_and_put_back_in_order(tiny, sft, fp32, monkeypatch, size, at_once):
+    monkeypatch.setitem(trainers.SCORED_AT_ONCE, "cpu", at_once)
     with pay_tiny(tiny, sft, {"beta": 0.1, "gradient_checkpointing": False}, **fp32) as trainer:
         stir(trainer.model)
         inputs = ragged(scored(trainer), LENGTHS)
@@ -962,9 +963,10 @@ def test_the_reference_is_scored_in_parts_by_length_and_put_back_in_order(tiny, 
     kept = inputs["completion_mask"].bool()
     assert nothing is None and logps.shape == entropies.shape == kept.shape
     assert (logps - theirs[0])[kept].abs().max() < 1e-5 and (entropies - theirs[1])[kept].abs().max() < 1e-4
-    prompts = 2 if size == 1 else 1  # passes over the prompts, of `size` at once
+    together = min(8, (size or 8) * at_once)
+    prompts = 2 if together == 1 else 1  # passes over the two prompts
     parts = seen[prompts:-1]
-    assert sum(rows for rows, _ in parts) == 8 and max(rows for rows, _ in parts) == (size or 8)
+    assert sum(rows for rows, _ in parts) == 8 and max(rows for rows, _ in parts) == together
     if size:
         assert [tokens for _, tokens in parts] == sorted((tokens for _, tokens in parts), reverse=True)
 

@@ -1,0 +1,38 @@
+"""--dry-run's memory: what a step keeps, by the settings that decide it. Measured beside it: EXPERIMENTS.md, 2026-11-26."""
+
+import re
+
+import pytest
+from scripts import CONFIGS, run, workplace
+
+from posttrain import plan
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model_dir, tiny_data_dir):
+    return workplace(tmp_path_factory.mktemp("plan"), tiny_model_dir, data=tiny_data_dir)
+
+
+def planned(place, script, *overrides):
+    """Rows, tokens of each, and the GiB of their activations, rounded to a hundredth; large enough to tell them apart."""
+    stage = script.removesuffix("_train")
+    done = run(script, "--config", CONFIGS / f"{stage}_tiny.yaml", *overrides, "--dry-run", cwd=place)
+    assert done.code == 0, done.err
+    rows, tokens, size = re.search(r"activations of (\d+) x (\d+) tokens ([\d.]+) GiB", done.out).groups()
+    return int(rows), int(tokens), float(size)
+
+
+@pytest.mark.parametrize(("checkpointing", "prompt"), [("false", 256 // 4), ("true", 256)])
+def test_a_group_shares_its_prompt_unless_layers_are_checkpointed(place, checkpointing, prompt):
+    found = planned(place, "grpo_train", "trainer.num_generations=4", f"trainer.gradient_checkpointing={checkpointing}")
+    assert found[:2] == (16, 24 + prompt)
+
+
+def test_fused_kernels_keep_less(place, monkeypatch):
+    sizes = {}
+    for fused in (False, True):
+        monkeypatch.setattr(plan, "is_fused", lambda model, fused=fused: fused)
+        sizes[fused] = planned(place, "sft_train", "trainer.per_device_train_batch_size=4096", "model.attn_implementation=sdpa")[
+            2
+        ]
+    assert 0.7 < sizes[True] / sizes[False] < 0.95
