@@ -363,6 +363,13 @@ def use_one_gpu() -> None:
         print(f"one of {len(visible)} GPUs is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml ...")
 
 
+def _leave_group() -> None:
+    """Processes that trained together part before they end: NCCL warns of each that does not."""
+    distributed = sys.modules.get("torch.distributed")  # a script that failed early has not imported it
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's main: what the user can mend is one line and exit code 2, everything else a traceback.
 
@@ -370,6 +377,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        _leave_group()
     except AlreadyDone as done:
         print(done)
     except ValueError as error:

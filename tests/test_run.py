@@ -9,6 +9,7 @@ import time
 
 import pytest
 from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
+from torch import distributed
 
 from posttrain import training
 from posttrain.config import EvalConfig, SftConfig, load
@@ -410,6 +411,14 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys, monkeypatch,
 def test_a_fault_of_the_program_is_a_traceback(fault):
     with pytest.raises((ValueError, KeyError)):
         exit_on_user_error(fault)
+
+
+def test_processes_that_trained_together_part_at_the_end():
+    def trained_with_others():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+    exit_on_user_error(trained_with_others)
+    assert not distributed.is_initialized()
 
 
 def test_nothing_to_do_is_no_error(finished, capsys):
