@@ -15,7 +15,8 @@
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
 7. Adapted layers. posttrain/lora_linear.py computes what PEFT's layers do in a third of the operations.
-8. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
+8. FSDP2. Weights are sent as they are stored: what packs NF4 into bf16 loses bits otherwise.
+9. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
 tests/test_trainers.py fails when upstream changes any of them; of the last, tests/test_callbacks.py.
 """
 
@@ -29,11 +30,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import DynamicCache
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from posttrain import lora_linear
+from posttrain.models import packed_linears
 from posttrain.timing import phase
 
 MASTER_DTYPE = torch.float32
@@ -50,7 +53,8 @@ ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
 class MasterWeights:
     """Mixin: the trainer starts from exactly the weights it was given, in fp32."""
 
-    state: Any  # both are the trainer's
+    state: Any  # these are the trainer's
+    accelerator: Any
     processing_class: Any
     model: Any
     _metrics: Any
@@ -62,6 +66,7 @@ class MasterWeights:
         if not masters:
             raise ValueError("the model has no trainable parameter: load the adapter with trainable=True (trl#6700)")
         super().__init__(*args, model=model, **kwargs)  # type: ignore[call-arg]  # a mixin: this is TRL's trainer
+        shard_as_stored(self.accelerator.state, model)
         for name, parameter in model.named_parameters():
             if name in masters:
                 parameter.data = masters[name].to(parameter.device)
@@ -101,13 +106,33 @@ class MasterWeights:
             )
 
 
+def shard_as_stored(state: Any, model: PeftModel) -> None:
+    """FSDP2 sends weights as they are stored and adds gradients up in fp32; autocast rounds, as on one GPU.
+
+    accelerate has FSDP2 round instead (utils/dataclasses.py, `set_mixed_precision`). A layer is then sent as bf16, and what CUDA
+    copies so (`torch._foreach_copy_`) comes out with all NaNs alike. One in 1,200 of the words of packed NF4 is a NaN, read as
+    bf16: https://github.com/pytorch/pytorch/issues/159333, https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945.
+    Beside an adapter in fp32 a layer is sent as bytes. Log-probabilities and gradients, too, were rounded to 8 bits.
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    for number, layer in enumerate(model.get_base_model().base_model.layers):
+        if packed_linears(layer) and not any(p.requires_grad for p in layer.parameters()):
+            raise ValueError(
+                f"layer {number} has no adapter, and under FSDP2 NF4 weights beside none lose bits on the way: "
+                "name modules of every layer in lora.target_modules, or use quantization=nf4_unpacked"
+            )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
 class SFT(MasterWeights, SFTTrainer):
     """SFTTrainer with fp32 master weights; entropy is logged only where it is computed."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        with phase("forward"):
+        with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else asks for it
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
         if "attention_mask" in inputs:  # packed rows have none, and no padding

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from scripts import CONFIGS, EVALUATIONS, ROOT, run, tiny_pipeline, tree
 
 from posttrain.records import read_rows
@@ -138,16 +140,25 @@ def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, s
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+def launched(place, *command):
+    """A script in processes of its own, from a user's folder, to its end; what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_accelerate_launch_runs_every_stage_with_two_processes(place):
     def launch(script, *arguments):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / script), *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+        two = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+        return launched(place, *two, "--dynamo_backend", "no", ROOT / script, *arguments)
 
     half = ("data.num_dev=0", "trainer.save_strategy=no")
     launch(
@@ -170,3 +181,18 @@ def test_accelerate_launch_runs_every_stage_with_two_processes(place):
     assert said.count(" of 8 on tiny") == 1
     two, alone = (place / "runs" / name / "predictions.jsonl" for name in ("eval2", "eval_tiny_sft_tiny"))
     assert Path(two).read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.slow
+def test_fsdp_trains_what_data_parallel_does(place):
+    """To the last bits of a sum: on NF4 weights whose bits must survive the way between processes."""
+    rows = ("data.num_dev=0", "trainer.save_strategy=no", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
+    sft = ("--config", CONFIGS / "sft_tiny.yaml", *rows, "trainer.max_steps=6", "quantization=nf4")
+    two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launched(place, *two, ROOT / "sft_train.py", *sft, "run_dir=runs/ddp")
+    launched(place, *two, ROOT / "tests" / "fsdp_on_cpu.py", "sft_train.py", *sft, "run_dir=runs/fsdp")
+    ddp, fsdp = (metrics(place / "runs" / name, "loss") for name in ("ddp", "fsdp"))
+    assert len(fsdp) == 6 and fsdp == pytest.approx(ddp, rel=1e-5)
+    ddp, fsdp = (load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys()
+    assert all(torch.allclose(fsdp[name], ddp[name], atol=1e-4) for name in ddp)

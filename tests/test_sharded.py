@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_lora_linear import distance, make, run
 from torch import distributed, nn
@@ -16,8 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from posttrain import lora_linear
 from posttrain.callbacks import MovedShare, StopOnNonFinite
-from posttrain.config import GrpoConfig, SftConfig, load
+from posttrain.chat import load_tokenizer
+from posttrain.config import GrpoConfig, Model, SftConfig, load
+from posttrain.models import load_base
 from posttrain.run import check_machine
+from posttrain.trainers import LabelHead, shard_as_stored
 from posttrain.training import gathered
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -52,6 +58,45 @@ def test_outputs_and_gradients_are_those_of_the_whole_model(mesh, dtype, packed,
     expected = run(alone, dtype, autocast=packed)
     for got, value in zip(run(sharded(mesh, dtype, packed, **storage), dtype, autocast=packed), expected, strict=True):
         assert distance(whole(got), value) < rtol
+
+
+def test_nothing_is_rounded_that_one_process_does_not_round(mesh, tiny_model_dir, monkeypatch):
+    """Under accelerate's own policy much is. That NF4's bits arrive takes two processes: tests/test_pipeline.py."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    sharding = SimpleNamespace(fsdp_plugin=plugin)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+
+    settings = Model(name_or_path=str(tiny_model_dir))
+    tokenizer = load_tokenizer(settings)
+    ids = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name in ("whole", "theirs", "ours"):
+        base = load_base(settings, "nf4", tokenizer)
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+        LabelHead(base, 1.0, ())
+        if name == "ours":
+            shard_as_stored(sharding, model)
+        for layer in (*base.model.layers, model) if name != "whole" else ():
+            fully_shard(layer, mesh=mesh, mp_policy=plugin.mixed_precision_policy)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            log_probs = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        (-log_probs.sum() / 37).backward()  # a divisor that bf16 does not hold
+        found[name] = (log_probs, *(whole(p.grad) for p in model.parameters() if p.requires_grad))
+    assert all(one.dtype == torch.float32 for one in found["ours"])
+    assert all(map(torch.equal, found["ours"], found["whole"]))
+    assert max(map(distance, found["theirs"], found["whole"])) > 2e-3
+
+
+def test_nf4_beside_no_adapter_is_refused(tiny_model_dir):
+    settings = Model(name_or_path=str(tiny_model_dir))
+    for quantization, refused in (("nf4", True), ("nf4_unpacked", False)):
+        base = load_base(settings, quantization, load_tokenizer(settings))
+        model = get_peft_model(base, LoraConfig(target_modules=["layers.1.mlp.up_proj"]))
+        shard_as_stored(SimpleNamespace(), model)  # of one process, or under DDP
+        with pytest.raises(ValueError, match="layer 0 has no adapter") if refused else nullcontext():
+            shard_as_stored(SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), model)
 
 
 def test_the_moved_share_and_the_check_for_non_numbers_read_them(mesh):
