@@ -64,7 +64,7 @@ def main() -> None:
                 sys.exit(f"{out} holds an earlier measurement: choose another --work")
             print(f"[{repeat + 1}/{args.repeats}] {name} ...", flush=True)
             row = measure(name, command(out), out, args)
-            if repeat == 0 and name.startswith("ours") and "eval" not in name:
+            if repeat == 0 and ("ours" in name or "ladder" in name) and "eval" not in name:
                 row["predicted_gib"] = predicted_gib(command(out))
             if gpu := next((gpu for gpu in PEAK_FLOPS if gpu in str(facts["hardware"]["gpu"])), None):
                 row |= mfu(row, args.model, PEAK_FLOPS[gpu]) if "-sft" in name else {}
