@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -135,6 +136,30 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def gathered(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Every trained tensor whole, of a model that FSDP has sharded: all its processes must call this. None of another model."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(isinstance(p, DTensor) for p in trained.values()):
+        return None
+    return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
+
+
+def scatter(model: PeftModel, folder: Path) -> bool:
+    """Give each process its part of a saved adapter, if FSDP has sharded the model; say whether it has."""
+    from safetensors.torch import load_file
+
+    trained = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.requires_grad}
+    if not trained:
+        return False
+    parameters = peft.get_peft_model_state_dict(model, state_dict=trained)  # by the names they are saved under
+    saved = load_file(folder / ADAPTER_FILE)
+    assert saved.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(distribute_tensor(saved[name].to(p.device), p.device_mesh, p.placements))
+    return True
 
 
 def count_trainable(model: nn.Module) -> int:

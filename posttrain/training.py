@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.adapters import adapter_sha256
+from posttrain.adapters import adapter_sha256, gathered
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
 from posttrain.chat import chat_ids
 from posttrain.config import TrainConfig
@@ -145,14 +144,6 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
             f"training left every adapter weight as it was: check trainer.learning_rate and the rewards in {run.folder}"
         )
     print(f"adapter: {folder}  sha256 {end[:12]}")
-
-
-def gathered(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """Every trained tensor whole, of a model that FSDP has sharded: all its processes must call this. None of another model."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not any(isinstance(p, DTensor) for p in trained.values()):
-        return None
-    return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
 
 
 def push_if_asked(config: TrainConfig, run: Run) -> None:

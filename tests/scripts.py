@@ -67,6 +67,21 @@ def _run_and_exit(script, arguments, cwd, environment):
     sys.exit(run(script, *arguments, cwd=cwd).code)
 
 
+def launched(*command, cwd="."):
+    """A module that starts processes of its own, to its end; what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def run_fresh(*commands, cwd=".", **environment):
     """Several commands one after the other in one new process, which reads its environment as it starts."""
     done = subprocess.run(

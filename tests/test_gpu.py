@@ -1,7 +1,8 @@
 """The scripts on a GPU, as they run there by default, against what transformers and PEFT compose: `make gpu-tests`."""
 
 import pytest
-from scripts import CONFIGS, run_fresh, workplace
+import torch
+from scripts import CONFIGS, ROOT, launched, run_fresh, workplace
 
 from posttrain.records import read_rows
 from posttrain.run import read_manifest
@@ -46,3 +47,19 @@ def test_the_sampler_and_the_trainer_of_grpo_agree(runs):
     assert all(0 < difference < 0.05 for difference in logged(folder, "rollout/logp_difference"))
     assert abs(logged(folder, "kl")[0]) < 1e-6  # the reference is the policy, by the same kernels
     assert len(list(read_rows(runs / "eval_tiny_grpo_tiny" / "predictions.jsonl"))) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_unpacked"])
+def test_fsdp_trains_what_data_parallel_does(tmp_path, tiny_model_dir, tiny_data_dir, quantization):
+    """As tests/test_pipeline.py has it on a CPU, with CUDA's own copies."""
+    workplace(tmp_path, tiny_model_dir)
+    sft = ("--config", CONFIGS / "sft_tiny.yaml", f"data.path={tiny_data_dir}", "data.num_dev=0", f"quantization={quantization}")
+    each = ("trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.max_steps=6", "trainer.save_strategy=no")
+    for way in ("ddp", "fsdp2"):
+        launcher = ("accelerate.commands.launch", "--config_file", CONFIGS / "accelerate" / f"{way}.yaml")
+        launched(*launcher, ROOT / "sft_train.py", *sft, *each, f"run_dir=runs/{way}", cwd=tmp_path)
+    ddp, fsdp = (logged(tmp_path / "runs" / way, "loss") for way in ("ddp", "fsdp2"))
+    assert len(fsdp) == 6 and fsdp[0] == pytest.approx(ddp[0], rel=1e-5)
+    assert fsdp == pytest.approx(ddp, rel=1e-3)  # sums on a GPU come in any order

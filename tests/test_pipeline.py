@@ -1,16 +1,13 @@
 """data -> SFT -> GRPO -> evaluation -> report -> card, by the scripts themselves, on a model of two layers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import CONFIGS, EVALUATIONS, ROOT, run, tiny_pipeline, tree
+from scripts import CONFIGS, EVALUATIONS, ROOT, launched, run, tiny_pipeline, tree
 
 from posttrain.records import read_rows
 from posttrain.run import read_manifest
@@ -108,12 +105,8 @@ def test_all_of_it_again_is_nothing_to_do(place):
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "script", "step", "more"),
-    [("sft_tiny", "sft_train", 15, ["trainer.optim=paged_adamw_32bit"]), ("grpo_tiny", "grpo_train", 1, [])],
-)
-def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, step, more):
-    folder, config = place / "runs" / name, CONFIGS / f"{name.removesuffix('_tiny')}_tiny.yaml"
+def interrupt(folder, step):
+    """Make of a finished run what would be there had it been killed past this step; its manifest as it was."""
     whole = read_manifest(folder)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         if checkpoint.name != f"checkpoint-{step}":
@@ -123,7 +116,16 @@ def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, s
     (folder / "manifest.json").write_text(json.dumps(whole | {"exit": "running", "adapter_sha256": None}))
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # and while this was
+    return whole
 
+
+@pytest.mark.parametrize(
+    ("name", "script", "step", "more"),
+    [("sft_tiny", "sft_train", 15, ["trainer.optim=paged_adamw_32bit"]), ("grpo_tiny", "grpo_train", 1, [])],
+)
+def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, step, more):
+    folder, config = place / "runs" / name, CONFIGS / f"{name.removesuffix('_tiny')}_tiny.yaml"
+    whole = interrupt(folder, step)
     before = tree(folder)
     done = run(script, "--config", config, *more, cwd=place)
     assert done.code == 2 and "unfinished run of these settings: add --resume" in done.err and tree(folder) == before
@@ -140,25 +142,11 @@ def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, s
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def launched(place, *command):
-    """A script in processes of its own, from a user's folder, to its end; what it said."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_accelerate_launch_runs_every_stage_with_two_processes(place):
     def launch(script, *arguments):
         two = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-        return launched(place, *two, "--dynamo_backend", "no", ROOT / script, *arguments)
+        return launched(*two, "--dynamo_backend", "no", ROOT / script, *arguments, cwd=place)
 
     half = ("data.num_dev=0", "trainer.save_strategy=no")
     launch(
@@ -184,15 +172,20 @@ def test_accelerate_launch_runs_every_stage_with_two_processes(place):
 
 
 @pytest.mark.slow
-def test_fsdp_trains_what_data_parallel_does(place):
+def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     """To the last bits of a sum: on NF4 weights whose bits must survive the way between processes."""
-    rows = ("data.num_dev=0", "trainer.save_strategy=no", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
+    rows = ("data.num_dev=0", "trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
     sft = ("--config", CONFIGS / "sft_tiny.yaml", *rows, "trainer.max_steps=6", "quantization=nf4")
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launched(place, *two, ROOT / "sft_train.py", *sft, "run_dir=runs/ddp")
-    launched(place, *two, ROOT / "tests" / "fsdp_on_cpu.py", "sft_train.py", *sft, "run_dir=runs/fsdp")
+    sharded = (*two, ROOT / "tests" / "fsdp_on_cpu.py", "sft_train.py", *sft, "run_dir=runs/fsdp")
+    launched(*two, ROOT / "sft_train.py", *sft, "run_dir=runs/ddp", cwd=place)
+    launched(*sharded, cwd=place)
     ddp, fsdp = (metrics(place / "runs" / name, "loss") for name in ("ddp", "fsdp"))
     assert len(fsdp) == 6 and fsdp == pytest.approx(ddp, rel=1e-5)
     ddp, fsdp = (load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys()
     assert all(torch.allclose(fsdp[name], ddp[name], atol=1e-4) for name in ddp)
+
+    whole = interrupt(place / "runs" / "fsdp", 3)
+    assert "resuming from runs/fsdp/checkpoints/checkpoint-3\n" in launched(*sharded, "--resume", cwd=place)
+    assert read_manifest(place / "runs" / "fsdp")["adapter_sha256"] == whole["adapter_sha256"]

@@ -18,13 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from posttrain import lora_linear
+from posttrain.adapters import gathered
 from posttrain.callbacks import MovedShare, StopOnNonFinite
 from posttrain.chat import load_tokenizer
 from posttrain.config import GrpoConfig, Model, SftConfig, load
 from posttrain.models import load_base
 from posttrain.run import check_machine
 from posttrain.trainers import LabelHead, shard_as_stored
-from posttrain.training import gathered
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -87,6 +87,14 @@ def test_nothing_is_rounded_that_one_process_does_not_round(mesh, tiny_model_dir
     assert all(one.dtype == torch.float32 for one in found["ours"])
     assert all(map(torch.equal, found["ours"], found["whole"]))
     assert max(map(distance, found["theirs"], found["whole"])) > 2e-3
+
+
+def test_trained_rows_of_an_embedding_are_refused(tiny_model_dir):
+    settings = Model(name_or_path=str(tiny_model_dir))
+    base = load_base(settings, "none", load_tokenizer(settings))
+    model = get_peft_model(base, LoraConfig(target_modules=["up_proj"], trainable_token_indices=[1]))
+    with pytest.raises(ValueError, match="launch with configs/accelerate/ddp.yaml, or set lora.train_special_tokens=never"):
+        shard_as_stored(SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), model)
 
 
 def test_nf4_beside_no_adapter_is_refused(tiny_model_dir):
