@@ -2,8 +2,9 @@
 
     python bench/cpu_kernels.py
 
-SmolLM2-135M's shapes in bf16. Attention: one layer of 16 rows of 280 tokens, forward and back. Linear layers: all of the decoder
-for that many rows, forward, each with a weight of its own, so that no cache holds them. The least of many, in milliseconds.
+SmolLM2-135M's shapes in bf16. Attention: one layer of 16 rows of 280 tokens, forward and back, under autocast as in training and
+without it as in generation, and how far its output is from that in fp64. Linear layers: all of the decoder for that many rows,
+forward, each with a weight of its own, so that no cache holds them. The least of many, in milliseconds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ MODULE = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True,
 
 def main() -> None:
     for name, function in (("sdpa", sdpa_attention_forward), ("eager", eager_attention_forward), ("matmul", matmul_attention)):
-        print(f"attention, {name}: {attention(function):.1f} ms")
+        for where, enabled in (("autocast", True), ("no autocast", False)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                milliseconds, error = attention(function)
+            print(f"attention, {name}, {where}: {milliseconds:.1f} ms, off by {error:.2%}")
     model = nn.ModuleList(nn.Linear(i, o, bias=False) for _ in range(LAYERS) for o, i in SHAPES).bfloat16()
     for rows in (16, 128):
         plain = linear(model, rows)
@@ -38,7 +42,7 @@ def main() -> None:
             print(f"linear layers, {rows} rows: plain {plain:.1f} ms, packed {linear(model, rows):.1f} ms")
 
 
-def attention(function: Callable[..., tuple[torch.Tensor, None]]) -> float:
+def attention(function: Callable[..., tuple[torch.Tensor, None]]) -> tuple[float, float]:
     q, k, v = (
         torch.randn(ROWS, TOKENS, heads, DIM, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         for heads in (HEADS, KV_HEADS, KV_HEADS)
@@ -46,7 +50,10 @@ def attention(function: Callable[..., tuple[torch.Tensor, None]]) -> float:
     mask = torch.full((ROWS, 1, TOKENS, TOKENS), torch.finfo(torch.bfloat16).min).triu(1).bfloat16()
     given = None if function is sdpa_attention_forward else mask  # unpadded rows need none there
     grad = torch.randn(ROWS, TOKENS, HEADS, DIM, dtype=torch.bfloat16)
-    return least(lambda: function(MODULE, q, k, v, given, scaling=DIM**-0.5)[0].backward(grad))
+    exact = sdpa_attention_forward(MODULE, q.double(), k.double(), v.double(), None, scaling=DIM**-0.5)[0]
+    found = function(MODULE, q, k, v, given, scaling=DIM**-0.5)[0]
+    error = ((found.double() - exact).norm() / exact.norm()).item()
+    return least(lambda: function(MODULE, q, k, v, given, scaling=DIM**-0.5)[0].backward(grad)), error
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 "matmul", nearly three times as fast as SDPA on a CPU (bench/cpu_kernels.py): torch's flash attention for CPU
 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp) reaches a sixth of the rate of a plain matrix product. Here a block of
 queries is scored against all keys up to its end by one product each for the whole batch, the heads of a group together.
-Scores and softmax are fp32, as in SDPA; transformers' "eager" rounds the scores to bf16. The probabilities are kept for the
-backward pass: 2 bytes for every pair of positions and head, half of them by causality.
+Scores and softmax are fp32, as in SDPA; but autocast, and so training, rounds the scores to bf16, as transformers' "eager" does.
+The probabilities are kept for the backward pass: 2 bytes for every pair of positions and head, half of them by causality.
 
 "varlen", twice as fast as SDPA on a GPU: a batch with padding needs a mask, and torch's flash attention takes none. But
 padding on the right no query sees, by causality, and padding on the left can be cut: torch's `varlen_attn` takes rows of
