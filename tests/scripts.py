@@ -69,17 +69,21 @@ def _run_and_exit(script, arguments, cwd, environment):
 
 def launched(*command, cwd="."):
     """A module that starts processes of its own, to its end; what it said."""
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", *map(str, command)],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', ROOT)}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    ) as process:
+        try:
+            said, complaint = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a launcher that is killed leaves its processes behind
+            said, complaint = process.communicate()
+    assert process.returncode == 0, complaint[-4000:]
+    return said
 
 
 def run_fresh(*commands, cwd=".", **environment):

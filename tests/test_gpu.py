@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fsdp_on_cpu import as_on_cuda
 from scripts import CONFIGS, ROOT, launched, run_fresh, workplace
 
 from posttrain.records import read_rows
@@ -47,6 +48,21 @@ def test_the_sampler_and_the_trainer_of_grpo_agree(runs):
     assert all(0 < difference < 0.05 for difference in logged(folder, "rollout/logp_difference"))
     assert abs(logged(folder, "kl")[0]) < 1e-6  # the reference is the policy, by the same kernels
     assert len(list(read_rows(runs / "eval_tiny_grpo_tiny" / "predictions.jsonl"))) == 20
+
+
+@pytest.mark.gpu
+def test_cuda_copies_what_fsdp_sends_as_it_is_imitated_on_a_cpu():
+    """Every word of bf16: NaNs come out alike, which costs NF4 sent as bf16 its bits. When it fails, shard_as_stored can go."""
+    words = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    imitated, copied = torch.empty_like(words), torch.empty_like(words, device="cuda")
+    as_on_cuda(torch._foreach_copy_)([imitated], [words])
+    torch._foreach_copy_([copied], [words.cuda()])
+    assert torch.equal(copied.cpu().isnan(), words.isnan())
+    assert torch.equal(copied.cpu()[~words.isnan()].view(torch.int16), words[~words.isnan()].view(torch.int16))
+    assert all(len(tensor[tensor.isnan()].view(torch.int16).unique()) == 1 for tensor in (imitated, copied.cpu()))
+    byte = words.view(torch.uint8).cuda()
+    torch._foreach_copy_([copied.view(torch.uint8)], [byte])
+    assert torch.equal(copied.view(torch.uint8), byte)
 
 
 @pytest.mark.gpu
