@@ -67,7 +67,7 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
         assert config.lora is not None
         model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base", config.seed)
         identity |= {"name_or_path": str(run.folder / "merged_base"), "quantization": "none"}
-    print(
+    run.say(
         f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
     )
     run.record(model=identity, parent=parent, chain=chain, start_sha256=adapters.live_adapter_sha256(model))

@@ -68,7 +68,7 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer, run: Run):  #
     else:
         assert config.lora is not None
         model = adapters.new_adapter(base, config.lora, tokenizer, config.seed)
-    print(f"{config.model.name_or_path}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
+    run.say(f"{config.model.name_or_path}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
     run.record(
         model=identity,
         parent=parent,

@@ -54,6 +54,10 @@ class Run:
     def is_main(self) -> bool:
         return is_main_process()
 
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text)
+
     def note(self, text: str) -> None:
         """Say in one line, and record, a setting that could not be honoured as written."""
         if self.is_main:

@@ -118,7 +118,7 @@ def last_checkpoint(run: Run, resume: bool) -> str | None:
     checkpoints = sorted((file.parent for file in found), key=lambda folder: int(folder.name.split("-")[1]))
     if not resume or not checkpoints:
         return None
-    print(f"resuming from {checkpoints[-1]}")
+    run.say(f"resuming from {checkpoints[-1]}")
     return str(checkpoints[-1])
 
 
