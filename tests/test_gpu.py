@@ -52,7 +52,7 @@ def test_the_sampler_and_the_trainer_of_grpo_agree(runs):
 
 @pytest.mark.gpu
 def test_cuda_copies_what_fsdp_sends_as_it_is_imitated_on_a_cpu():
-    """Every word of bf16: NaNs come out alike, which costs NF4 sent as bf16 its bits. When it fails, shard_as_stored can go."""
+    """Every word of bf16: NaNs come out alike, which costs NF4 sent as bf16 its bits: the first reason of shard_as_stored."""
     words = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     imitated, copied = torch.empty_like(words), torch.empty_like(words, device="cuda")
     as_on_cuda(torch._foreach_copy_)([imitated], [words])
