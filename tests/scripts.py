@@ -82,6 +82,7 @@ def launched(*command, cwd="."):
         except subprocess.TimeoutExpired:
             process.terminate()  # a launcher that is killed leaves its processes behind
             said, complaint = process.communicate()
+            complaint += "\nstopped after 200 seconds"
     assert process.returncode == 0, complaint[-4000:]
     return said
 
