@@ -76,7 +76,7 @@ def _unknown_key(path: KeyPath, cls: type[BaseModel]) -> str:
         return f"posttrain sets this itself: use {OWNED[key]}"
     known = known_keys(cls)
     if ".".join(map(str, path)) in known:
-        return "does not go with this kind"
+        return f"does not go with this {'.'.join([*block, 'kind'])}"
     names = [name.split(".") for name in known]
     beside = {name[-1]: ".".join(name) for name in names if name[:-1] == block}
     elsewhere = {name[-1]: ".".join(name) for name in reversed(names)}

@@ -420,7 +420,7 @@ NOT_WHOLE_GROUPS = (
         (
             DataConfig,
             {"source": {**SOURCES[1], "repo_id": "a/b"}},
-            "source.repo_id: does not go with this kind",
+            "source.repo_id: does not go with this source.kind",
         ),
         (DataConfig, {"source": {"kind": "hubb"}}, "source.kind: should be 'hub', 'jsonl', 'leg_counting'"),
     ],
