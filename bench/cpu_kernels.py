@@ -1,4 +1,4 @@
-"""What posttrain/attention.py and posttrain/packed_linear.py are worth on this CPU, apart from everything else.
+"""What posttrain/kernels/attention.py and posttrain/kernels/packed_linear.py are worth on this CPU, apart from everything else.
 
     python bench/cpu_kernels.py
 
@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from posttrain.attention import matmul_attention
-from posttrain.packed_linear import packed
+from posttrain.kernels.attention import matmul_attention
+from posttrain.kernels.packed_linear import packed
 
 ROWS, TOKENS, HEADS, KV_HEADS, DIM, LAYERS = 16, 280, 9, 3, 64, 30
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]

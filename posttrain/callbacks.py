@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from posttrain.phases import phase
 from posttrain.run import Run
-from posttrain.timing import phase
 from rewards import extract
 
 

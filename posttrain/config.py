@@ -79,8 +79,8 @@ class Tokenizer(Settings):
 
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    attn_implementation: Attention = "auto"  # varlen on a GPU, matmul on a CPU (posttrain/attention.py)
-    kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/fused_kernels.py), else torch's own
+    attn_implementation: Attention = "auto"  # varlen on a GPU, matmul on a CPU (posttrain/kernels/attention.py)
+    kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/kernels/liger.py), else torch's own
 
 
 class Lora(Settings):
@@ -237,7 +237,7 @@ class TrainConfig(Settings):
     tracking: Tracking = "none"
     hub: Hub = Hub()
     seed: NonNegativeInt = 42
-    fast_adapter: bool = True  # posttrain/lora_linear.py in the place of PEFT's layers
+    fast_adapter: bool = True  # posttrain/kernels/lora_linear.py in the place of PEFT's layers
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
 
 

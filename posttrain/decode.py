@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain import decode_steps
-from posttrain.timing import phase
+from posttrain.phases import phase
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from posttrain.attention import matmul_attention
+from posttrain.kernels.attention import matmul_attention
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 BLOCK = 16  # steps between two looks for finished rows; key and value buffers grow by twice as many

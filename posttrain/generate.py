@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config import Engine
 from posttrain.decode import Completion, Sampling, decode_batch, prepare
-from posttrain.packed_linear import packed
+from posttrain.kernels.packed_linear import packed
 
 Batch = tuple[int, list[int]]  # its number in the plan, and the indices of its prompts
 Finished = tuple[list[int], list[list[Completion]]]

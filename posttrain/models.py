@@ -19,10 +19,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain import attention  # noqa: F401  # transformers knows it by name from here on
 from posttrain.chat import from_hub, stop_token
 from posttrain.config import Model
-from posttrain.fused_kernels import fuse
+from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
+from posttrain.kernels.liger import fuse
+from posttrain.kernels.nf4 import base_weight, packed_linears, unpack
 from posttrain.run import is_sharded
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -106,51 +107,10 @@ def check_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
         raise ValueError(f"the parts disagree on the stop token: {stops}; align them with align_special_tokens")
 
 
-# --- NF4 --------------------------------------------------------------------------------------------------------------
-
-
-def packed_linears(model: nn.Module) -> dict[str, nn.Module]:
-    import bitsandbytes
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-
-
-def base_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as its forward uses it, (out_features, in_features), unpacked if it is NF4."""
-    import bitsandbytes
-
-    weight = module.weight
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        # What FSDP2 gathers is a plain parameter: the state is the module's, too.
-        state = getattr(weight, "quant_state", None) or module.quant_state
-        return bitsandbytes.functional.dequantize_4bit(weight.data, state).to(module.compute_dtype or weight.dtype)
-    return weight.data
-
-
-def unpack(model: PreTrainedModel) -> None:
-    """Replace every packed NF4 layer by a plain one with the same values: faster, at 2 bytes a weight."""
-    for name, module in packed_linears(model).items():
-        weight = base_weight(module)
-        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
-    forget_quantization(model)
-
-
 def compile_layers(model: PeftModel) -> None:
     """Compile each decoder layer where it is, for any batch shape: one compilation, and every parameter keeps its name."""
     for layer in model.get_base_model().base_model.layers:
         layer.compile(dynamic=True)
-
-
-def forget_quantization(model: PreTrainedModel) -> None:
-    """Make a model that holds no packed layer any more an ordinary one to transformers, peft and TRL."""
-    for flag in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
-        model.__dict__.pop(flag, None)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def fingerprint(model: nn.Module) -> str:

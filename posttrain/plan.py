@@ -189,7 +189,7 @@ def keeps_probabilities(model: Model) -> bool:
 
 
 def is_fused(model: Model) -> bool:
-    """Whether norms and MLP keep for the backward pass only what they were given (posttrain/fused_kernels.py)."""
+    """Whether norms and MLP keep for the backward pass only what they were given (posttrain/kernels/liger.py)."""
     from posttrain.models import device
 
     return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None

@@ -16,7 +16,7 @@ from posttrain.config import Rollouts as RolloutSettings
 from posttrain.decode import Completion, Sampling
 from posttrain.generate import generate
 from posttrain.models import PolicyCopy
-from posttrain.timing import phase
+from posttrain.phases import phase
 
 Reward = Callable[..., list[float]]
 

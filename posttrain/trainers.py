@@ -14,7 +14,7 @@
    micro-batches are scored at once on a GPU.
 6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
    inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
-7. Adapted layers. posttrain/lora_linear.py computes what PEFT's layers do in a third of the operations.
+7. Adapted layers. posttrain/kernels/lora_linear.py computes what PEFT's layers do in a third of the operations.
 8. FSDP2. Weights are sent as they are stored: what packs NF4 into bf16 loses bits otherwise. Checkpoints hold the adapter alone,
    and are read back by each process: accelerate's gathering fails on packed weights, and its reading never ends.
 9. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
@@ -37,10 +37,10 @@ from transformers import DynamicCache
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from posttrain import lora_linear
 from posttrain.adapters import gathered, scatter
-from posttrain.models import packed_linears
-from posttrain.timing import phase
+from posttrain.kernels import lora_linear
+from posttrain.kernels.nf4 import packed_linears
+from posttrain.phases import phase
 
 MASTER_DTYPE = torch.float32
 # Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.

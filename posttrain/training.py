@@ -21,10 +21,10 @@ from posttrain.decode import Sampling
 from posttrain.decode_steps import release
 from posttrain.generate import generate
 from posttrain.models import PolicyCopy, device
+from posttrain.phases import phase
 from posttrain.records import Example
 from posttrain.run import Run
 from posttrain.stats import wilson
-from posttrain.timing import phase
 from rewards import grade
 
 

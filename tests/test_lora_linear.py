@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from posttrain import lora_linear
+from posttrain.kernels import lora_linear
 
 
 class Block(nn.Module):

@@ -13,15 +13,8 @@ from posttrain import models
 from posttrain.adapters import hold_fp32, new_adapter
 from posttrain.chat import load_tokenizer
 from posttrain.config import Lora, Model
-from posttrain.models import (
-    PolicyCopy,
-    align_special_tokens,
-    base_weight,
-    check_stop_token,
-    fingerprint,
-    load_base,
-    packed_linears,
-)
+from posttrain.kernels.nf4 import base_weight, packed_linears
+from posttrain.models import PolicyCopy, align_special_tokens, check_stop_token, fingerprint, load_base
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 300, 301, 2, 17, 400], [1, 2, 3, 4, 5, 6]])

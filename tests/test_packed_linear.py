@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from posttrain import packed_linear
-from posttrain.packed_linear import packed
+from posttrain.kernels import packed_linear
+from posttrain.kernels.packed_linear import packed
 
 pytestmark = pytest.mark.skipif(not packed_linear._supported(), reason="oneDNN has no bf16 products on this processor")
 

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from posttrain import lora_linear
 from posttrain.adapters import gathered
 from posttrain.callbacks import MovedShare, StopOnNonFinite
 from posttrain.chat import load_tokenizer
 from posttrain.config import GrpoConfig, Model, SftConfig, load
+from posttrain.kernels import lora_linear
 from posttrain.models import load_base
 from posttrain.run import check_machine
 from posttrain.trainers import LabelHead, shard_as_stored

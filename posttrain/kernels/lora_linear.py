@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from posttrain.models import base_weight
+from posttrain.kernels.nf4 import base_weight
 
 
 def install(model: PeftModel) -> None:

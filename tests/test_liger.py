@@ -10,9 +10,10 @@ from scripts import CONFIGS, run, workplace
 from tiny_training import liven
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain import fused_kernels, models
+from posttrain import models
 from posttrain.chat import load_tokenizer
 from posttrain.config import Lora, Model
+from posttrain.kernels import liger
 from posttrain.models import PolicyCopy, identity, load_base
 
 
@@ -76,20 +77,20 @@ def test_auto_on_a_gpu_says_why_it_fuses_nothing(monkeypatch, capsys, installed,
         device = torch.device("cuda")
 
     OnGpu.config = type("Config", (), config)
-    monkeypatch.setattr(fused_kernels.importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(fused_kernels, "apply_liger_kernel", lambda *_: pytest.fail("fused all the same"))
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(liger, "apply_liger_kernel", lambda *_: pytest.fail("fused all the same"))
     model = OnGpu()
-    fused_kernels.fuse(model, "torch")
+    liger.fuse(model, "torch")
     assert capsys.readouterr().out == "" and model.kernels == "torch"
-    fused_kernels.fuse(model, "auto")
+    liger.fuse(model, "auto")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and re.search(said, out) and model.kernels == "torch"
     with pytest.raises(ValueError, match=said):
-        fused_kernels.fuse(model, "liger")
+        liger.fuse(model, "liger")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model_type", fused_kernels.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", liger.MODEL_TYPES)
 def test_logits_and_gradients_are_those_of_transformers_layers(model_type):
     ids = torch.randint(0, 97, (3, 21), generator=torch.Generator().manual_seed(1)).cuda()
     mask = torch.ones_like(ids)
@@ -98,7 +99,7 @@ def test_logits_and_gradients_are_those_of_transformers_layers(model_type):
     found = {}
     for kernels in ("torch", "liger"):
         model = tiny(model_type, "cuda")
-        fused_kernels.fuse(model, kernels)
+        liger.fuse(model, kernels)
         assert model.kernels == kernels and bool(methods(model)) == (kernels == "liger")
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         (logits * torch.linspace(-1, 1, 97, device="cuda"))[mask.bool()].sum().backward()

@@ -15,7 +15,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from posttrain.config import Kernels
 
-# Compared with transformers' own layers in tests/test_fused_kernels.py. Liger's gated MLP of them is that of SiLU.
+# Compared with transformers' own layers in tests/test_liger.py. Liger's gated MLP of them is that of SiLU.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 

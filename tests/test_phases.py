@@ -2,8 +2,8 @@
 
 import pytest
 
-from posttrain import timing
-from posttrain.timing import Phases
+from posttrain import phases
+from posttrain.phases import Phases
 
 
 class Clock:
@@ -16,8 +16,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(timing, "_now", lambda: clock.now)
-    monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(phases, "_now", lambda: clock.now)
+    monkeypatch.setattr(phases.torch.cuda, "is_available", lambda: False)
     return clock
 
 
