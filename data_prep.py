@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from posttrain import config as settings
-from posttrain.config import DataConfig
+from posttrain.config.load import config_sha256, from_command_line
+from posttrain.config.schema import DataConfig, GeneratorSource, HubSource, RejectionSampledSource
 from posttrain.records import (
     Example,
     Message,
@@ -44,7 +44,7 @@ SEED_RANGES = {"train": 0, "dev": 100_000_000, "test": 200_000_000}
 
 
 def main() -> None:
-    config, args = settings.from_command_line(DataConfig, __doc__)
+    config, args = from_command_line(DataConfig, __doc__)
     source = read_source(config)
     folder = Path(config.output_dir)
     refuse_foreign(folder)
@@ -119,7 +119,7 @@ def written_shots(file: str | None) -> list[Row]:
     return list(file_rows(Path(file), "train"))
 
 
-def hub_rows(source: settings.HubSource) -> Iterator[Row]:
+def hub_rows(source: HubSource) -> Iterator[Row]:
     from datasets import load_dataset
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -177,7 +177,7 @@ def svamp_rows(file: Path) -> Iterator[Row]:
         yield Row(file.name, number, "test", question, f"{row['Equation']}\n#### {row['Answer']}")
 
 
-def sampled_rows(source: settings.RejectionSampledSource) -> Iterator[Row]:
+def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
     """Rejection sampling (arXiv:2308.01825): a policy's own distinct, strictly right solutions of training questions.
 
     Read from an evaluation of the train split with several samples; test questions are refused.
@@ -206,13 +206,13 @@ def gold_solutions(folder: Path) -> list[tuple[str, str]]:
     return [(row.question, row.completion[-1]["content"].strip()) for row in read_jsonl(folder / "train.jsonl", Example)]
 
 
-def sampled_source(source: settings.RejectionSampledSource) -> dict[str, Any]:
+def sampled_source(source: RejectionSampledSource) -> dict[str, Any]:
     """The source of the questions: what a model trained on the samples has seen."""
     found: dict[str, Any] = read_manifest(source.run_dir)["data"]["source"]
     return found
 
 
-def generated_rows(source: settings.GeneratorSource, seed: int) -> Iterator[Row]:
+def generated_rows(source: GeneratorSource, seed: int) -> Iterator[Row]:
     """Offline word problems from reasoning-gym, each split from seeds of its own, no question twice."""
     import reasoning_gym
 
@@ -420,7 +420,7 @@ def describe(
         "name": config.name,
         "source": source.describe,
         "source_sha256": source.sha256,
-        "config_sha256": settings.config_sha256(config),
+        "config_sha256": config_sha256(config),
         "grader": GRADER_VERSION,
         "prompt": config.prompt.model_dump(),
         **git_state(),
@@ -474,7 +474,7 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
         return False
     manifest = read_manifest(folder)
     same = (manifest["config_sha256"], manifest["source_sha256"], manifest["grader"]) == (
-        settings.config_sha256(config),
+        config_sha256(config),
         source.sha256,
         GRADER_VERSION,
     )

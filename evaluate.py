@@ -17,9 +17,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain import config as settings
 from posttrain import stats
-from posttrain.config import EvalConfig
+from posttrain.config.load import from_command_line
+from posttrain.config.schema import EvalConfig
 from posttrain.lm_eval_files import write_lm_eval_files
 from posttrain.predictions import Parts, judge, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
@@ -37,9 +37,7 @@ from posttrain.run import (
 
 
 def main() -> None:
-    config, args = settings.from_command_line(
-        EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model"
-    )
+    config, args = from_command_line(EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model")
     if args.regrade:
         return regrade(Path(config.run_dir))
     data = data_entry(config.data.path, config.data.split)

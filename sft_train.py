@@ -16,13 +16,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain import config as settings
-from posttrain.config import SftConfig
+from posttrain.config.load import from_command_line
+from posttrain.config.schema import SftConfig
 from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of, use_one_gpu
 
 
 def main() -> None:
-    config, args = settings.from_command_line(SftConfig, __doc__)
+    config, args = from_command_line(SftConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
         from posttrain.plan import show_sft_plan

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.adapters import load_adapter, new_adapter, resolve_adapter
 from posttrain.chat import load_tokenizer
-from posttrain.config import Lora, Model
+from posttrain.config.schema import Lora, Model
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.trainers import SFT

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.parties import parties  # noqa: E402
 from bench.random_llama import LLAMA_3B, make  # noqa: E402
-from posttrain.config import Model  # noqa: E402
+from posttrain.config.schema import Model  # noqa: E402
 from posttrain.plan import model_shape  # noqa: E402
 from posttrain.run import git_state, hardware  # noqa: E402
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.chat import looks_local, template_specials
-from posttrain.config import GrpoConfig, Lora, Model
+from posttrain.config.schema import GrpoConfig, Lora, Model
 from posttrain.models import PolicyCopy
 
 ADAPTER_FILE = "adapter_model.safetensors"

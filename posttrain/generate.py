@@ -12,7 +12,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.config import Engine
+from posttrain.config.schema import Engine
 from posttrain.decode import Completion, Sampling, decode_batch, prepare
 from posttrain.kernels.packed_linear import packed
 

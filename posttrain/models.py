@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.chat import from_hub, stop_token
-from posttrain.config import Model
+from posttrain.config.schema import Model
 from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
 from posttrain.kernels.liger import fuse
 from posttrain.kernels.nf4 import base_weight, packed_linears, unpack

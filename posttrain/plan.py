@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import training_data
-from posttrain.config import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
+from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
+from posttrain.config.trl_fields import trl_fields
 from posttrain.records import Example
 from posttrain.run import num_processes
-from posttrain.trl_fields import trl_fields
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 

@@ -11,8 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import rewards
 from posttrain.chat import chat_ids
-from posttrain.config import Rewards
-from posttrain.config import Rollouts as RolloutSettings
+from posttrain.config.schema import Rewards
+from posttrain.config.schema import Rollouts as RolloutSettings
 from posttrain.decode import Completion, Sampling
 from posttrain.generate import generate
 from posttrain.models import PolicyCopy

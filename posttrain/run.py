@@ -27,7 +27,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from posttrain.config import Settings, config_sha256, dump
+from posttrain.config.load import config_sha256, dump
+from posttrain.config.schema import Settings
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 
 PACKAGES = (

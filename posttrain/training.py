@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.adapters import adapter_sha256, gathered
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
 from posttrain.chat import chat_ids
-from posttrain.config import TrainConfig
+from posttrain.config.schema import TrainConfig
 from posttrain.decode import Sampling
 from posttrain.decode_steps import release
 from posttrain.generate import generate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.config import PassRate, TrainConfig
+from posttrain.config.schema import PassRate, TrainConfig
 from posttrain.records import Example, Prediction, read_jsonl
 
 

@@ -27,7 +27,7 @@ from posttrain.adapters import (
     tensors_sha256,
 )
 from posttrain.chat import load_tokenizer
-from posttrain.config import GrpoConfig, Lora, Model
+from posttrain.config.schema import GrpoConfig, Lora, Model
 from posttrain.models import PolicyCopy, load_base
 from posttrain.trainers import LabelHead
 

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from posttrain.config import Model
+from posttrain.config.schema import Model
 from posttrain.kernels.attention import BLOCK, Tails, matmul_attention, tails, tails_mask, varlen_attention
 from posttrain.models import fastest_attention, load_base
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench import parties, speed
-from posttrain.config import EvalConfig, GrpoConfig, SftConfig, load
+from posttrain.config.load import load
+from posttrain.config.schema import EvalConfig, GrpoConfig, SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"sft_train.py": SftConfig, "grpo_train.py": GrpoConfig, "evaluate.py": EvalConfig}

@@ -17,7 +17,7 @@ from posttrain import decode_steps
 from posttrain.adapters import new_adapter
 from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
 from posttrain.chat import chat_ids, load_tokenizer
-from posttrain.config import Lora, Model
+from posttrain.config.schema import Lora, Model
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
 from posttrain.stats import wilson

@@ -10,7 +10,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from posttrain.chat import chat_ids, load_tokenizer, pin_date, special_ids, stop_token, template_specials
-from posttrain.config import Tokenizer
+from posttrain.config.schema import Tokenizer
 
 LLAMA3 = str(ROOT / "configs/templates/llama3.jinja")
 PLAIN = str(ROOT / "configs/templates/plain.jinja")

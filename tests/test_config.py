@@ -16,10 +16,22 @@ from typing import Any, get_args
 import pydantic
 import pytest
 
-from posttrain import config as settings
-from posttrain.config import ConfigError, DataConfig, EvalConfig, GrpoConfig, SftConfig, load
-from posttrain.faults import known_keys
-from posttrain.trl_fields import OWNED, group_problems, trl_fields
+from posttrain.config.load import ConfigError, config_sha256, dump, from_command_line, load
+from posttrain.config.messages import known_keys
+from posttrain.config.schema import (
+    DataConfig,
+    EvalConfig,
+    EvalData,
+    GrpoConfig,
+    Model,
+    Rewards,
+    Settings,
+    SftConfig,
+    Source,
+    TrainData,
+)
+from posttrain.config.trl_batches import group_problems
+from posttrain.config.trl_fields import OWNED, trl_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {"r": 8, "alpha": 16, "target_modules": ["q_proj"]}
@@ -38,7 +50,7 @@ SOURCES: list[dict[str, Any]] = [
     {"kind": "svamp", "path": "raw"},
     {"kind": "rejection_sampled", "run_dir": "runs/x"},
 ]
-VALID: list[tuple[type[settings.Settings], dict[str, Any]]] = [
+VALID: list[tuple[type[Settings], dict[str, Any]]] = [
     (SftConfig, {**TRAIN, "lora": LORA}),
     (GrpoConfig, {**TRAIN, "adapter": "runs/sft"}),
     (EvalConfig, {"run_dir": "runs/x", "model": {"name_or_path": "m"}, "data": {"path": "data/x"}}),
@@ -66,7 +78,7 @@ def replaced(block: dict[str, Any], path: str, value: Any, rename: str | None = 
     return {**{key: old for key, old in block.items() if key != first}, rename or first: value}
 
 
-def faults_of(tmp_path: Path, cls: type[settings.Settings], document: dict[str, Any] | str, *overrides: str) -> list[str]:
+def faults_of(tmp_path: Path, cls: type[Settings], document: dict[str, Any] | str, *overrides: str) -> list[str]:
     file = tmp_path / "c.yaml"
     file.write_text(document if isinstance(document, str) else "\n".join(to_lines(document)), encoding="utf-8")
     try:
@@ -81,11 +93,11 @@ def line_of(document: dict[str, Any], path: str) -> int:
     return marked.index(next(line for line in marked if "here it is" in line)) + 1
 
 
-def keys_of(cls: type[settings.Settings], valid: dict[str, Any]) -> list[str]:
+def keys_of(cls: type[Settings], valid: dict[str, Any]) -> list[str]:
     """The keys of the schema, less those of the other kinds of source."""
     if cls is not DataConfig:
         return known_keys(cls)
-    members = {member.model_fields["kind"].annotation: member for member in get_args(settings.Source)}
+    members = {member.model_fields["kind"].annotation: member for member in get_args(Source)}
     own = next(member for kinds, member in members.items() if valid["source"]["kind"] in get_args(kinds))
     return [k for k in known_keys(cls) if not k.startswith("source.") or k.split(".")[1] in own.model_fields]
 
@@ -94,7 +106,7 @@ def keys_of(cls: type[settings.Settings], valid: dict[str, Any]) -> list[str]:
 
 
 @by_schema
-def test_valid(tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]) -> None:
+def test_valid(tmp_path: Path, cls: type[Settings], valid: dict[str, Any]) -> None:
     assert faults_of(tmp_path, cls, valid) == []
 
 
@@ -102,14 +114,14 @@ def test_the_table_covers_every_schema_and_source() -> None:
     stages = {DataConfig, SftConfig, GrpoConfig, EvalConfig}
     assert {cls for cls, _ in VALID} == stages
     assert {source["kind"] for source in SOURCES} | {"gsm_symbolic"} == {
-        kind for member in get_args(settings.Source) for kind in get_args(member.model_fields["kind"].annotation)
+        kind for member in get_args(Source) for kind in get_args(member.model_fields["kind"].annotation)
     }
     assert len(known_keys(GrpoConfig)) > 180 and "trainer.num_generations" in known_keys(GrpoConfig)
     assert "trainer.warmup_steps" in known_keys(SftConfig) and "trainer.beta" not in known_keys(SftConfig)
 
 
 @by_schema
-def test_every_misspelt_key_is_named_with_its_line(tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]) -> None:
+def test_every_misspelt_key_is_named_with_its_line(tmp_path: Path, cls: type[Settings], valid: dict[str, Any]) -> None:
     for path in keys_of(cls, valid):
         block, _, key = path.rpartition(".")
         middle = max(1, len(key) // 2)
@@ -133,11 +145,11 @@ def accepted_types(node: dict[str, Any], definitions: dict[str, Any]) -> set[str
 
 
 @cache
-def schema_of(cls: type[settings.Settings]) -> dict[str, Any]:
+def schema_of(cls: type[Settings]) -> dict[str, Any]:
     return cls.model_json_schema()
 
 
-def schema_at(cls: type[settings.Settings], path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def schema_at(cls: type[Settings], path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The JSON schema of one key. Of several blocks that hold such a key, the first."""
     schema = schema_of(cls)
     nodes = [schema]
@@ -159,9 +171,7 @@ WRONG = {"array": [1], "string": "wide", "integer": 3, "boolean": True, "object"
 
 
 @by_schema
-def test_every_value_of_a_wrong_type_is_named_with_its_line(
-    tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]
-) -> None:
+def test_every_value_of_a_wrong_type_is_named_with_its_line(tmp_path: Path, cls: type[Settings], valid: dict[str, Any]) -> None:
     for path in keys_of(cls, valid):
         for kind in WRONG.keys() - accepted_types(*schema_at(cls, path)):
             document = replaced(valid, path, WRONG[kind])
@@ -425,7 +435,7 @@ NOT_WHOLE_GROUPS = (
         (DataConfig, {"source": {"kind": "hubb"}}, "source.kind: should be 'hub', 'jsonl', 'leg_counting'"),
     ],
 )
-def test_rules(tmp_path: Path, cls: type[settings.Settings], changes: dict[str, Any], expected: str) -> None:
+def test_rules(tmp_path: Path, cls: type[Settings], changes: dict[str, Any], expected: str) -> None:
     valid = next(valid for schema, valid in VALID if schema is cls)
     faults = faults_of(tmp_path, cls, {**valid, **changes})
     assert len(faults) == (expected is not None)
@@ -434,9 +444,9 @@ def test_rules(tmp_path: Path, cls: type[settings.Settings], changes: dict[str, 
 
 def test_rules_hold_without_a_file() -> None:
     with pytest.raises(pydantic.ValidationError, match="missing: the shape of the new adapter"):
-        SftConfig(run_dir="x", model=settings.Model(name_or_path="m"), data=settings.TrainData(path="x"))
+        SftConfig(run_dir="x", model=Model(name_or_path="m"), data=TrainData(path="x"))
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        settings.Rewards().format = 0.5
+        Rewards().format = 0.5
 
 
 @pytest.mark.parametrize(
@@ -454,8 +464,8 @@ def test_one_run_dir_for_each_adapter(run_dir: str, adapter: str | None, expecte
     config = EvalConfig(
         run_dir=run_dir,
         adapter=adapter,
-        model=settings.Model(name_or_path="m"),
-        data=settings.EvalData(path="x"),
+        model=Model(name_or_path="m"),
+        data=EvalData(path="x"),
     )
     assert config.run_dir == expected
 
@@ -599,29 +609,29 @@ def test_dump_loads_back(tmp_path: Path, text: str) -> None:
         "dev_fraction": 1e-7,
     }
     config = DataConfig.model_validate(values)
-    (tmp_path / "c.yaml").write_text(settings.dump(config), encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(dump(config), encoding="utf-8")
     again = load(tmp_path / "c.yaml", [], DataConfig)
-    assert again == config and settings.config_sha256(again) == settings.config_sha256(config)
+    assert again == config and config_sha256(again) == config_sha256(config)
 
 
 @by_schema
-def test_dump_of_every_schema_loads_back(tmp_path: Path, cls: type[settings.Settings], valid: dict[str, Any]) -> None:
+def test_dump_of_every_schema_loads_back(tmp_path: Path, cls: type[Settings], valid: dict[str, Any]) -> None:
     config = cls.model_validate(valid)
-    (tmp_path / "c.yaml").write_text(settings.dump(config), encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(dump(config), encoding="utf-8")
     assert load(tmp_path / "c.yaml", [], cls) == config
 
 
 @by_schema
-def test_the_hash_sees_what_changes_results_and_nothing_else(cls: type[settings.Settings], valid: dict[str, Any]) -> None:
-    sha = settings.config_sha256(cls.model_validate(valid))
-    assert sha == settings.config_sha256(cls.model_validate(dict(reversed(valid.items()))))
+def test_the_hash_sees_what_changes_results_and_nothing_else(cls: type[Settings], valid: dict[str, Any]) -> None:
+    sha = config_sha256(cls.model_validate(valid))
+    assert sha == config_sha256(cls.model_validate(dict(reversed(valid.items()))))
     elsewhere = {"output_dir": "d"} if cls is DataConfig else {"run_dir": "d", "tracking": "wandb"}
     elsewhere |= {"name": "n"} if cls is EvalConfig else {}
-    assert sha == settings.config_sha256(cls.model_validate({**valid, **elsewhere}))
-    assert sha != settings.config_sha256(cls.model_validate({**valid, "seed": 7}))
+    assert sha == config_sha256(cls.model_validate({**valid, **elsewhere}))
+    assert sha != config_sha256(cls.model_validate({**valid, "seed": 7}))
     if cls in (SftConfig, GrpoConfig):
-        assert sha == settings.config_sha256(cls.model_validate({**valid, "hub": {"repo_id": "me/x"}}))
-        assert sha != settings.config_sha256(cls.model_validate({**valid, "trainer": {"learning_rate": 1e-3}}))
+        assert sha == config_sha256(cls.model_validate({**valid, "hub": {"repo_id": "me/x"}}))
+        assert sha != config_sha256(cls.model_validate({**valid, "trainer": {"learning_rate": 1e-3}}))
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -635,14 +645,14 @@ def file(tmp_path: Path) -> str:
 
 def test_flags_and_overrides_in_any_order(file: str) -> None:
     argv = ["seed=1", "--dry-run", "--config", file, "name=no", "--regrade", "generation.temperature=-0.0"]
-    config, args = settings.from_command_line(EvalConfig, "doc", argv, regrade="grade anew")
+    config, args = from_command_line(EvalConfig, "doc", argv, regrade="grade anew")
     assert (config.seed, config.name) == (1, "no")
     assert (args.dry_run, args.regrade, args.resume) == (True, True, False)
 
 
 def test_print_config_loads_back(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        settings.from_command_line(EvalConfig, "doc", ["--config", file, "seed=9", "--print-config"])
+        from_command_line(EvalConfig, "doc", ["--config", file, "seed=9", "--print-config"])
     assert end.value.code == 0
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     assert load(tmp_path / "again.yaml", [], EvalConfig) == load(file, ["seed=9"], EvalConfig)
@@ -650,7 +660,7 @@ def test_print_config_loads_back(file: str, tmp_path: Path, capsys: pytest.Captu
 
 def test_schema_lists_trl_keys_and_needs_no_config(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        settings.from_command_line(SftConfig, "doc", ["--schema"])
+        from_command_line(SftConfig, "doc", ["--schema"])
     assert end.value.code == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["properties"]["trainer"]["properties"]["learning_rate"]["type"] == "number"
@@ -660,7 +670,7 @@ def test_schema_lists_trl_keys_and_needs_no_config(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("argv", [[], ["--confg", "x"], ["--dry"], ["--regrade"], ["--config"]])
 def test_wrong_flags_end_with_2(argv: list[str], file: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        settings.from_command_line(SftConfig, "doc", argv)
+        from_command_line(SftConfig, "doc", argv)
     assert end.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
@@ -668,7 +678,7 @@ SCRIPT = """
 import atexit, sys
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy"}
 atexit.register(lambda: print(*sorted(HEAVY & sys.modules.keys())))
-from posttrain.config import GrpoConfig, from_command_line
+from posttrain.config.schema import GrpoConfig, from_command_line
 from_command_line(GrpoConfig, __doc__)
 """
 

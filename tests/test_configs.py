@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from posttrain.config import DataConfig, EvalConfig, GrpoConfig, Settings, SftConfig, from_command_line, load
+from posttrain.config.load import from_command_line, load
+from posttrain.config.schema import DataConfig, EvalConfig, GrpoConfig, Settings, SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS: dict[str, type[Settings]] = {

@@ -12,7 +12,7 @@ import data_prep
 import rewards
 from posttrain import predictions, training
 from posttrain.chat import chat_ids, load_tokenizer
-from posttrain.config import Model, Rewards
+from posttrain.config.schema import Model, Rewards
 from posttrain.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.rollouts import reward_functions

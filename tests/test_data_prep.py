@@ -12,7 +12,8 @@ from scripts import CONFIGS, run, tree
 
 import data_prep
 import rewards
-from posttrain.config import DataConfig, load
+from posttrain.config.load import load
+from posttrain.config.schema import DataConfig
 from posttrain.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.run import data_entry, read_manifest

@@ -14,7 +14,7 @@ from tiny_training import LORA, liven
 from posttrain import decode, decode_steps
 from posttrain.adapters import new_adapter
 from posttrain.chat import chat_ids, load_tokenizer
-from posttrain.config import Lora, Model
+from posttrain.config.schema import Lora, Model
 from posttrain.decode import Sampling, choose, decode_batch, prepare
 from posttrain.generate import auto_batch_size, generate, plan_batches
 from posttrain.models import PolicyCopy, load_base

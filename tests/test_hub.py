@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
 from posttrain import card, hub
-from posttrain.config import Model, SftConfig, TrainData
+from posttrain.config.schema import Model, SftConfig, TrainData
 from posttrain.records import sha256_file
 from posttrain.run import data_entry, open_run, parent_of
 
@@ -45,7 +45,7 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
 
     from posttrain import adapters, models
     from posttrain.chat import load_tokenizer
-    from posttrain.config import Lora
+    from posttrain.config.schema import Lora
 
     lora = Lora(r=4, alpha=8, target_modules=["q_proj", "v_proj"])
     source = Model(name_or_path=str(model_dir))

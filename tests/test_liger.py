@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain import models
 from posttrain.chat import load_tokenizer
-from posttrain.config import Lora, Model
+from posttrain.config.schema import Lora, Model
 from posttrain.kernels import liger
 from posttrain.models import PolicyCopy, identity, load_base
 

@@ -12,7 +12,7 @@ from tiny_training import LORA
 from posttrain import models
 from posttrain.adapters import hold_fp32, new_adapter
 from posttrain.chat import load_tokenizer
-from posttrain.config import Lora, Model
+from posttrain.config.schema import Lora, Model
 from posttrain.kernels.nf4 import base_weight, packed_linears
 from posttrain.models import PolicyCopy, align_special_tokens, check_stop_token, fingerprint, load_base
 

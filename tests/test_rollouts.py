@@ -8,8 +8,8 @@ from tiny_training import Tiny, by_content, pay
 
 import rewards
 from posttrain.chat import chat_ids, load_tokenizer
-from posttrain.config import Model, Rewards
-from posttrain.config import Rollouts as Settings
+from posttrain.config.schema import Model, Rewards
+from posttrain.config.schema import Rollouts as Settings
 from posttrain.models import PolicyCopy, load_base
 from posttrain.records import Example, read_jsonl
 from posttrain.rollouts import Rollouts, reward_functions

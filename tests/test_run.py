@@ -12,7 +12,8 @@ from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
 from torch import distributed
 
 from posttrain import training
-from posttrain.config import EvalConfig, SftConfig, load
+from posttrain.config.load import load
+from posttrain.config.schema import EvalConfig, SftConfig
 from posttrain.run import (
     AlreadyDone,
     _wait_for_main,

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from posttrain.adapters import gathered
 from posttrain.callbacks import MovedShare, StopOnNonFinite
 from posttrain.chat import load_tokenizer
-from posttrain.config import GrpoConfig, Model, SftConfig, load
+from posttrain.config.load import load
+from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.kernels import lora_linear
 from posttrain.models import load_base
 from posttrain.run import check_machine

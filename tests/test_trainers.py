@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from posttrain import trainers
 from posttrain.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
 from posttrain.chat import chat_ids, load_tokenizer
-from posttrain.config import Lora, Model
+from posttrain.config.schema import Lora, Model
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.trainers import (

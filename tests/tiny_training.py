@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import grpo_train
 import sft_train
 from posttrain.chat import load_tokenizer
-from posttrain.config import GrpoConfig, SftConfig
+from posttrain.config.schema import GrpoConfig, SftConfig
 from posttrain.run import open_run
 from posttrain.training_data import load_examples
 

@@ -2,10 +2,10 @@
 
 Touch nothing here without running that test. No other room depends on a kernel being used.
 
-    kernel         what it does                                          where                            switch
-    nf4            holds weights in 4 bits and unpacks them when read    CPU, GPU; training, generating   quantization
-    attention      attends by matrix products (CPU), or unpadded (GPU)   CPU, GPU; training               model.attn_implementation
-    lora_linear    runs an adapted layer as one operation                CPU, GPU; training               fast_adapter
-    liger          runs norm, rotary embedding and MLP as one each       GPU; training, generating        model.kernels
-    packed_linear  runs linear layers on weights that oneDNN packed      CPU; generating                  on for bf16 on a CPU
+    kernel         what it does                                          where                           switch
+    nf4            holds weights in 4 bits and unpacks them when read    CPU, GPU; training, generating  quantization
+    attention      attends by matrix products (CPU), or unpadded (GPU)   CPU, GPU; training              model.attn_implementation
+    lora_linear    runs an adapted layer as one operation                CPU, GPU; training              fast_adapter
+    liger          runs norm, rotary embedding and MLP as one each       GPU; training, generating       model.kernels
+    packed_linear  runs linear layers on weights that oneDNN packed      CPU; generating                 on for bf16 on a CPU
 """

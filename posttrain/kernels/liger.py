@@ -13,7 +13,7 @@ import logging
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
-from posttrain.config import Kernels
+from posttrain.config.schema import Kernels
 
 # Compared with transformers' own layers in tests/test_liger.py. Liger's gated MLP of them is that of SiLU.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.trl_fields import OWNED
-from posttrain.yaml_lines import Document, Fault, KeyPath
+from posttrain.config.trl_fields import OWNED
+from posttrain.config.yaml_lines import Document, Fault, KeyPath
 
 _EXPECTED = {
     "int_type": "a whole number",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -131,80 +129,3 @@ def _default(value: ast.expr | None) -> Any:
     if isinstance(default, ast.UnaryOp):  # a negative number
         return ast.literal_eval(default)
     return default.value if isinstance(default, ast.Constant) else None
-
-
-# --- the rules of GRPOConfig.__post_init__ on batches -------------------------------------------------------
-
-
-def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Batches that do not hold whole groups of completions: the key at fault, why, the nearest valid one."""
-    settings = {name: trainer.get(name, field.default) for name, field in trl_fields("GRPOConfig").items()}
-    too_small = {key: least for key, least in _LEAST.items() if settings[key] is not None and settings[key] < least}
-    for key, least in too_small.items():
-        yield key, f"should be at least {least}, not {settings[key]}"
-    if too_small:
-        return
-    if settings["generation_batch_size"] and settings["steps_per_generation"]:
-        yield "steps_per_generation", "follows from generation_batch_size: remove one of the two"
-    elif settings["generation_batch_size"]:
-        yield from _batch_size_problem(settings)
-    else:
-        yield from _steps_problem(settings)
-    if settings["eval_strategy"] != "no":
-        yield from _eval_problem(settings)
-
-
-_LEAST = {
-    "num_generations": 2,  # one completion has nothing to be compared with
-    "num_generations_eval": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "steps_per_generation": 1,
-    "generation_batch_size": 1,
-}
-
-
-def _batch_size_problem(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    size, batch, group = (
-        settings["generation_batch_size"],
-        _global_batch(settings),
-        settings["num_generations"],
-    )
-    if size % (unit := math.lcm(batch, group)):
-        both = f"per_device_train_batch_size x processes ({batch}) and num_generations ({group})"
-        yield "generation_batch_size", f"{size} is not divisible by {both}: use {_nearest(size, unit)}"
-
-
-def _steps_problem(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    key = "steps_per_generation" if settings["steps_per_generation"] else "gradient_accumulation_steps"
-    steps, batch, group = settings[key], _global_batch(settings), settings["num_generations"]
-    if (completions := batch * steps) % group:
-        product = f"per_device_train_batch_size x processes ({batch}) x {key} ({steps}) = {completions} completions"
-        groups = [size for size in range(2, completions + 1) if completions % size == 0]
-        near = " or ".join(map(str, sorted(sorted(groups, key=lambda size: abs(size - group))[:2])))
-        more = f"{key} {_nearest(steps, group // math.gcd(batch, group))}"
-        yield "num_generations", f"{product} do not divide by {group}: use num_generations {near}, or {more}"
-
-
-def _eval_problem(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    size, batch = (
-        settings["per_device_eval_batch_size"],
-        _global_batch(settings, "per_device_eval_batch_size"),
-    )
-    group = settings["num_generations_eval"] or settings["num_generations"]
-    if batch % group:
-        near = _nearest(size, group // math.gcd(batch // size, group))
-        yield (
-            "per_device_eval_batch_size",
-            f"x processes = {batch} does not divide by {group} generations: use {near}",
-        )
-
-
-def _global_batch(settings: dict[str, Any], key: str = "per_device_train_batch_size") -> int:
-    return int(settings[key]) * int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch`
-
-
-def _nearest(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)

@@ -1,0 +1,126 @@
+"""One YAML file, then `key=value` from the command line, then one check of all.
+
+Every script begins with
+
+    config, args = from_command_line(SftConfig, __doc__)
+
+All that is wrong is said at once, one line a fault, as `FILE:LINE: key.path: message (did you mean 'x'?)`, and the process
+ends with exit code 2 before anything heavy is imported or anything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from pydantic import (
+    ValidationError,
+)
+from ruamel.yaml import YAML
+
+from posttrain.config.messages import add_faults, did_you_mean, one_line_each
+from posttrain.config.schema import EvalConfig, Settings
+from posttrain.config.yaml_lines import Document, NotYaml, read
+
+
+class ConfigError(ValueError):
+    """The settings are wrong. The text has one line for each fault."""
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+_FLAGS = {
+    "dry_run": "print what follows from the config, and stop",
+    "resume": "continue the run in run_dir",
+    "print_config": "print the resolved YAML, and stop",
+    "schema": "print the JSON schema of the config, for an editor, and stop",
+}
+
+
+def from_command_line(
+    cls: type[Config], doc: str | None, argv: Sequence[str] | None = None, **flags: str
+) -> tuple[Config, argparse.Namespace]:
+    """A script's settings and flags. Wrong settings end the process with exit code 2.
+
+    `flags` are switches of that script alone, name -> help: `regrade="..."` makes `--regrade`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="say, trainer.learning_rate=2e-4")
+    for name, text in (_FLAGS | flags).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    args = parser.parse_intermixed_args(argv)
+    if args.schema:
+        _print_and_exit(json.dumps(cls.model_json_schema(), indent=2))
+    if args.config is None:
+        parser.error("--config FILE is required")
+    try:
+        config = load(args.config, args.overrides, cls)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if args.print_config:
+        _print_and_exit(dump(config).rstrip())
+    return config, args
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    print(text)
+    sys.exit(0)
+
+
+def load(path: Path | str, overrides: Sequence[str], cls: type[Config]) -> Config:
+    """The settings in a YAML file, with `key=value` overrides laid over them.
+
+    Raises:
+        ConfigError: all that is wrong, one line a fault.
+    """
+    document = _read(path)
+    for assignment in overrides:
+        document.override(assignment)
+    try:
+        config = cls.model_validate(document.values)
+    except ValidationError as error:
+        add_faults(document, error, cls)
+    if document.faults:
+        raise ConfigError(one_line_each(document.faults, str(path)))
+    return config
+
+
+def _read(path: Path | str) -> Document:
+    try:
+        return read(path)
+    except NotYaml as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from error
+    except FileNotFoundError as error:
+        hint = did_you_mean(str(path), map(str, Path(path).parent.glob("*.yaml")))
+        raise ConfigError(f"{path}: no such file{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a file: {error.strerror}") from error
+
+
+def dump(config: Settings) -> str:
+    """All settings, defaults included, as YAML that loads back to an equal config."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 110
+    values, text = config.model_dump(), io.StringIO()
+    # ruamel would write NEL as a line break; escaped, it comes back.
+    yaml.allow_unicode = "\x85" not in json.dumps(values, ensure_ascii=False)
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def config_sha256(config: Settings) -> str:
+    """The identity of all that can change a result: not where it lies, what it is called or who is told."""
+    label = {"name"} if isinstance(config, EvalConfig) else set()  # that of a data set is part of its ids
+    settings = config.model_dump(mode="json", exclude={"run_dir", "output_dir", "tracking", "hub"} | label)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
