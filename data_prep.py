@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from posttrain.config.load import config_sha256, from_command_line
 from posttrain.config.schema import DataConfig, GeneratorSource, HubSource, RejectionSampledSource
+from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import (
     Example,
     Message,
@@ -34,7 +35,7 @@ from posttrain.records import (
     write_atomic,
     write_jsonl,
 )
-from posttrain.run import exit_on_user_error, git_state, read_manifest
+from posttrain.runs.manifest import git_state, read_manifest
 from posttrain.stats import train_test_overlap
 from rewards import GRADER_VERSION, gold_answer, grade
 
@@ -115,7 +116,7 @@ def written_shots(file: str | None) -> list[Row]:
     if file is None:
         return []
     if not Path(file).is_file():
-        raise ValueError(f"no solved examples at {file}: check prompt.shots, or leave it out for training rows")
+        raise UserError(f"no solved examples at {file}: check prompt.shots, or leave it out for training rows")
     return list(file_rows(Path(file), "train"))
 
 
@@ -126,7 +127,7 @@ def hub_rows(source: HubSource) -> Iterator[Row]:
     try:
         splits = load_dataset(source.repo_id, source.config_name, revision=source.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source.repo_id} could not be read from the Hub ({type(error).__name__}): connect to the network, or download "
             "its JSONL files and use `source: {kind: jsonl, path: FOLDER}`"
         ) from error
@@ -139,7 +140,7 @@ def jsonl_rows(folder: Path) -> Iterator[Row]:
     """train.jsonl and test.jsonl in GSM8K's schema, one of them at least; read as bytes, so a bad line is only that line."""
     files = [folder / f"{split}.jsonl" for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()]
     if not files:
-        raise ValueError(f"{folder} holds neither train.jsonl nor test.jsonl: check source.path")
+        raise UserError(f"{folder} holds neither train.jsonl nor test.jsonl: check source.path")
     for file in files:
         yield from file_rows(file, file.stem)
 
@@ -170,7 +171,7 @@ def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
 def svamp_rows(file: Path) -> Iterator[Row]:
     """SVAMP (arXiv:2103.07191): body and question joined, the equation as its working. Every row is a test row."""
     if not file.is_file():
-        raise ValueError(f"no SVAMP file at {file}: check source.path")
+        raise UserError(f"no SVAMP file at {file}: check source.path")
     for number, row in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):
         body = row["Body"].strip()
         question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}"
@@ -184,10 +185,10 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
     """
     run_dir = Path(source.run_dir)
     if not (run_dir / "predictions.jsonl").is_file():
-        raise ValueError(f"no samples in {run_dir}: evaluate the train split first (data.split=train generation.samples=8)")
+        raise UserError(f"no samples in {run_dir}: evaluate the train split first (data.split=train generation.samples=8)")
     questions = {row["id"]: row for row in read_rows(run_dir / "questions.jsonl")}
     if leaked := [name for name, row in questions.items() if row["split"] != "train"]:
-        raise ValueError(f"{run_dir} sampled {len(leaked)} rows that are not of the train split (first: {leaked[0]})")
+        raise UserError(f"{run_dir} sampled {len(leaked)} rows that are not of the train split (first: {leaked[0]})")
     kept: dict[str, dict[str, str]] = {name: {} for name in questions}
     for sample in read_jsonl(run_dir / "predictions.jsonl", Prediction):
         if sample.strict and sample.format_ok and len(kept[sample.id]) < source.max_per_question:
@@ -202,7 +203,7 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
 def gold_solutions(folder: Path) -> list[tuple[str, str]]:
     """Questions and worked solutions of a prepared data set's training rows."""
     if not (folder / "train.jsonl").is_file():
-        raise ValueError(f"no {folder}/train.jsonl, which was sampled from: prepare it again, or set source.with_gold=false")
+        raise UserError(f"no {folder}/train.jsonl, which was sampled from: prepare it again, or set source.with_gold=false")
     return [(row.question, row.completion[-1]["content"].strip()) for row in read_jsonl(folder / "train.jsonl", Example)]
 
 
@@ -228,7 +229,7 @@ def generated_rows(source: GeneratorSource, seed: int) -> Iterator[Row]:
             for number, item in enumerate(itertools.islice(fresh, wanted), 1)
         ]
         if len(rows) < wanted:
-            raise ValueError(f"{source.kind} with options {source.options} has only {len(rows)} different questions for {split}")
+            raise UserError(f"{source.kind} with options {source.options} has only {len(rows)} different questions for {split}")
         yield from rows
 
 
@@ -297,7 +298,7 @@ def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
         return
     lines = [f"{row['file']}:{row['line']}: {row['reason']}" for row in rejected[:20]]
     more = [f"... and {len(rejected) - 20} more"] if len(rejected) > 20 else []
-    raise ValueError(
+    raise UserError(
         "\n".join(
             [
                 f"{len(rejected)} bad rows, nothing written:",
@@ -354,20 +355,20 @@ def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, speci
         return checked_shots(rows, written, config, specials)[: config.prompt.num_shots]
     train = [row for row in rows if split_of(row, config) == "train" and 2 <= count_steps(row.answer) <= 5]
     if len(train) < config.prompt.num_shots:
-        raise ValueError(f"{config.prompt.num_shots} shots need as many training rows of 2 to 5 steps; there are {len(train)}")
+        raise UserError(f"{config.prompt.num_shots} shots need as many training rows of 2 to 5 steps; there are {len(train)}")
     return sorted(train, key=lambda row: _unit_hash("shot " + row.question))[: config.prompt.num_shots]
 
 
 def checked_shots(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
     good, bad = check_rows(written, config, specials)
     if bad:
-        raise ValueError(f"{config.prompt.shots}:{bad[0]['line']}: {bad[0]['reason']}; nothing written")
+        raise UserError(f"{config.prompt.shots}:{bad[0]['line']}: {bad[0]['reason']}; nothing written")
     if len(good) < config.prompt.num_shots:
-        raise ValueError(f"prompt.num_shots is {config.prompt.num_shots}, but {config.prompt.shots} holds {len(good)}")
+        raise UserError(f"prompt.num_shots is {config.prompt.num_shots}, but {config.prompt.shots} holds {len(good)}")
     held_out = {normalised(row.question): split_of(row, config) for row in rows if split_of(row, config) != "train"}
     for shot in good:
         if split := held_out.get(normalised(shot.question)):
-            raise ValueError(
+            raise UserError(
                 f"{config.prompt.shots}:{shot.line}: this is a {split} question: an example would give its answer away"
             )
     return good
@@ -489,7 +490,7 @@ def refuse_foreign(folder: Path) -> None:
     """A folder that data_prep.py did not write may hold the only copy of something, say of the source itself."""
     ours = (folder / "manifest.json").is_file() and read_manifest(folder).get("stage") == "data"
     if folder.exists() and any(folder.iterdir()) and not ours:
-        raise ValueError(f"{folder} is not empty and holds no data set of data_prep.py: choose another output_dir")
+        raise UserError(f"{folder} is not empty and holds no data set of data_prep.py: choose another output_dir")
 
 
 def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]], manifest: dict[str, Any]) -> None:

@@ -20,20 +20,13 @@ from typing import Any
 from posttrain import stats
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
+from posttrain.errors import UserError, exit_on_user_error
 from posttrain.lm_eval_files import write_lm_eval_files
 from posttrain.predictions import Parts, judge, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
-from posttrain.run import (
-    Run,
-    check_reusable,
-    data_entry,
-    exit_on_user_error,
-    num_processes,
-    open_run,
-    parent_of,
-    read_manifest,
-    use_one_gpu,
-)
+from posttrain.runs.directory import Run, check_reusable, open_run
+from posttrain.runs.manifest import data_entry, parent_of, read_manifest
+from posttrain.runs.process import num_processes, use_one_gpu
 
 
 def main() -> None:
@@ -70,7 +63,7 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     """The adapter's folder, and what the manifest says of it.
 
     Raises:
-        ValueError: there is none, it belongs to another base, it has seen the questions, or the run was begun with another.
+        UserError: there is none, it belongs to another base, it has seen the questions, or the run was begun with another.
     """
     if not config.adapter:
         return None, {}
@@ -83,7 +76,7 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     refuse_contaminated(chain, data)
     begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else {}
     if begun.get("adapter_sha256") not in (None, sha256):
-        raise ValueError(f"{folder} has changed since {config.run_dir} was begun with it: choose another run_dir")
+        raise UserError(f"{folder} has changed since {config.run_dir} was begun with it: choose another run_dir")
     return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
 
 
@@ -105,7 +98,7 @@ def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> No
     source = data["source"]
     is_gsm8k = source.get("repo_id") == "openai/gsm8k" or "gsm8k" in f"{data['name']} {source.get('path', '')}".lower()
     if trained and is_gsm8k:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(trained)} trained on gsm_symbolic, whose templates are GSM8K test questions: not scored on GSM8K"
         )
 
@@ -205,7 +198,7 @@ def headline(name: str, results: dict[str, Any]) -> str:
 def regrade(folder: Path) -> None:
     """Every verdict and number again, from questions.jsonl and predictions.jsonl; no model is loaded."""
     if not (folder / "predictions.jsonl").is_file():
-        raise ValueError(f"{folder} holds no finished evaluation: run it without --regrade first")
+        raise UserError(f"{folder} holds no finished evaluation: run it without --regrade first")
     examples = {
         row["id"]: Example(row["id"], row["split"], row["question"], [], [], row["answer"], row["num_steps"])
         for row in read_rows(folder / "questions.jsonl")

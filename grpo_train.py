@@ -16,7 +16,10 @@ from __future__ import annotations
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import GrpoConfig
-from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of, use_one_gpu
+from posttrain.errors import exit_on_user_error
+from posttrain.runs.directory import Run, check_reusable, open_run
+from posttrain.runs.manifest import data_entry, parent_of
+from posttrain.runs.process import use_one_gpu
 
 
 def main() -> None:
@@ -58,8 +61,7 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
     identity = models.identity(config.model, config.quantization, base)
     model = adapters.load_adapter(base, folder, trainable=True)
     live = adapters.live_adapter_sha256(model)
-    if live != sft_sha256:
-        raise RuntimeError(f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})")
+    assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})"
     if config.adapter_mode == "rescale":
         assert config.lora is not None
         adapters.rescale(model, config.lora.alpha)

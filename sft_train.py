@@ -18,7 +18,10 @@ from typing import Any
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import SftConfig
-from posttrain.run import Run, check_reusable, data_entry, exit_on_user_error, open_run, parent_of, use_one_gpu
+from posttrain.errors import exit_on_user_error
+from posttrain.runs.directory import Run, check_reusable, open_run
+from posttrain.runs.manifest import data_entry, parent_of
+from posttrain.runs.process import use_one_gpu
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from posttrain.records import Prediction, read_jsonl, read_rows  # noqa: E402
-from posttrain.run import read_manifest  # noqa: E402
+from posttrain.runs.manifest import read_manifest  # noqa: E402
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.random_llama import make  # noqa: E402
-from posttrain.run import git_state, hardware  # noqa: E402
+from posttrain.runs.manifest import git_state, hardware  # noqa: E402
 
 # SmolLM2-135M's.
 WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

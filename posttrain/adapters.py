@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.chat import looks_local, template_specials
 from posttrain.config.schema import GrpoConfig, Lora, Model
+from posttrain.errors import UserError
 from posttrain.models import PolicyCopy
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
     )
     missing = [target for target in lora.target_modules if not any(n.endswith(target) for n, _ in base.named_modules())]
     if missing:
-        raise ValueError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
+        raise UserError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _ready(peft.get_peft_model(base, config))
@@ -78,22 +79,22 @@ def resolve_adapter(adapter: str) -> Path:
     """A run directory, an adapter folder or a Hub id -> a local adapter folder.
 
     Raises:
-        ValueError: nothing there, with the command that would make it.
+        UserError: nothing there, with the command that would make it.
     """
     for folder in (Path(adapter), Path(adapter, "adapter")):
         if (folder / "adapter_config.json").is_file():
             if not (folder / ADAPTER_FILE).is_file():
-                raise ValueError(f"{folder} has no {ADAPTER_FILE}: only safetensors adapters are loaded")
+                raise UserError(f"{folder} has no {ADAPTER_FILE}: only safetensors adapters are loaded")
             return folder
     if looks_local(adapter):
-        raise ValueError(f"no adapter at {adapter}: train one first (python sft_train.py --config ...) or correct `adapter`")
+        raise UserError(f"no adapter at {adapter}: train one first (python sft_train.py --config ...) or correct `adapter`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"adapter {adapter} is neither a local folder nor reachable on the Hub ({type(error).__name__})"
         ) from error
 
@@ -103,7 +104,7 @@ def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
     config = LoraConfig(**_known(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
     trained_on = config.base_model_name_or_path
     if trained_on and not _same_model(trained_on, settings.name_or_path):
-        raise ValueError(
+        raise UserError(
             f"adapter {folder} belongs to base {trained_on}, not to {settings.name_or_path}: set model.name_or_path to match"
         )
     return config
@@ -230,7 +231,7 @@ def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
     """Refuse a change of the adapter's shape that the mode does not allow.
 
     Raises:
-        ValueError: names what differs and the mode that fits.
+        UserError: names what differs and the mode that fits.
     """
     if config.lora is None:
         return
@@ -242,7 +243,7 @@ def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
     there = {"r": start.r, "target_modules": set(start.target_modules or ()), "use_rslora": start.use_rslora}
     if config.adapter_mode == "rescale" and wanted != there:
         changed = ", ".join(f"{key} {there[key]} -> {wanted[key]}" for key in wanted if wanted[key] != there[key])
-        raise ValueError(f"adapter_mode rescale can change lora.alpha alone, not {changed}: use adapter_mode=merge_and_new")
+        raise UserError(f"adapter_mode rescale can change lora.alpha alone, not {changed}: use adapter_mode=merge_and_new")
 
 
 def rescale(model: PeftModel, alpha: int) -> None:

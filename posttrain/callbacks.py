@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from posttrain.phases import phase
-from posttrain.run import Run
+from posttrain.runs.directory import Run
 from rewards import extract
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from posttrain.errors import UserError
 from posttrain.records import read_rows, sha256_text
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 # By the name of the base. Qwen2.5-3B and -72B have licences of their own, so they are left out.
 LICENSES = {
@@ -119,20 +120,20 @@ def read_evaluation(folder: Path, run: dict[str, Any], base_name: str) -> Evalua
     """An evaluation run of the adapter, of one it grew from, or of the base.
 
     Raises:
-        ValueError: it is none, is not finished, or is of something else.
+        UserError: it is none, is not finished, or is of something else.
     """
     if not (folder / "results.json").is_file() or not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} holds no finished evaluation: run evaluate.py with run_dir={folder}")
+        raise UserError(f"{folder} holds no finished evaluation: run evaluate.py with run_dir={folder}")
     manifest, results = read_manifest(folder), json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if manifest["exit"] != "ok":
-        raise ValueError(f"{folder} is not finished ({manifest['exit']}): the same evaluate.py command goes on with it")
+        raise UserError(f"{folder} is not finished ({manifest['exit']}): the same evaluate.py command goes on with it")
     labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run["chain"]}
     labels[run["adapter_sha256"]] = "this adapter"
     label = labels.get(manifest["adapter_sha256"])
     if manifest["adapter_sha256"] is None and manifest["model"]["name_or_path"] == base_name:
         label = "base"
     if label is None:
-        raise ValueError(f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR")
+        raise UserError(f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR")
     data = manifest["data"]
     rows = read_rows(folder / "questions.jsonl")
     is_gsm8k = question_set_sha256(row["question"] for row in rows) == GSM8K_TEST_SHA256

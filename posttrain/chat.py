@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Tokenizer
+from posttrain.errors import UserError
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer with the run's chat template, an end token that the template really emits, and a pad token.
 
     Raises:
-        ValueError: the model cannot be found or reached, has no chat template, or the template ends no turn, renders
+        UserError: the model cannot be found or reached, has no chat template, or the template ends no turn, renders
             a prompt differently once it is answered, or differently from day to day.
     """
     from transformers import AutoTokenizer
@@ -31,7 +32,7 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
     if settings.chat_template:
         tokenizer.chat_template = _read_template(Path(settings.chat_template))
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{settings.name_or_path} ships no chat template: set model.chat_template "
             "(configs/templates/llama3.jinja for Llama-3 base models, configs/templates/plain.jinja for k-shot prompts)"
         )
@@ -44,7 +45,7 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
 
 def _read_template(file: Path) -> str:
     if not file.is_file():
-        raise ValueError(f"no chat template at {file}: check model.chat_template (relative to the working directory)")
+        raise UserError(f"no chat template at {file}: check model.chat_template (relative to the working directory)")
     return file.read_text(encoding="utf-8")
 
 
@@ -55,12 +56,12 @@ def pin_date(template: str) -> str:
     adapter, with whose tokenizer the pinned template is saved.
 
     Raises:
-        ValueError: the template reads the clock in a way that cannot be replaced.
+        UserError: the template reads the clock in a way that cannot be replaced.
     """
     call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
     pinned = re.sub(call, lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
     if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", pinned):
-        raise ValueError(
+        raise UserError(
             "the chat template puts the date of today into the prompt (strftime_now): "
             "set model.chat_template to a copy with a fixed date in its place"
         )
@@ -77,12 +78,12 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
     prompt = chat_ids(tokenizer, turn, add_generation_prompt=True)
     whole = chat_ids(tokenizer, [*turn, {"role": "assistant", "content": "2"}])
     if whole[: len(prompt)] != prompt:
-        raise ValueError("the chat template renders a prompt differently once it is answered: pin model.chat_template")
+        raise UserError("the chat template renders a prompt differently once it is answered: pin model.chat_template")
     specials = special_ids(tokenizer)
     for token in whole[len(prompt) :]:
         if token in specials:
             return str(tokenizer.convert_ids_to_tokens(token))
-    raise ValueError("the chat template never ends an assistant turn with a special token: generation could not stop")
+    raise UserError("the chat template never ends an assistant turn with a special token: generation could not stop")
 
 
 def chat_ids(
@@ -120,17 +121,17 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
 
     name = settings.name_or_path
     if looks_local(name) and not Path(name, "config.json").is_file():
-        raise ValueError(f"{name} holds no model (no config.json): check model.name_or_path, or run `make model`")
+        raise UserError(f"{name} holds no model (no config.json): check model.name_or_path, or run `make model`")
     try:
         return auto_class.from_pretrained(name, revision=settings.revision, **kwargs)
     except OSError as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
             ) from error
         if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise ValueError(f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN") from error
-        raise ValueError(
+            raise UserError(f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN") from error
+        raise UserError(
             f"{name} could not be loaded: no copy in the local cache and the Hub did not answer. "
             f"Connect to the network, or set model.name_or_path to a local folder ({str(error).splitlines()[0]})"
         ) from error

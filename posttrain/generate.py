@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Engine
 from posttrain.decode import Completion, Sampling, decode_batch, prepare
+from posttrain.errors import UserError
 from posttrain.kernels.packed_linear import packed
 
 Batch = tuple[int, list[int]]  # its number in the plan, and the indices of its prompts
@@ -131,7 +132,7 @@ def _just_enough(inputs: Sequence[Sequence[int]], max_new_tokens: int) -> Contin
 def _vllm_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:
     """vLLM on a folder with the merged weights: all batches at once, its own scheduler orders them."""
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("engine vllm needs vLLM: pip install 'posttrain[vllm]' on a GPU machine, or use engine=transformers")
+        raise UserError("engine vllm needs vLLM: pip install 'posttrain[vllm]' on a GPU machine, or use engine=transformers")
     import vllm
 
     with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,8 @@ from posttrain.card import (
     without_secrets,
 )
 from posttrain.chat import looks_local
-from posttrain.run import exit_on_user_error, read_manifest
+from posttrain.errors import UserError, exit_on_user_error
+from posttrain.runs.manifest import read_manifest
 
 WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
@@ -118,12 +119,12 @@ def push(request: Request) -> str:
     """Push a finished run, or bring the repository up to date with it. Returns the repository's address.
 
     Raises:
-        ValueError: the run is not finished, not whole, or needs another option; nothing was sent.
+        UserError: the run is not finished, not whole, or needs another option; nothing was sent.
         PushFailed: the Hub refused it or did not answer.
     """
     release = read_release(request)
     if release.base.merged and not request.with_base:
-        raise ValueError(
+        raise UserError(
             f"the adapter belongs to the merged base in {release.base.merged}, which nobody else has: "
             "add --with-base to push that, too"
         )
@@ -147,13 +148,13 @@ def read_release(request: Request) -> Release:
     """What is known of a run, checked.
 
     Raises:
-        ValueError: no finished training run, or its adapter is not the one that it finished with.
+        UserError: no finished training run, or its adapter is not the one that it finished with.
     """
     run_dir = request.run_dir
     if request.repo_id.count("/") != 1 or request.repo_id.startswith(("/", ".", "~")):
-        raise ValueError(f"--repo-id {request.repo_id} is not of the form OWNER/NAME")
+        raise UserError(f"--repo-id {request.repo_id} is not of the form OWNER/NAME")
     if not (run_dir / "manifest.json").is_file():
-        raise ValueError(f"{run_dir} holds no run: give the run_dir of sft_train.py or grpo_train.py")
+        raise UserError(f"{run_dir} holds no run: give the run_dir of sft_train.py or grpo_train.py")
     manifest = read_manifest(run_dir)
     check_finished(run_dir, manifest)
     settings = read_settings(run_dir)
@@ -164,14 +165,14 @@ def read_release(request: Request) -> Release:
 
 def check_finished(run_dir: Path, manifest: dict[str, Any]) -> None:
     if manifest["stage"] not in ("sft", "grpo"):
-        raise ValueError(f"{run_dir} is a run of stage {manifest['stage']}: only adapters are pushed")
+        raise UserError(f"{run_dir} is a run of stage {manifest['stage']}: only adapters are pushed")
     if manifest["exit"] != "ok":
-        raise ValueError(f"{run_dir} is not finished ({manifest['exit']}): finish it with --resume, then push")
+        raise UserError(f"{run_dir} is not finished ({manifest['exit']}): finish it with --resume, then push")
     for name in (WEIGHTS, CONFIG):
         if not (run_dir / "adapter" / name).is_file():
-            raise ValueError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
+            raise UserError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
     if weights_sha256(run_dir / "adapter" / WEIGHTS) != manifest["adapter_sha256"]:
-        raise ValueError(f"{run_dir}/adapter holds other weights than the run finished with: train it again")
+        raise UserError(f"{run_dir}/adapter holds other weights than the run finished with: train it again")
 
 
 def weights_sha256(file: Path) -> str:
@@ -203,7 +204,7 @@ def read_base(run_dir: Path, manifest: dict[str, Any], model: dict[str, Any], ba
     name = model["name_or_path"]
     hub_id = base_model if looks_local(name) else name
     if base_model not in (None, hub_id):
-        raise ValueError(f"--base-model {base_model}: the run was trained on {hub_id}; leave the option out")
+        raise UserError(f"--base-model {base_model}: the run was trained on {hub_id}; leave the option out")
     return Base(name, hub_id, model["revision"], manifest["model"]["quantization"], merged)
 
 
@@ -252,9 +253,9 @@ def refuse_private_text(files: Files) -> None:
             continue
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", "replace")
         if any(secret in text for secret in secrets()):
-            raise ValueError(f"{name} would publish a token or key of this environment: take it out, then push")
+            raise UserError(f"{name} would publish a token or key of this environment: take it out, then push")
         if home in text and PurePath(name).name not in VOCABULARIES:
-            raise ValueError(f"{name} would publish a path below {home}: take it out, then push")
+            raise UserError(f"{name} would publish a path below {home}: take it out, then push")
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.chat import from_hub, stop_token
 from posttrain.config.schema import Model
+from posttrain.errors import UserError
 from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
 from posttrain.kernels.liger import fuse
 from posttrain.kernels.nf4 import base_weight, packed_linears, unpack
-from posttrain.run import is_sharded
+from posttrain.runs.process import is_sharded
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ def check_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
         "generation_config.eos_token_id": model.generation_config.eos_token_id,
     }
     if len({str(stop) for stop in stops.values()}) > 1:
-        raise ValueError(f"the parts disagree on the stop token: {stops}; align them with align_special_tokens")
+        raise UserError(f"the parts disagree on the stop token: {stops}; align them with align_special_tokens")
 
 
 def compile_layers(model: PeftModel) -> None:

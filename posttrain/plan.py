@@ -14,8 +14,9 @@ from typing import Any
 from posttrain import training_data
 from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
 from posttrain.config.trl_fields import trl_fields
+from posttrain.errors import UserError
 from posttrain.records import Example
-from posttrain.run import num_processes
+from posttrain.runs.process import num_processes
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -112,7 +113,7 @@ def tokenizer_or_none(model: Model) -> Any:
 
     try:
         return load_tokenizer(model)
-    except ValueError as error:
+    except UserError as error:
         print(f"tokens are not shown: {error}")
         return None
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from posttrain.records import Example, Prediction, cut_torn_tail, to_json, write_jsonl
-from posttrain.run import num_processes, process_index
+from posttrain.runs.process import num_processes, process_index
 from rewards import GRADER_VERSION, grade
 
 PARTS = "predictions.part*.jsonl"

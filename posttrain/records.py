@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from posttrain.errors import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -100,12 +102,12 @@ def as_dataset(examples: list[Example], columns: tuple[str, ...]) -> Dataset:
     """The training view of examples. Test rows are refused: they are for evaluate.py alone.
 
     Raises:
-        ValueError: an example of the test split, or no example at all.
+        UserError: an example of the test split, or no example at all.
     """
     if not examples:
-        raise ValueError("no examples to train on: check data.num_train and the data set's manifest.json")
+        raise UserError("no examples to train on: check data.num_train and the data set's manifest.json")
     if leaked := [example.id for example in examples if example.split == "test"]:
-        raise ValueError(f"refusing to train on {len(leaked)} test rows (first: {leaked[0]}): use the train split")
+        raise UserError(f"refusing to train on {len(leaked)} test rows (first: {leaked[0]}): use the train split")
     from datasets import Dataset
 
     return Dataset.from_list([{name: getattr(example, name) for name in columns} for example in examples])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.errors import UserError
 from posttrain.records import Prediction
 
 Question = Mapping[str, Any]  # a row of questions.jsonl: id, question, answer, num_steps, prompt_sha256, ...
@@ -38,8 +39,7 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 
     k may be a fraction: the sum of per-question means when a question was sampled several times.
     """
-    if n < 1 or not 0 <= k <= n:
-        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k = {k}, n = {n}")
+    assert n >= 1 and 0 <= k <= n, f"wilson needs 0 <= k <= n and n >= 1, got k = {k}, n = {n}"
     share, scale = k / n, 1 + Z * Z / n
     centre = (share + Z * Z / (2 * n)) / scale
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / scale
@@ -58,8 +58,7 @@ def bootstrap(values: Sequence[float], *, seed: int = SEED, resamples: int = RES
     Drawing n values with replacement is drawing multinomial counts over the distinct values. That is exact,
     and 10,000 resamples of 1,319 questions take milliseconds.
     """
-    if not len(values):
-        raise ValueError("bootstrap needs at least one value")
+    assert len(values), "bootstrap needs at least one value"
     levels, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
     low, high = np.quantile(draws @ levels / len(values), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -71,8 +70,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Unbiased; the product form of Chen et al. 2021 (arXiv 2107.03374), which does not overflow.
     """
-    if not (1 <= k <= n and 0 <= c <= n):
-        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n = {n}, c = {c}, k = {k}")
+    assert 1 <= k <= n and 0 <= c <= n, f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n = {n}, c = {c}, k = {k}"
     missed = 1.0
     for i in range(n - c + 1, n + 1):
         missed *= max(0.0, 1.0 - k / i)  # a factor is 0 when fewer than k samples are wrong
@@ -146,8 +144,7 @@ def detectable_difference(n: int, discordant: float = TYPICAL_DISCORDANT) -> flo
     (z_0.975 + z_0.80) * sqrt(discordant / n). A difference needs at least as many changed verdicts as it is
     large, hence the floor when next to nothing changes.
     """
-    if n < 1 or not 0 <= discordant <= 1:
-        raise ValueError(f"needs n >= 1 and a discordant share in [0, 1], got {n} and {discordant}")
+    assert n >= 1 and 0 <= discordant <= 1, f"needs n >= 1 and a discordant share in [0, 1], got {n} and {discordant}"
     reach = Z + NormalDist().inv_cdf(POWER)
     return min(1.0, max(reach * math.sqrt(discordant / n), reach * reach / n))
 
@@ -178,7 +175,7 @@ def summarize(
     them goes wherever the numbers go.
 
     Raises:
-        ValueError: the predictions are not exactly the same number of samples 0..k-1 of every question.
+        UserError: the predictions are not exactly the same number of samples 0..k-1 of every question.
     """
     groups = group_samples(questions, predictions)
     num_samples = len(groups[0])
@@ -228,22 +225,22 @@ def group_samples(questions: Sequence[Question], predictions: Sequence[Predictio
     """Predictions by question, in question order, samples in order.
 
     Raises:
-        ValueError: a question is missing, unknown or double, or the samples are not 0..k-1 everywhere.
+        UserError: a question is missing, unknown or double, or the samples are not 0..k-1 everywhere.
     """
     if not questions:
-        raise ValueError("no questions to score: the evaluation wrote no row")
+        raise UserError("no questions to score: the evaluation wrote no row")
     by_id: dict[str, list[Prediction]] = {question["id"]: [] for question in questions}
     if len(by_id) < len(questions):
-        raise ValueError(f"{len(questions) - len(by_id)} question ids appear twice: ids must be unique")
+        raise UserError(f"{len(questions) - len(by_id)} question ids appear twice: ids must be unique")
     for prediction in predictions:
         if prediction.id not in by_id:
-            raise ValueError(f"prediction for {prediction.id!r}, which is none of the {len(by_id)} questions")
+            raise UserError(f"prediction for {prediction.id!r}, which is none of the {len(by_id)} questions")
         by_id[prediction.id].append(prediction)
     groups = [sorted(samples, key=lambda p: p.sample) for samples in by_id.values()]
     expected = list(range(max(1, max(len(samples) for samples in groups))))
     for id, samples in zip(by_id, groups, strict=True):
         if (found := [p.sample for p in samples]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"question {id!r} has samples {found}, expected {expected}:"
                 " let the evaluation finish (the same command continues it)"
             )
@@ -258,7 +255,7 @@ def step_bin(num_steps: int) -> str:
 def _single_grader(predictions: Sequence[Prediction]) -> str:
     graders = sorted({p.grader for p in predictions})
     if len(graders) > 1:
-        raise ValueError(f"graded by both {' and '.join(graders)}: evaluate.py --regrade settles it")
+        raise UserError(f"graded by both {' and '.join(graders)}: evaluate.py --regrade settles it")
     return graders[0]
 
 
@@ -347,12 +344,12 @@ def compare(
     its sentence then say so.
 
     Raises:
-        ValueError: questions, gold answers, prompts or graders differ; the line names what differs.
+        UserError: questions, gold answers, prompts or graders differ; the line names what differs.
     """
     same_prompt = _check_comparable(questions_a, questions_b, names, require_same_prompt)
     graders = _single_grader(predictions_a), _single_grader(predictions_b)
     if graders[0] != graders[1]:
-        raise ValueError(f"{names[0]} was graded by {graders[0]}, {names[1]} by {graders[1]}: evaluate.py --regrade both")
+        raise UserError(f"{names[0]} was graded by {graders[0]}, {names[1]} by {graders[1]}: evaluate.py --regrade both")
     field = {"lenient": "correct", "strict": "strict"}[metric]
     means_a = _means(group_samples(questions_a, predictions_a), field)
     by_id = {samples[0].id: samples for samples in group_samples(questions_b, predictions_b)}
@@ -378,7 +375,7 @@ def _check_comparable(
     """Whether the prompts are the same too; whatever else differs raises."""
     first, second = ({question["id"]: question for question in rows} for rows in (questions_a, questions_b))
     if lonely := first.keys() ^ second.keys():
-        raise ValueError(
+        raise UserError(
             f"{names[0]} ({len(first)} questions) and {names[1]} ({len(second)}) answer different questions,"
             f" {min(lonely)!r} is in one only: evaluate both on the same data set with the same limit"
         )
@@ -386,7 +383,7 @@ def _check_comparable(
     for key, what in (("question", "questions"), ("answer", "gold answers"), ("prompt_sha256", "prompts")):
         differ = [id for id, row in first.items() if row[key] != second[id][key]]
         if differ and (key != "prompt_sha256" or require_same_prompt):
-            raise ValueError(
+            raise UserError(
                 f"the {what} of {names[0]} and {names[1]} differ in {len(differ)} of {len(first)} rows, first"
                 f" {differ[0]!r}: evaluate both with the same data and the same prompt style"
             )

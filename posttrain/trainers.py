@@ -38,6 +38,7 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from posttrain.adapters import gathered, scatter
+from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.phases import phase
@@ -66,8 +67,7 @@ class MasterWeights:
         self, *args: Any, model: PeftModel, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
     ) -> None:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
-        if not masters:
-            raise ValueError("the model has no trainable parameter: load the adapter with trainable=True (trl#6700)")
+        assert masters, "the model has no trainable parameter: load the adapter with trainable=True (trl#6700)"
         super().__init__(*args, model=model, **kwargs)  # type: ignore[call-arg]  # a mixin: this is TRL's trainer
         shard_as_stored(self.accelerator.state, model)
         for name, parameter in model.named_parameters():
@@ -132,13 +132,13 @@ def shard_as_stored(state: Any, model: PeftModel) -> None:
     if plugin is None:
         return
     if trains_tokens(model):
-        raise ValueError(
+        raise UserError(
             "FSDP2 cannot shard an embedding of which rows are trained: launch with configs/accelerate/ddp.yaml, "
             "or set lora.train_special_tokens=never where the base knows its template's tokens"
         )
     for number, layer in enumerate(model.get_base_model().base_model.layers):
         if packed_linears(layer) and not any(p.requires_grad for p in layer.parameters()):
-            raise ValueError(
+            raise UserError(
                 f"layer {number} has no adapter, and under FSDP2 NF4 weights beside none lose bits on the way: "
                 "name modules of every layer in lora.target_modules, or use quantization=nf4_unpacked"
             )
@@ -182,12 +182,12 @@ class GRPO(MasterWeights, GRPOTrainer):
         self._step_prompts: SharedPrompts | None = None  # of all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # the same while one is scored, and its rows there
         if self.use_transformers_continuous_batching:
-            raise ValueError(
+            raise UserError(
                 "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
                 "use rollouts.engine=continuous_batching, which runs on a copy"
             )
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
-            raise ValueError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
+            raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
         copy_to_reference(self.model)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -328,7 +328,7 @@ def groups_without_signal(scores: torch.Tensor, weights: torch.Tensor, size: int
 
 def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:
     if "sampling_per_token_logps" not in inputs:
-        raise ValueError(
+        raise UserError(
             "rollouts.correct_mismatch needs an engine that keeps log-probabilities: set rollouts.engine=transformers"
         )
     return inputs["sampling_per_token_logps"]

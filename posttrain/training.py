@@ -19,11 +19,12 @@ from posttrain.chat import chat_ids
 from posttrain.config.schema import TrainConfig
 from posttrain.decode import Sampling
 from posttrain.decode_steps import release
+from posttrain.errors import UserError
 from posttrain.generate import generate
 from posttrain.models import PolicyCopy, device
 from posttrain.phases import phase
 from posttrain.records import Example
-from posttrain.run import Run
+from posttrain.runs.directory import Run
 from posttrain.stats import wilson
 from rewards import grade
 
@@ -50,7 +51,7 @@ def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
             trainer["optim"] = "adamw_torch"
     for key in ("bf16", "fp16"):
         if trainer.pop(key, owned[key]) != owned[key]:
-            raise ValueError(
+            raise UserError(
                 f"trainer.{key} contradicts model.dtype {config.model.dtype}: remove it, the precision follows model.dtype"
             )
     return trainer | owned
@@ -140,8 +141,9 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
         train_seconds=next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row),
     )
     if end == start_sha256:
-        raise RuntimeError(
-            f"training left every adapter weight as it was: check trainer.learning_rate and the rewards in {run.folder}"
+        raise UserError(
+            f"training left every adapter weight as it was: in none of its {trainer.state.global_step} steps were learning rate "
+            f"and gradient both above 0; check trainer.learning_rate, trainer.warmup_steps and the rewards in {run.folder}"
         )
     print(f"adapter: {folder}  sha256 {end[:12]}")
 

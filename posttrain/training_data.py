@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.config.schema import PassRate, TrainConfig
+from posttrain.errors import UserError
 from posttrain.records import Example, Prediction, read_jsonl
 
 
@@ -25,7 +26,7 @@ def with_pass_rate(examples: list[Example], settings: PassRate) -> list[Example]
     """
     file = Path(settings.run_dir, "predictions.jsonl")
     if not file.is_file():
-        raise ValueError(f"no samples at {file}: evaluate the train split first (data.split=train generation.samples=8)")
+        raise UserError(f"no samples at {file}: evaluate the train split first (data.split=train generation.samples=8)")
     samples: dict[str, list[bool]] = {}
     for prediction in read_jsonl(file, Prediction):
         samples.setdefault(prediction.id, []).append(prediction.correct)

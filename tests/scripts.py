@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from posttrain.errors import exit_on_user_error
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 
@@ -33,7 +35,6 @@ class Done:
 
 def run(script, *arguments, cwd="."):
     """A script's exit code and what it said; an error that is not the user's comes through as the exception it is."""
-    from posttrain.run import exit_on_user_error
 
     module = importlib.import_module(script)
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv

@@ -28,6 +28,7 @@ from posttrain.adapters import (
 )
 from posttrain.chat import load_tokenizer
 from posttrain.config.schema import GrpoConfig, Lora, Model
+from posttrain.errors import UserError
 from posttrain.models import PolicyCopy, load_base
 from posttrain.trainers import LabelHead
 
@@ -289,12 +290,12 @@ def test_an_adapter_is_found_by_its_folder_and_by_its_run(saved):
 
 
 def test_no_adapter_where_a_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no adapter at .*: train one first \(python sft_train.py --config"):
+    with pytest.raises(UserError, match=r"no adapter at .*: train one first \(python sft_train.py --config"):
         resolve_adapter(str(tmp_path))
 
 
 def test_no_adapter_on_the_hub():
-    with pytest.raises(ValueError, match="someone/nothing is neither a local folder nor reachable on the Hub"):
+    with pytest.raises(UserError, match="someone/nothing is neither a local folder nor reachable on the Hub"):
         resolve_adapter("someone/nothing")
 
 
@@ -303,7 +304,7 @@ def test_a_pickled_adapter_is_refused(saved):
     tensors = load_file(folder / "adapter_model.safetensors")
     torch.save(tensors, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no adapter_model.safetensors: only safetensors adapters are loaded"):
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors: only safetensors adapters are loaded"):
         resolve_adapter(str(folder))
 
 
@@ -317,7 +318,7 @@ def test_an_adapter_of_another_base_is_refused(saved, settings, tiny_model_dir, 
         ValueError, match=rf"belongs to base {tiny_model_dir}, not to {other.name_or_path}: set model.name_or_path"
     ):
         check_adapter_fits(folder, other)
-    with pytest.raises(ValueError, match="belongs to base"):
+    with pytest.raises(UserError, match="belongs to base"):
         check_adapter_fits(folder, Model(name_or_path="meta-llama/Llama-3.2-3B"))
 
 
@@ -328,7 +329,7 @@ def test_the_base_may_be_written_as_another_path_to_the_same_folder(saved, tiny_
 
 
 def test_targets_that_the_model_lacks_are_named(exact, tokenizer):
-    with pytest.raises(ValueError, match=r"names no layer of this model: W_pack, fc1"):
+    with pytest.raises(UserError, match=r"names no layer of this model: W_pack, fc1"):
         new_adapter(exact, lora(target_modules=["q_proj", "W_pack", "fc1"]), tokenizer, 0)
 
 
@@ -347,7 +348,7 @@ CHANGES = {
 @pytest.mark.parametrize(("shape", "named"), CHANGES.values(), ids=CHANGES.keys())
 def test_rescaling_refuses_another_shape_and_a_fresh_adapter_does_not(saved, settings, shape, named):
     start = check_adapter_fits(saved[0], settings)
-    with pytest.raises(ValueError, match=rf"rescale can change lora.alpha alone, not {named}.*use adapter_mode=merge_and_new"):
+    with pytest.raises(UserError, match=rf"rescale can change lora.alpha alone, not {named}.*use adapter_mode=merge_and_new"):
         check_mode(grpo("rescale", **shape), start)
     check_mode(grpo("merge_and_new", **shape), start)
 
@@ -449,7 +450,7 @@ def test_the_fresh_adapter_belongs_to_the_stored_base(load, settings, tokenizer,
     fresh.save_pretrained(tmp_path / "adapter")
     stored = settings.model_copy(update={"name_or_path": str(tmp_path / "base")})
     assert check_adapter_fits(tmp_path / "adapter", stored).r == 2
-    with pytest.raises(ValueError, match="belongs to base"):
+    with pytest.raises(UserError, match="belongs to base"):
         check_adapter_fits(tmp_path / "adapter", settings)
     again = load_adapter(load_base(stored, "none", load_tokenizer(stored)), tmp_path / "adapter", trainable=False)
     assert torch.equal(logits(again), logits(fresh))

@@ -9,7 +9,7 @@ from hub_server import serve
 from ruamel.yaml import YAML
 from scripts import CONFIGS, run, run_fresh, tiny_pipeline, tree
 
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 STAGES = {"data_prep": "data", "sft_train": "sft", "grpo_train": "grpo", "evaluate": "eval"}
 TRAINING = ("sft_train", "grpo_train")

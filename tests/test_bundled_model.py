@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import bundled_model
+from posttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +24,7 @@ def test_a_folder_without_one_of_its_files_is_refused_and_left_as_it_is(name, tm
     for other in {*bundled_model.FILES} - {name}:
         (tmp_path / other).write_text("mine")
     assert not bundled_model.is_complete(tmp_path)
-    with pytest.raises(ValueError, match=rf"not empty and lacks {name}: remove it, or choose another folder"):
+    with pytest.raises(UserError, match=rf"not empty and lacks {name}: remove it, or choose another folder"):
         bundled_model.unpack(tmp_path)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys({*bundled_model.FILES} - {name}, "mine")
 

@@ -18,6 +18,7 @@ from posttrain.adapters import new_adapter
 from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
+from posttrain.errors import UserError
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
 from posttrain.stats import wilson
@@ -443,7 +444,7 @@ def test_a_paged_optimizer_gives_way_without_cuda_and_the_run_says_so(tiny):
 )
 def test_a_precision_that_contradicts_the_models_is_refused(tiny, tiny_model_dir, dtype, key, value):
     config = tiny.sft_config({key: value}, model={"name_or_path": str(tiny_model_dir), "dtype": dtype}, quantization="none")
-    with pytest.raises(ValueError, match=rf"trainer.{key} contradicts model.dtype {dtype}: remove it"), opened(config):
+    with pytest.raises(UserError, match=rf"trainer.{key} contradicts model.dtype {dtype}: remove it"), opened(config):
         pass
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from posttrain.chat import chat_ids, load_tokenizer, pin_date, special_ids, stop_token, template_specials
 from posttrain.config.schema import Tokenizer
+from posttrain.errors import UserError
 
 LLAMA3 = str(ROOT / "configs/templates/llama3.jinja")
 PLAIN = str(ROOT / "configs/templates/plain.jinja")
@@ -170,7 +171,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_template_that_cannot_be_trained_on_is_refused(tiny_model_dir, tmp_path, text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tokenizer(settings(tiny_model_dir, template(tmp_path, text)))
 
 
@@ -181,14 +182,14 @@ def test_an_added_token_that_is_not_special_ends_no_turn(tiny_model_dir, tmp_pat
     tokenizer.add_tokens(["<done>"])
     tokenizer.save_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids("<done>") not in special_ids(tokenizer)
-    with pytest.raises(ValueError, match="never ends an assistant turn"):
+    with pytest.raises(UserError, match="never ends an assistant turn"):
         load_tokenizer(settings(folder, template(tmp_path, TURNS.replace("<|im_end|>", "<done>") + HEADER)))
 
 
 def test_no_template_and_no_template_file_are_told_apart(llama3_tokenizer_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"ships no chat template.*configs/templates/llama3\.jinja"):
+    with pytest.raises(UserError, match=r"ships no chat template.*configs/templates/llama3\.jinja"):
         load_tokenizer(settings(llama3_tokenizer_dir))
-    with pytest.raises(ValueError, match=r"no chat template at .*missing\.jinja"):
+    with pytest.raises(UserError, match=r"no chat template at .*missing\.jinja"):
         load_tokenizer(settings(llama3_tokenizer_dir, str(tmp_path / "missing.jinja")))
 
 
@@ -280,7 +281,7 @@ def test_every_written_date_format_is_pinned(tiny_model_dir, tmp_path, on_day, c
     ["{% set f = '%Y' %}{{ strftime_now(f) }}", "{% set now = strftime_now %}{{ now('%Y') }}"],
 )
 def test_a_date_that_cannot_be_pinned_is_refused(tiny_model_dir, tmp_path, text):
-    with pytest.raises(ValueError, match="date of today"):
+    with pytest.raises(UserError, match="date of today"):
         load_tokenizer(settings(tiny_model_dir, template(tmp_path, text + TURNS + HEADER)))
 
 

@@ -16,7 +16,7 @@ from posttrain.config.schema import Model, Rewards
 from posttrain.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.rollouts import reward_functions
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 NUM_ROWS = 6
 

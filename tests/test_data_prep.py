@@ -14,9 +14,10 @@ import data_prep
 import rewards
 from posttrain.config.load import load
 from posttrain.config.schema import DataConfig
+from posttrain.errors import UserError
 from posttrain.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
-from posttrain.run import data_entry, read_manifest
+from posttrain.runs.manifest import data_entry, read_manifest
 
 ASK = '{question} End with "#### answer".'
 SOLVED = "There are 3*4=<<3*4=12>>12 of them.\nThat leaves 12-2=<<12-2=10>>10.\n#### 10"
@@ -483,7 +484,7 @@ def test_a_damaged_file_is_noticed_and_made_again(prepared, name, damage):
     else:
         file.write_bytes(content[:-1] if damage == "cut" and content else content + b"{}\n")
     if name != "rejected.jsonl":
-        with pytest.raises(ValueError, match=r"python data_prep\.py --config"):
+        with pytest.raises(UserError, match=r"python data_prep\.py --config"):
             data_entry(prepare.folder, file.stem)
     assert "up to date" not in prepare(source).out
     assert file.read_bytes() == content
@@ -506,7 +507,7 @@ def test_a_folder_that_is_half_written_is_no_data_set(prepared, tmp_path):
     with pytest.raises(IsADirectoryError):
         prepare(source)
     for split in data_prep.SPLITS:
-        with pytest.raises(ValueError, match="prepare"):
+        with pytest.raises(UserError, match="prepare"):
             data_entry(prepare.folder, split)
     block.rmdir()
     assert "up to date" not in prepare(source).out

@@ -17,7 +17,7 @@ import rewards
 from posttrain import stats
 from posttrain.predictions import judge
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_file, write_jsonl
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 GREEDY = ("data.split=train", "data.limit=40", "generation.batch_size=2", "generation.max_new_tokens=8")
 SAMPLED = (*GREEDY, "generation.samples=2", "generation.temperature=0.7", "seed=3")

@@ -16,6 +16,7 @@ from posttrain.adapters import new_adapter
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.decode import Sampling, choose, decode_batch, prepare
+from posttrain.errors import UserError
 from posttrain.generate import auto_batch_size, generate, plan_batches
 from posttrain.models import PolicyCopy, load_base
 from posttrain.records import Example, read_jsonl
@@ -358,7 +359,7 @@ def test_continuous_batching_draws_by_its_seed_alone(unprepared, tokenizer, prom
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_its_engine_says_what_to_install(model, prompts, tokenizer):
-    with pytest.raises(ValueError, match=r"pip install 'posttrain\[vllm\]'.*engine=transformers"):
+    with pytest.raises(UserError, match=r"pip install 'posttrain\[vllm\]'.*engine=transformers"):
         generate(model, prompts, Sampling(4), tokenizer, engine="vllm")
 
 

@@ -6,7 +6,7 @@ from fsdp_on_cpu import as_on_cuda
 from scripts import CONFIGS, ROOT, launched, run_fresh, workplace
 
 from posttrain.records import read_rows
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 PLAIN = ("model.kernels=torch", "model.attn_implementation=sdpa", "fast_adapter=false")
 

@@ -20,7 +20,8 @@ from ruamel.yaml import YAML
 from posttrain import card, hub
 from posttrain.config.schema import Model, SftConfig, TrainData
 from posttrain.records import sha256_file
-from posttrain.run import data_entry, open_run, parent_of
+from posttrain.runs.directory import open_run
+from posttrain.runs.manifest import data_entry, parent_of
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary42"
 REPO = "me/llama-gsm8k"

@@ -17,10 +17,11 @@ SCRIPTS = ("data_prep", "sft_train", "grpo_train", "evaluate")
 # The rooms, from the ground up: a module imports from its own room and from the lines above, never from below. In posttrain/ a
 # folder is a room, and so is each file on the ground floor.
 ROOMS = """
-rewards posttrain phases config records
-stats
+rewards posttrain errors phases
+records
+config
+runs stats training_data
 lm_eval_files
-run training_data
 predictions card bundled_model report
 chat kernels
 models hub

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from posttrain import models
 from posttrain.chat import load_tokenizer
 from posttrain.config.schema import Lora, Model
+from posttrain.errors import UserError
 from posttrain.kernels import liger
 from posttrain.models import PolicyCopy, identity, load_base
 
@@ -42,7 +43,7 @@ def test_on_a_cpu_a_model_stays_as_it_is_and_the_manifest_says_so(tiny_model_dir
 
 
 def test_what_is_asked_for_and_cannot_be_is_refused(tiny_model_dir):
-    with pytest.raises(ValueError, match="model.kernels liger: they need CUDA; use model.kernels=torch"):
+    with pytest.raises(UserError, match="model.kernels liger: they need CUDA; use model.kernels=torch"):
         load(tiny_model_dir, kernels="liger")
 
 
@@ -85,7 +86,7 @@ def test_auto_on_a_gpu_says_why_it_fuses_nothing(monkeypatch, capsys, installed,
     liger.fuse(model, "auto")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and re.search(said, out) and model.kernels == "torch"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         liger.fuse(model, "liger")
 
 

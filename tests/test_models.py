@@ -13,6 +13,7 @@ from posttrain import models
 from posttrain.adapters import hold_fp32, new_adapter
 from posttrain.chat import load_tokenizer
 from posttrain.config.schema import Lora, Model
+from posttrain.errors import UserError
 from posttrain.kernels.nf4 import base_weight, packed_linears
 from posttrain.models import PolicyCopy, align_special_tokens, check_stop_token, fingerprint, load_base
 
@@ -141,7 +142,7 @@ def test_the_fingerprint_knows_the_model_whatever_its_form_or_adapter(load, adap
 
 
 def test_a_folder_without_a_model_is_refused(settings, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no model \(no config.json\): check model.name_or_path"):
+    with pytest.raises(UserError, match=r"holds no model \(no config.json\): check model.name_or_path"):
         load_base(settings.model_copy(update={"name_or_path": str(tmp_path)}), "none", tokenizer)
 
 
@@ -186,7 +187,7 @@ BREAKS = {
 def test_a_part_that_stops_on_another_token_is_named(load, tokenizer, damage, named):
     base, tokenizer = load(), copy.deepcopy(tokenizer)
     damage(base, tokenizer)
-    with pytest.raises(ValueError, match=f"disagree on the stop token.*{named}"):
+    with pytest.raises(UserError, match=f"disagree on the stop token.*{named}"):
         check_stop_token(base, tokenizer)
 
 

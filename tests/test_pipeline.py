@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from scripts import CONFIGS, EVALUATIONS, ROOT, launched, run, tiny_pipeline, tree
 
 from posttrain.records import read_rows
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.errors import UserError
 from posttrain.records import (
     Example,
     Prediction,
@@ -90,12 +91,12 @@ def test_the_training_view_has_the_asked_columns_in_order():
 def test_one_test_row_among_others_is_refused(place):
     rows = [example("x", name=str(number)) for number in range(2)]
     rows.insert(place, example("x", "test", name="leaked-7"))
-    with pytest.raises(ValueError, match=r"refusing to train on 1 test rows \(first: leaked-7\)"):
+    with pytest.raises(UserError, match=r"refusing to train on 1 test rows \(first: leaked-7\)"):
         as_dataset(rows, ("prompt",))
 
 
 def test_nothing_to_train_on_is_told():
-    with pytest.raises(ValueError, match="no examples to train on: check data.num_train"):
+    with pytest.raises(UserError, match="no examples to train on: check data.num_train"):
         as_dataset([], ("prompt",))
 
 

@@ -16,11 +16,12 @@ import made_runs
 import pytest
 
 from posttrain import report
+from posttrain.errors import UserError
 from posttrain.records import Prediction, read_jsonl, read_rows, write_jsonl
 from posttrain.report import charts, figures, page, tables
 from posttrain.report.charts import Chart, Point, Series
 from posttrain.report.groups import load
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 from posttrain.stats import compare, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ def test_published_numbers_without_predictions_make_a_table_without_tests(runs):
 )
 def test_a_broken_run_is_refused_with_a_remedy(runs, break_it, message):
     break_it(runs / "eval_sft")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load(evals(runs))
 
 
@@ -214,20 +215,20 @@ def test_numbers_that_do_not_belong_to_the_predictions_are_refused(runs):
     file = runs / "eval_grpo" / "predictions.jsonl"
     first, *rest = read_jsonl(file, Prediction)
     write_jsonl(file, [replace(first, correct=not first.correct), *rest])
-    with pytest.raises(ValueError, match=r"results\.json says .* its predictions give .* --regrade"):
+    with pytest.raises(UserError, match=r"results\.json says .* its predictions give .* --regrade"):
         load(evals(runs))
 
 
 def test_runs_graded_by_other_rules_are_refused(runs):
     file = runs / "eval_grpo" / "predictions.jsonl"
     write_jsonl(file, [replace(p, grader="0") for p in read_jsonl(file, Prediction)])
-    with pytest.raises(ValueError, match="--regrade both"):
+    with pytest.raises(UserError, match="--regrade both"):
         report.console_report(evals(runs))
 
 
 def test_nothing_to_report_is_refused(runs):
     edit(runs / "eval_base" / "manifest.json", stage="data")
-    with pytest.raises(ValueError, match="no evaluation and no training run"):
+    with pytest.raises(UserError, match="no evaluation and no training run"):
         load([runs / "eval_base"])
 
 
@@ -301,7 +302,7 @@ def test_readme_changes_only_between_its_markers(original, tmp_path):
 def test_readme_without_markers_is_refused_and_kept(original, tmp_path, text):
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    with pytest.raises(ValueError, match="lacks the lines <!-- results:start --> and"):
+    with pytest.raises(UserError, match="lacks the lines <!-- results:start --> and"):
         report.update_readme(readme, evals(original))
     assert readme.read_text() == text
 

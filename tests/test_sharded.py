@@ -22,9 +22,10 @@ from posttrain.callbacks import MovedShare, StopOnNonFinite
 from posttrain.chat import load_tokenizer
 from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
+from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
 from posttrain.models import load_base
-from posttrain.run import check_machine
+from posttrain.runs.directory import check_machine
 from posttrain.trainers import LabelHead, shard_as_stored
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -94,7 +95,7 @@ def test_trained_rows_of_an_embedding_are_refused(tiny_model_dir):
     settings = Model(name_or_path=str(tiny_model_dir))
     base = load_base(settings, "none", load_tokenizer(settings))
     model = get_peft_model(base, LoraConfig(target_modules=["up_proj"], trainable_token_indices=[1]))
-    with pytest.raises(ValueError, match="launch with configs/accelerate/ddp.yaml, or set lora.train_special_tokens=never"):
+    with pytest.raises(UserError, match="launch with configs/accelerate/ddp.yaml, or set lora.train_special_tokens=never"):
         shard_as_stored(SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), model)
 
 
@@ -104,7 +105,7 @@ def test_nf4_beside_no_adapter_is_refused(tiny_model_dir):
         base = load_base(settings, quantization, load_tokenizer(settings))
         model = get_peft_model(base, LoraConfig(target_modules=["layers.1.mlp.up_proj"]))
         shard_as_stored(SimpleNamespace(), model)  # of one process, or under DDP
-        with pytest.raises(ValueError, match="layer 0 has no adapter") if refused else nullcontext():
+        with pytest.raises(UserError, match="layer 0 has no adapter") if refused else nullcontext():
             shard_as_stored(SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), model)
 
 
@@ -147,7 +148,7 @@ def test_what_needs_a_whole_policy_is_refused(monkeypatch, cls, name, overrides,
     config = load(CONFIGS / f"{name}_tiny.yaml", overrides, cls)
     check_machine(config)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told):
         check_machine(config)
 
 

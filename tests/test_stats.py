@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from posttrain import stats
+from posttrain.errors import UserError
 from posttrain.records import Prediction
 
 
@@ -138,7 +139,7 @@ def test_wilson_is_where_the_score_test_just_rejects(k, n):
 
 @pytest.mark.parametrize(("k", "n"), [(0, 0), (-1, 5), (6, 5)])
 def test_wilson_refuses_what_is_no_share(k, n):
-    with pytest.raises(ValueError, match="0 <= k <= n"):
+    with pytest.raises(AssertionError, match="0 <= k <= n"):
         stats.wilson(k, n)
 
 
@@ -154,7 +155,7 @@ def test_bootstrap_is_seeded_and_agrees_with_resampling_one_by_one():
     assert stats.bootstrap(values, seed=1) != stats.bootstrap(values, seed=2)
     draws = np.random.default_rng(3).choice(values, size=(20_000, len(values))).mean(axis=1)
     assert stats.bootstrap(values) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.004)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(AssertionError, match="at least one"):
         stats.bootstrap([])
 
 
@@ -172,7 +173,7 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_correct_one():
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 1, 5), (4, 5, 1), (4, 1, 0), (4, -1, 1)])
 def test_pass_at_k_refuses_more_than_was_sampled(n, c, k):
-    with pytest.raises(ValueError, match="k <= n"):
+    with pytest.raises(AssertionError, match="k <= n"):
         stats.pass_at_k(n, c, k)
 
 
@@ -361,14 +362,14 @@ def test_order_of_predictions_does_not_matter():
     ],
 )
 def test_incomplete_or_mixed_predictions_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         stats.summarize(ask(3), change([predict(f"q{i}") for i in range(3)]))
 
 
 def test_no_questions_and_double_questions_are_refused():
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(UserError, match="no questions"):
         stats.summarize([], [])
-    with pytest.raises(ValueError, match="unique"):
+    with pytest.raises(UserError, match="unique"):
         stats.summarize([*ask(2), ask(1)[0]], [predict("q0"), predict("q1")])
 
 
@@ -429,7 +430,7 @@ def test_compare_of_copied_samples_is_mcnemar():
 def test_compare_refuses_runs_that_were_asked_different_things(rows, message):
     first = [predict(f"q{i}") for i in range(3)]
     second = [predict(row["id"]) for row in rows]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         stats.compare(ask(3), first, rows, second)
 
 
@@ -437,9 +438,9 @@ def test_compare_across_prompts_is_labelled_and_across_graders_refused():
     rows = [predict(f"q{i}") for i in range(3)]
     result = stats.compare(ask(3), rows, ask(3, prompt="other"), rows, require_same_prompt=False)
     assert result["same_prompt"] is False and "prompts differ" in result["sentence"]
-    with pytest.raises(ValueError, match="gold"):  # the questions must be equal even then
+    with pytest.raises(UserError, match="gold"):  # the questions must be equal even then
         stats.compare(ask(3), rows, [q | {"answer": "9"} for q in ask(3)], rows, require_same_prompt=False)
-    with pytest.raises(ValueError, match="regrade"):
+    with pytest.raises(UserError, match="regrade"):
         stats.compare(ask(3), rows, ask(3), [replace(p, grader="2") for p in rows])
 
 

@@ -6,7 +6,7 @@ import grpo_train
 import sft_train
 from posttrain.chat import load_tokenizer
 from posttrain.config.schema import GrpoConfig, SftConfig
-from posttrain.run import open_run
+from posttrain.runs.directory import open_run
 from posttrain.training_data import load_examples
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -27,9 +27,10 @@ from ruamel.yaml import YAML
 from posttrain.config.messages import add_faults, did_you_mean, one_line_each
 from posttrain.config.schema import EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
+from posttrain.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """The settings are wrong. The text has one line for each fault."""
 
 

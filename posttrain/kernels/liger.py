@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from posttrain.config.schema import Kernels
+from posttrain.errors import UserError
 
 # Compared with transformers' own layers in tests/test_liger.py. Liger's gated MLP of them is that of SiLU.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,7 +25,7 @@ def fuse(model: PreTrainedModel, asked: Kernels) -> None:
     model.kernels = "torch"
     reason = why_not(model)
     if asked == "liger" and reason:
-        raise ValueError(f"model.kernels liger: {reason}; use model.kernels=torch")
+        raise UserError(f"model.kernels liger: {reason}; use model.kernels=torch")
     if asked == "auto" and reason and model.device.type == "cuda":
         print(f"norms, rotary embedding and MLP run unfused, which is slower and takes more memory: {reason}")
     if asked == "torch" or reason:

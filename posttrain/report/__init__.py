@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from posttrain.errors import UserError
 from posttrain.records import write_atomic
 from posttrain.report import charts, tables
 from posttrain.report.figures import result_charts, training_charts
@@ -49,14 +50,14 @@ def update_readme(readme: Path, paths: Iterable[Path | str]) -> None:
     """Replace what stands between the two markers by the results table.
 
     Raises:
-        ValueError: the file does not hold both markers, in order.
+        UserError: the file does not hold both markers, in order.
     """
     start, end = MARKERS
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, opened, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not opened or not closed:
-        raise ValueError(f"{readme} lacks the lines {start} and {end}: put them where the table belongs")
+        raise UserError(f"{readme} lacks the lines {start} and {end}: put them where the table belongs")
     groups, trainings = load(paths)
     summary = "\n".join(_summary(group, trainings, num_sentences=1) for group in groups)
     write_atomic(readme, f"{before}{start}\n{summary}{end}{after}")

@@ -1,4 +1,4 @@
+from posttrain.errors import exit_on_user_error
 from posttrain.report import main
-from posttrain.run import exit_on_user_error
 
 exit_on_user_error(main)

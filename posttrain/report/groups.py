@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import stats
+from posttrain.errors import UserError
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
-from posttrain.run import read_manifest
+from posttrain.runs.manifest import read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}
 
@@ -131,7 +132,7 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
     """Read run directories; the training runs behind an evaluated adapter are found through `parent`.
 
     Raises:
-        ValueError: a path that is no run directory, an unfinished evaluation, numbers that do not belong to
+        UserError: a path that is no run directory, an unfinished evaluation, numbers that do not belong to
             the predictions beside them, or no run at all.
     """
     manifests = {Path(path): _manifest(Path(path)) for path in paths}
@@ -142,7 +143,7 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
             if place.resolve() not in {known.resolve() for known in trained}:
                 trained[place] = found
     if not evaluated and not trained:
-        raise ValueError("no evaluation and no training run among these directories: run evaluate.py first")
+        raise UserError("no evaluation and no training run among these directories: run evaluate.py first")
     names = [_name(manifest) for manifest in evaluated.values()]
     runs = [_eval_run(path, manifest, names) for path, manifest in evaluated.items()]
     trainings = [TrainingRun(path, manifest, _metrics(path)) for path, manifest in trained.items()]
@@ -151,7 +152,7 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     if not (path / "manifest.json").is_file():
-        raise ValueError(f"{path} is no run directory (no manifest.json): give folders that the scripts made")
+        raise UserError(f"{path} is no run directory (no manifest.json): give folders that the scripts made")
     return read_manifest(path)
 
 
@@ -167,9 +168,9 @@ def _ancestors(path: Path, manifest: Mapping[str, Any]) -> Iterable[tuple[Path, 
 
 def _eval_run(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> EvalRun:
     if manifest["exit"] != "ok":
-        raise ValueError(f"{path} is not finished ({manifest['exit']}): the command that began it continues it")
+        raise UserError(f"{path} is not finished ({manifest['exit']}): the command that began it continues it")
     if not (path / "results.json").is_file():
-        raise ValueError(f"{path} has no results.json: evaluate.py --regrade writes it")
+        raise UserError(f"{path} has no results.json: evaluate.py --regrade writes it")
     label = _name(manifest) if names.count(_name(manifest)) == 1 else f"{_name(manifest)} ({path.name})"
     results = json.loads((path / "results.json").read_text(encoding="utf-8"))
     questions, predictions = _rows(path)
@@ -193,7 +194,7 @@ def _check_results(path: Path, written: Mapping[str, Any], counted: Mapping[str,
     for rule in ("lenient", "strict"):
         there, here = (results["accuracy"][rule] for results in (written, counted))
         if (there["k"], there["n"]) != (here["k"], here["n"]):
-            raise ValueError(
+            raise UserError(
                 f"{path}: results.json says {there['k']} of {there['n']} {rule}, its predictions give"
                 f" {here['k']} of {here['n']}: evaluate.py --regrade writes the numbers anew"
             )

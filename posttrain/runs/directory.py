@@ -11,17 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +23,10 @@ from filelock import FileLock, Timeout
 
 from posttrain.config.load import config_sha256, dump
 from posttrain.config.schema import Settings
+from posttrain.errors import AlreadyDone, UserError
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
-
-PACKAGES = (
-    "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
-    "liger-kernel", "reasoning-gym", "vllm",
-)  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class AlreadyDone(Exception):
-    """The run directory holds a finished run of exactly these settings."""
+from posttrain.runs.manifest import _opening, _utc, read_manifest
+from posttrain.runs.process import is_main_process, is_sharded
 
 
 class Run:
@@ -96,7 +83,7 @@ def open_run(config: Settings, stage: str, folder: str, resume: bool) -> Iterato
     """Create or reopen a run directory, hold its lock, and leave a true `exit` in its manifest whatever happens.
 
     Raises:
-        ValueError: the directory belongs to other settings, is in use, or holds an unfinished run and `resume` is off.
+        UserError: the directory belongs to other settings, is in use, or holds an unfinished run and `resume` is off.
         AlreadyDone: it holds the finished run.
     """
     run = _open(config, stage, Path(folder), resume)
@@ -135,7 +122,7 @@ def _wait_for_main(folder: Path, seconds: float = 300) -> None:
     give_up = time.monotonic() + seconds
     while not (folder / "manifest.json").is_file():
         if time.monotonic() > give_up:
-            raise ValueError(f"process 0 has not opened {folder} in {seconds:.0f} s: look at what it said")
+            raise UserError(f"process 0 has not opened {folder} in {seconds:.0f} s: look at what it said")
         time.sleep(0.05)
 
 
@@ -144,7 +131,7 @@ def _locked(folder: Path, config: Settings, resume: bool) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder} is in use by another process: wait for it, or choose another run_dir") from None
+        raise UserError(f"{folder} is in use by another process: wait for it, or choose another run_dir") from None
     check_reusable(config, folder, resume)  # again: another process may have finished since
     return lock
 
@@ -159,16 +146,16 @@ def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     if not folder.exists() or BEFORE_MANIFEST.issuperset(path.name for path in folder.iterdir()):
         return
     if not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} is not empty and holds no run: choose another run_dir")
+        raise UserError(f"{folder} is not empty and holds no run: choose another run_dir")
     before = read_manifest(folder)
     if before["config_sha256"] != config_sha256(config):
-        raise ValueError(f"{folder} belongs to a run with other settings ({_changed(config, folder)}): choose another run_dir")
+        raise UserError(f"{folder} belongs to a run with other settings ({_changed(config, folder)}): choose another run_dir")
     if changed := _changed_input(before):
-        raise ValueError(f"{folder} belongs to a run over another {changed}, which has changed since: choose another run_dir")
+        raise UserError(f"{folder} belongs to a run over another {changed}, which has changed since: choose another run_dir")
     if before["exit"] == "ok":
         raise AlreadyDone(f"{folder} already holds this run, finished {before['finished']}: nothing to do")
     if not resume and any(folder.glob("checkpoints/checkpoint-*")):
-        raise ValueError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")
+        raise UserError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")
 
 
 def _changed(config: Settings, folder: Path) -> str:
@@ -207,17 +194,17 @@ def check_machine(config: Settings) -> None:
     asked = _flat(config.model_dump(mode="json"))
     for key in ("engine", "rollouts.engine"):
         if asked.get(key) == "vllm" and not importlib.util.find_spec("vllm"):
-            raise ValueError(
+            raise UserError(
                 f"{key} vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or {key}=transformers"
             )
     if asked.get("model.kernels") == "liger" and torch.cuda.is_available() and not importlib.util.find_spec("liger_kernel"):
-        raise ValueError("model.kernels liger needs the package: pip install 'posttrain[liger]', or model.kernels=torch")
+        raise UserError("model.kernels liger needs the package: pip install 'posttrain[liger]', or model.kernels=torch")
     for key, needs_cuda, instead in CUDA_ONLY:
         if re.fullmatch(needs_cuda, str(asked.get(key))) and not torch.cuda.is_available():
-            raise ValueError(f"{key} {asked[key]} needs CUDA, and this machine has none: {instead}")
+            raise UserError(f"{key} {asked[key]} needs CUDA, and this machine has none: {instead}")
     if is_sharded() and ("rollouts.engine" in asked or asked.get("data.num_dev")):
         what, instead = ("rollouts", "") if "rollouts.engine" in asked else ("dev accuracy", "set data.num_dev=0, or ")
-        raise ValueError(
+        raise UserError(
             f"{what} come from a whole copy of the policy, and FSDP shards it: {instead}launch with configs/accelerate/ddp.yaml"
         )
 
@@ -228,171 +215,3 @@ CUDA_ONLY = (
     ("model.dtype", "float16", "use model.dtype=bfloat16"),
     ("trainer.tf32", "True", "remove it"),
 )
-
-
-def _opening(config: Settings, stage: str, folder: Path) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "name": getattr(config, "name", None) or folder.name,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        **git_state(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
-        "hardware": hardware(),
-        "seed": getattr(config, "seed", None),
-        "finished": None,
-        "exit": "running",
-        "config_sha256": config_sha256(config),
-        "notes": [],
-    }
-
-
-def read_manifest(folder: Path | str) -> dict[str, Any]:
-    return json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
-
-
-def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The `parent` entry for a run that starts from this adapter, and the chain that leads to it."""
-    parent = {"run_dir": str(adapter_folder.parent), "adapter_sha256": adapter_sha256}
-    above = (adapter_folder.parent, adapter_folder.parent.parent)  # of adapter/, of checkpoints/checkpoint-5/
-    run_dir = next((folder for folder in above if (folder / "manifest.json").is_file()), None)
-    if run_dir is None:
-        return parent, [{"stage": "adapter", "name": str(adapter_folder), "adapter_sha256": adapter_sha256}]
-    manifest = read_manifest(run_dir)
-    link = {
-        "stage": manifest["stage"],
-        "name": manifest["name"],
-        "adapter_sha256": adapter_sha256,
-        "data": manifest.get("data"),
-    }
-    return parent, [*manifest["chain"], link]
-
-
-def data_entry(path: Path | str, split: str) -> dict[str, Any]:
-    """What the manifest says of the data.
-
-    Raises:
-        ValueError: the data set is not prepared, or not as data_prep.py left it; the text has the command that prepares it.
-    """
-    file, command = Path(path, f"{split}.jsonl"), f"python data_prep.py --config {_data_config(path)}"
-    if not file.is_file() or not Path(path, "manifest.json").is_file():
-        raise ValueError(f"no {split} examples at {file}: prepare them with `{command}`")
-    manifest, sha256 = read_manifest(path), sha256_file(file)
-    if manifest["files"].get(file.name) != sha256:
-        raise ValueError(f"{file} is not what {path}/manifest.json says it is: prepare it again with `{command}`")
-    return {
-        "name": manifest["name"],
-        "path": str(path),
-        "split": split,
-        "sha256": sha256,
-        "source": manifest["source"],
-        "num_shots": manifest.get("prompt", {}).get("num_shots", 0),
-    }
-
-
-def _data_config(path: Path | str) -> str:
-    """The YAML in configs/ that writes this folder."""
-    for candidate in sorted((ROOT / "configs").glob("data_*.yaml")):
-        if f"output_dir: {Path(path)}\n" in candidate.read_text(encoding="utf-8"):
-            return f"configs/{candidate.name}"
-    return "configs/data_<name>.yaml"
-
-
-def git_state() -> dict[str, Any]:
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {"commit": git("rev-parse", "--verify", "--quiet", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
-
-
-def hardware() -> dict[str, Any]:
-    import torch
-
-    ram_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cuda = torch.cuda.is_available()
-    return {
-        "cpu": _cpu_name(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "ram_gib": round(ram_gib, 1),
-        "gpu": torch.cuda.get_device_name(0) if cuda else None,
-        "num_gpus": torch.cuda.device_count() if cuda else 0,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def is_main_process() -> bool:
-    return process_index() == 0
-
-
-def process_index() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_sharded() -> bool:
-    """Whether `accelerate launch` was asked for FSDP: no process then holds a whole model while it trains."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _utc() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def use_one_gpu() -> None:
-    """Without a launcher a process takes the first GPU that it sees. TRL's trainers refuse to begin when they see several.
-
-    Before anything is imported: bitsandbytes asks CUDA for the GPUs, and what it hears then stands.
-    """
-    if "LOCAL_RANK" in os.environ:
-        return
-    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    if len(visible) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
-        print(f"one of {len(visible)} GPUs is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml ...")
-
-
-def _leave_group() -> None:
-    """Processes that trained together part before they end: NCCL warns of each that does not."""
-    distributed = sys.modules.get("torch.distributed")  # a script that failed early has not imported it
-    if distributed and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a script's main: what the user can mend is one line and exit code 2, everything else a traceback.
-
-    A `ValueError` that this project's own code raises is the user's to mend; one from inside a library is a fault.
-    """
-    try:
-        main()
-        _leave_group()
-    except AlreadyDone as done:
-        print(done)
-    except ValueError as error:
-        if not _raised_here(error):
-            raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _raised_here(error: ValueError) -> bool:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(last.filename).resolve().is_relative_to(ROOT) and "site-packages" not in last.filename
-    return ours and (last.line or "").startswith("raise ")

@@ -1,0 +1,37 @@
+"""Which process this is, of how many, and on which GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def is_main_process() -> bool:
+    return process_index() == 0
+
+
+def process_index() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` was asked for FSDP: no process then holds a whole model while it trains."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def use_one_gpu() -> None:
+    """Without a launcher a process takes the first GPU that it sees. TRL's trainers refuse to begin when they see several.
+
+    Before anything is imported: bitsandbytes asks CUDA for the GPUs, and what it hears then stands.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    if len(visible) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+        print(f"one of {len(visible)} GPUs is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml ...")
