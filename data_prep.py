@@ -24,6 +24,7 @@ from typing import Any, cast
 from posttrain.config.load import config_sha256, from_command_line
 from posttrain.config.schema import DataConfig, GeneratorSource, HubSource, RejectionSampledSource
 from posttrain.errors import UserError, exit_on_user_error
+from posttrain.evaluation.stats import train_test_overlap
 from posttrain.records import (
     Example,
     Message,
@@ -36,7 +37,6 @@ from posttrain.records import (
     write_jsonl,
 )
 from posttrain.runs.manifest import git_state, read_manifest
-from posttrain.stats import train_test_overlap
 from rewards import GRADER_VERSION, gold_answer, grade
 
 SPLITS = ("train", "dev", "test")

@@ -17,12 +17,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain import stats
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
 from posttrain.errors import UserError, exit_on_user_error
-from posttrain.lm_eval_files import write_lm_eval_files
-from posttrain.predictions import Parts, judge, regraded
+from posttrain.evaluation import stats
+from posttrain.evaluation.lm_eval import write_lm_eval_files
+from posttrain.evaluation.predictions import Parts, judge, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of, read_manifest

@@ -20,12 +20,12 @@ from posttrain.config.schema import TrainConfig
 from posttrain.decode import Sampling
 from posttrain.decode_steps import release
 from posttrain.errors import UserError
+from posttrain.evaluation.stats import wilson
 from posttrain.generate import generate
 from posttrain.models import PolicyCopy, device
 from posttrain.phases import phase
 from posttrain.records import Example
 from posttrain.runs.directory import Run
-from posttrain.stats import wilson
 from rewards import grade
 
 
@@ -151,7 +151,7 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
 def push_if_asked(config: TrainConfig, run: Run) -> None:
     """Push a finished run; a failure is told with the command to retry, and the run stays finished."""
     if config.hub.repo_id and run.is_main:
-        from posttrain.hub import push_or_explain
+        from posttrain.hub.push import push_or_explain
 
         push_or_explain(run.folder, config.hub.repo_id, private=config.hub.private)
 

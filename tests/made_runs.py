@@ -7,8 +7,8 @@ import json
 import random
 
 import rewards
+from posttrain.evaluation.stats import summarize
 from posttrain.records import Prediction, sha256_text, write_jsonl
-from posttrain.stats import summarize
 
 BASE = "models/Llama-3.2-3B"
 HOSTILE = (

@@ -19,9 +19,9 @@ from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
+from posttrain.evaluation.stats import wilson
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
-from posttrain.stats import wilson
 from posttrain.training import add_callbacks, dev_accuracy, last_checkpoint, save_adapter, trainer_arguments
 from rewards import extract, grade
 

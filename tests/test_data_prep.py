@@ -15,7 +15,7 @@ import rewards
 from posttrain.config.load import load
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
-from posttrain.predictions import judge
+from posttrain.evaluation.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.manifest import data_entry, read_manifest
 

@@ -14,8 +14,8 @@ import pytest
 from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
 
 import rewards
-from posttrain import stats
-from posttrain.predictions import judge
+from posttrain.evaluation import stats
+from posttrain.evaluation.predictions import judge
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.manifest import read_manifest
 

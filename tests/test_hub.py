@@ -17,8 +17,9 @@ from hub_server import serve
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from posttrain import card, hub
 from posttrain.config.schema import Model, SftConfig, TrainData
+from posttrain.hub import card
+from posttrain.hub.push import weights_sha256
 from posttrain.records import sha256_file
 from posttrain.runs.directory import open_run
 from posttrain.runs.manifest import data_entry, parent_of
@@ -252,7 +253,7 @@ def test_the_manifest_says_what_was_done_and_not_where(run_dir, server, tmp_path
         ("file:///home/ann/data", "data"),
         ("data/gsm8k runs/a/adapter ./configs/x.yaml", "data/gsm8k runs/a/adapter ./configs/x.yaml"),
         ("meta-llama/Llama-3.2-3B https://huggingface.co/a/b", "meta-llama/Llama-3.2-3B https://huggingface.co/a/b"),
-        ("https://ann:pass@hub.example/a", "https://***@hub.example/a"),
+        ("https://ann:pass@hub.example/a", "https://***@push.example/a"),
         ("48/2 = 24 tok/s, and/or </s> <|eot_id|> N/A", "48/2 = 24 tok/s, and/or </s> <|eot_id|> N/A"),
         ({"a": ["/x/y", 1, None, True]}, {"a": ["y", 1, None, True]}),
     ],
@@ -570,7 +571,7 @@ def test_no_network_no_token_offline(run_dir, tmp_path):
 
 # --- at the end of training -------------------------------------------------------------------------------------------
 
-AT_THE_END = "import sys, pathlib, posttrain.hub as hub; hub.push_or_explain(pathlib.Path(sys.argv[1]), sys.argv[2], True)"
+AT_THE_END = "import sys, pathlib, posttrain.hub.push as hub; hub.push_or_explain(pathlib.Path(sys.argv[1]), sys.argv[2], True)"
 
 
 def end_training(run, server, tmp_path, repo_id=REPO):
@@ -617,4 +618,4 @@ def test_the_quick_hash_is_the_adapters_identity(runs):
     from posttrain.adapters import adapter_sha256
 
     folder = runs / "grpo_run/adapter"
-    assert hub.weights_sha256(folder / "adapter_model.safetensors") == adapter_sha256(folder)
+    assert weights_sha256(folder / "adapter_model.safetensors") == adapter_sha256(folder)

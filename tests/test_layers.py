@@ -20,9 +20,9 @@ ROOMS = """
 rewards posttrain errors phases
 records
 config
-runs stats training_data
-lm_eval_files
-predictions card bundled_model report
+runs training_data
+evaluation
+bundled_model report
 chat kernels
 models hub
 adapters decode_steps callbacks plan
@@ -51,13 +51,20 @@ KEEPERS = {
     "datasets": {"posttrain.records", "data_prep"},
     "reasoning_gym": {"data_prep"},
     "matplotlib": {"posttrain.report.charts"},
-    "huggingface_hub": {"posttrain.hub", "posttrain.card", "posttrain.chat", "posttrain.adapters", "posttrain.plan", "data_prep"},
+    "huggingface_hub": {
+        "posttrain.hub.push",
+        "posttrain.hub.card",
+        "posttrain.chat",
+        "posttrain.adapters",
+        "posttrain.plan",
+        "data_prep",
+    },
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "reasoning_gym"}
-COMMANDS = (*SCRIPTS, "posttrain.report", "posttrain.hub", "posttrain.bundled_model")
+COMMANDS = (*SCRIPTS, "posttrain.report.__main__", "posttrain.hub.__main__", "posttrain.bundled_model")
 
 
 def module_name(file: Path) -> str:
@@ -69,7 +76,7 @@ OURS = sorted(FILES)
 
 
 def imports(nodes: Iterator[ast.AST]) -> set[str]:
-    """Dotted names: `from posttrain import stats` gives posttrain.stats, `import os, re` gives os and re."""
+    """Dotted names: `from posttrain import stats` gives posttrain.evaluation.stats, `import os, re` gives os and re."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):

@@ -7,7 +7,7 @@ from datetime import datetime
 import made_runs
 import pytest
 
-from posttrain.lm_eval_files import write_lm_eval_files
+from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.records import Prediction, read_jsonl, read_rows, sha256_text
 
 # lm-eval 0.4.13, lm_eval/result_schema.py: EvalResults (what a chat run of one task writes) and SampleResult

@@ -77,7 +77,7 @@ def test_the_report_reads_the_run_directories(place):
 
 
 def test_the_card_is_made_of_the_run(place):
-    from posttrain.hub import Request, all_files, read_release
+    from posttrain.hub.push import Request, all_files, read_release
 
     evaluations = tuple(place / "runs" / f"eval_tiny_{name}" for name in EVALUATIONS)
     request = Request(place / "runs" / "grpo_tiny", "me/tiny-grpo", evals=evaluations, base_model="me/tiny")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import rewards
-from posttrain.predictions import Parts, judge, regraded
+from posttrain.evaluation.predictions import Parts, judge, regraded
 from posttrain.records import Example, Prediction, read_jsonl, write_jsonl
 
 NUM_SAMPLES = 2
@@ -116,7 +116,7 @@ def test_the_main_process_waits_for_the_others(tmp_path, process):
             other.append(answers(share.pop()[1]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("posttrain.predictions.time", Clock)
+        patch.setattr("posttrain.evaluation.predictions.time", Clock)
         assert parts.gather(ASKED, NUM_SAMPLES) == WHOLE and share == []
 
 

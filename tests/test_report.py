@@ -17,12 +17,12 @@ import pytest
 
 from posttrain import report
 from posttrain.errors import UserError
+from posttrain.evaluation.stats import compare, summarize
 from posttrain.records import Prediction, read_jsonl, read_rows, write_jsonl
 from posttrain.report import charts, figures, page, tables
 from posttrain.report.charts import Chart, Point, Series
 from posttrain.report.groups import load
 from posttrain.runs.manifest import read_manifest
-from posttrain.stats import compare, summarize
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import shutil
 import made_runs
 import pytest
 
-from posttrain import stats
+from posttrain.evaluation import stats
 from posttrain.records import Prediction, read_jsonl, read_rows
 from posttrain.report import write_report
 

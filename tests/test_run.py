@@ -15,10 +15,10 @@ from posttrain import training
 from posttrain.config.load import load
 from posttrain.config.schema import EvalConfig, SftConfig
 from posttrain.errors import AlreadyDone, UserError, exit_on_user_error
+from posttrain.evaluation.stats import wilson
 from posttrain.runs.directory import _wait_for_main, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of, read_manifest
 from posttrain.runs.process import use_one_gpu
-from posttrain.stats import wilson
 
 CONTRACT = {
     *("stage", "name", "command", "commit", "dirty", "versions", "hardware", "seed", "started", "finished", "seconds", "exit"),

@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from posttrain import stats
 from posttrain.errors import UserError
+from posttrain.evaluation import stats
 from posttrain.records import Prediction
 
 

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from posttrain import stats
 from posttrain.errors import UserError
+from posttrain.evaluation import stats
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
 

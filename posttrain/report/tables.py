@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from posttrain import stats
+from posttrain.evaluation import stats
 from posttrain.report.groups import EvalRun, Group, TrainingRun
 
 Cell = tuple[str, str]  # what it says, and a detail in smaller print

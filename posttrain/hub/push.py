@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from posttrain.card import (
+from posttrain.chat import looks_local
+from posttrain.errors import UserError
+from posttrain.hub.card import (
     Base,
     Release,
     eval_results_yaml,
@@ -31,8 +33,6 @@ from posttrain.card import (
     secrets,
     without_secrets,
 )
-from posttrain.chat import looks_local
-from posttrain.errors import UserError, exit_on_user_error
 from posttrain.runs.manifest import read_manifest
 
 WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
@@ -330,7 +330,3 @@ def refused(status: int, answer: str, repo_id: str) -> PushFailed:
         case 408 | 409 | 412 | 429 | 500 | 502 | 503 | 504:
             return PushFailed(f"the Hub cannot take it now, status {status}{said}", retryable=True)
     return PushFailed(f"the Hub refuses it, status {status}{said}")
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

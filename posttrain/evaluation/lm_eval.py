@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from posttrain.evaluation.stats import Question, group_samples
 from posttrain.records import Prediction, sha256_text, write_atomic, write_jsonl
-from posttrain.stats import Question, group_samples
 
 METRIC = "exact_match"
 FILTERS = {"strict-match": "strict", "flexible-extract": "lenient"}
