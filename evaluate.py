@@ -128,8 +128,8 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     from tqdm import tqdm
 
     from posttrain.chat import chat_ids
-    from posttrain.decode import Sampling
-    from posttrain.generate import engine_batches, plan_batches
+    from posttrain.generation.engines import engine_batches, plan_batches
+    from posttrain.generation.loop import Sampling
 
     generation = config.generation
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
@@ -149,7 +149,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
 
 def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: Run) -> int:
     """Chosen once a run and kept in its manifest: with another batch size some logits would round differently."""
-    from posttrain.generate import auto_batch_size
+    from posttrain.generation.engines import auto_batch_size
 
     size = config.generation.batch_size
     if size == "auto":

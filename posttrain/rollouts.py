@@ -13,8 +13,8 @@ import rewards
 from posttrain.chat import chat_ids
 from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as RolloutSettings
-from posttrain.decode import Completion, Sampling
-from posttrain.generate import generate
+from posttrain.generation.engines import generate
+from posttrain.generation.loop import Completion, Sampling
 from posttrain.models import PolicyCopy
 from posttrain.phases import phase
 

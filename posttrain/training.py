@@ -17,11 +17,11 @@ from posttrain.adapters import adapter_sha256, gathered
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
 from posttrain.chat import chat_ids
 from posttrain.config.schema import TrainConfig
-from posttrain.decode import Sampling
-from posttrain.decode_steps import release
 from posttrain.errors import UserError
 from posttrain.evaluation.stats import wilson
-from posttrain.generate import generate
+from posttrain.generation.engines import generate
+from posttrain.generation.loop import Sampling
+from posttrain.generation.steps import release
 from posttrain.models import PolicyCopy, device
 from posttrain.phases import phase
 from posttrain.records import Example

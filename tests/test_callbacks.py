@@ -13,13 +13,13 @@ from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from posttrain import decode_steps
 from posttrain.adapters import new_adapter
 from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.evaluation.stats import wilson
+from posttrain.generation import steps
 from posttrain.models import load_base
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
 from posttrain.training import add_callbacks, dev_accuracy, last_checkpoint, save_adapter, trainer_arguments
@@ -357,10 +357,10 @@ def as_dict(example):
 
 
 def test_dev_accuracy_gives_back_what_graphs_step_over(tiny, sft, monkeypatch):
-    monkeypatch.setattr(decode_steps, "EagerStep", decode_steps.GraphStep)
-    monkeypatch.setattr(decode_steps, "capture", lambda run: run)
+    monkeypatch.setattr(steps, "EagerStep", steps.GraphStep)
+    monkeypatch.setattr(steps, "capture", lambda run: run)
     kept = []
-    monkeypatch.setattr("posttrain.training.release", lambda model: kept.append(model._graphs) or decode_steps.release(model))
+    monkeypatch.setattr("posttrain.training.release", lambda model: kept.append(model._graphs) or steps.release(model))
     with tiny.grpo(sft, **with_dev(tiny)) as trainer:
         next(c for c in trainer.callback_handler.callbacks if isinstance(c, DevAccuracy)).measure()
         copied = trainer.rollout_func.copy.model

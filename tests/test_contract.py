@@ -70,20 +70,20 @@ def grpo_prompts(tiny, model, adapter, trained):
 
 
 def test_prompt_tokens_are_the_same_in_sft_grpo_and_evaluation(model, tiny_data_dir, tmp_path, monkeypatch):
-    from posttrain import generate
+    from posttrain.generation import engines
 
     trained = read_jsonl(tiny_data_dir / "train.jsonl", Example)[:NUM_ROWS]
     tiny = Tiny(model["name_or_path"], tiny_data_dir, tmp_path)
     sft = list(sft_prompts(tiny, model))
     grpo = grpo_prompts(tiny, model, tmp_path / "run1", trained)
 
-    heard, decode = [], generate.decode_batch
+    heard, decode = [], engines.decode_batch
 
     def listen(policy, prompts, *rest):
         heard.extend(list(prompt) for prompt in prompts)
         return decode(policy, prompts, *rest)
 
-    monkeypatch.setattr(generate, "decode_batch", listen)
+    monkeypatch.setattr(engines, "decode_batch", listen)
     asked = [
         f"{key}={value}" for key, value in {"data.path": tiny_data_dir, "data.split": "train", "data.limit": NUM_ROWS}.items()
     ]

@@ -253,7 +253,7 @@ def test_the_manifest_says_what_was_done_and_not_where(run_dir, server, tmp_path
         ("file:///home/ann/data", "data"),
         ("data/gsm8k runs/a/adapter ./configs/x.yaml", "data/gsm8k runs/a/adapter ./configs/x.yaml"),
         ("meta-llama/Llama-3.2-3B https://huggingface.co/a/b", "meta-llama/Llama-3.2-3B https://huggingface.co/a/b"),
-        ("https://ann:pass@hub.example/a", "https://***@push.example/a"),
+        ("https://ann:pass@hub.example/a", "https://***@hub.example/a"),
         ("48/2 = 24 tok/s, and/or </s> <|eot_id|> N/A", "48/2 = 24 tok/s, and/or </s> <|eot_id|> N/A"),
         ({"a": ["/x/y", 1, None, True]}, {"a": ["y", 1, None, True]}),
     ],

@@ -25,9 +25,8 @@ evaluation
 bundled_model report
 chat kernels
 models hub
-adapters decode_steps callbacks plan
-decode
-generate
+adapters callbacks plan
+generation
 rollouts trainers
 training
 data_prep sft_train grpo_train evaluate
@@ -46,7 +45,7 @@ KEEPERS = {
         "posttrain.training",
     },
     "trl": {"posttrain.trainers", "sft_train", "grpo_train"},
-    "vllm": {"posttrain.generate"},
+    "vllm": {"posttrain.generation.engines"},
     "liger_kernel": set(),  # transformers applies it
     "datasets": {"posttrain.records", "data_prep"},
     "reasoning_gym": {"data_prep"},

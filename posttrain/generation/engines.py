@@ -1,4 +1,4 @@
-"""Prompts -> completions on any engine, one signature. The `transformers` engine is decode.py; the others are libraries."""
+"""Prompts -> completions on any engine, one signature. The `transformers` engine is loop.py; the others are libraries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Engine
-from posttrain.decode import Completion, Sampling, decode_batch, prepare
 from posttrain.errors import UserError
+from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare
 from posttrain.kernels.packed_linear import packed
 
 Batch = tuple[int, list[int]]  # its number in the plan, and the indices of its prompts

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_training import LORA, liven
 
-from posttrain import decode, decode_steps
 from posttrain.adapters import new_adapter
 from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
-from posttrain.decode import Sampling, choose, decode_batch, prepare
 from posttrain.errors import UserError
-from posttrain.generate import auto_batch_size, generate, plan_batches
+from posttrain.generation import loop, steps
+from posttrain.generation.engines import auto_batch_size, generate, plan_batches
+from posttrain.generation.loop import Sampling, choose, decode_batch, prepare
 from posttrain.models import PolicyCopy, load_base
 from posttrain.records import Example, read_jsonl
 
@@ -141,7 +141,7 @@ def test_a_single_prompt(model, prompts, tokenizer, expected):
 
 @pytest.mark.parametrize("num_tokens", [1, 100, 200])
 def test_prefill_in_slices_changes_nothing(model, prompts, tokenizer, expected, monkeypatch, num_tokens):
-    monkeypatch.setitem(decode.PREFILL_TOKENS, "cpu", num_tokens)
+    monkeypatch.setitem(loop.PREFILL_TOKENS, "cpu", num_tokens)
     assert ids(generate(model, prompts, Sampling(LENGTH), tokenizer, 10)) == [[tokens] for tokens in expected]
 
 
@@ -159,8 +159,8 @@ def test_grouped_attention_is_the_models_own(model, reference, settings, plain_t
     other = liven(load_base(settings.model_copy(update={"attn_implementation": attention}), "none", plain_tokenizer)).eval()
     batch = torch.tensor([prompts[-1]])
     prepare(model)
-    steps = decode_batch(model, [prompts[-1]], Sampling(8), stop_id=-2)[0][0].ids
-    assert steps == greedy(other, prompts[-1], None, 8)
+    ids = decode_batch(model, [prompts[-1]], Sampling(8), stop_id=-2)[0][0].ids
+    assert ids == greedy(other, prompts[-1], None, 8)
     assert torch.allclose(other(batch).logits, reference(batch).logits, atol=1e-4)
 
 
@@ -186,10 +186,10 @@ def test_the_samples_of_a_prompt_and_equal_prompts_of_two_batches_differ(model, 
 @pytest.mark.parametrize("block", [1, 3, 7])
 def test_a_draw_does_not_depend_on_which_rows_finished_before(model, prompts, tokenizer, monkeypatch, block):
     """BLOCK is how often finished rows are dropped: never within 40 tokens at 1000."""
-    monkeypatch.setattr(decode_steps, "BLOCK", 1000)
+    monkeypatch.setattr(steps, "BLOCK", 1000)
     whole = generate(model, prompts, SAMPLED, tokenizer, 10)
     assert {completion.finish for group in whole for completion in group} == {"stop", "length"}
-    monkeypatch.setattr(decode_steps, "BLOCK", block)
+    monkeypatch.setattr(steps, "BLOCK", block)
     widths = []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     dropped = generate(model, prompts, SAMPLED, tokenizer, 10)
@@ -368,7 +368,7 @@ def test_without_vllm_its_engine_says_what_to_install(model, prompts, tokenizer)
 def test_the_cuda_graph_step_equals_the_eager_step(settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling):
     model = liven(load_base(settings, "none", plain_tokenizer, to=torch.device("cuda")))
     graphed = generate(model, prompts, sampling, tokenizer, 10)
-    monkeypatch.setattr(decode_steps, "GraphStep", decode_steps.EagerStep)
+    monkeypatch.setattr(steps, "GraphStep", steps.EagerStep)
     assert ids(graphed) == ids(generate(model, prompts, sampling, tokenizer, 10))
 
 
@@ -380,19 +380,19 @@ def test_stepping_over_the_front_of_a_stage_equals_the_eager_step(
     model = liven(load_base(settings, "none", plain_tokenizer))
     wanted = generate(model, prompts, sampling, tokenizer, 10)
     one = generate(model, prompts[1:2], sampling, tokenizer, 1)
-    steps = []
-    monkeypatch.setattr(decode_steps, "EagerStep", decode_steps.GraphStep)
-    monkeypatch.setattr(decode_steps, "capture", lambda run: steps.append(run) or run)
-    monkeypatch.setattr(decode_steps, "SPAN", 8)
+    captured = []
+    monkeypatch.setattr(steps, "EagerStep", steps.GraphStep)
+    monkeypatch.setattr(steps, "capture", lambda run: captured.append(run) or run)
+    monkeypatch.setattr(steps, "SPAN", 8)
     assert ids(generate(model, prompts[1:2], sampling, tokenizer, 1)) == ids(one)
     small = model._graphs
     for _ in range(2):
         assert ids(generate(model, prompts, sampling, tokenizer, 10)) == ids(wanted)
     assert small.num_rows < model._graphs.num_rows
-    assert len(model._graphs.captured) + len(small.captured) == len(steps), "a graph was made twice"
+    assert len(model._graphs.captured) + len(small.captured) == len(captured), "a graph was made twice"
     rows, spans = (set(part) for part in zip(*model._graphs.captured, strict=True))
     assert len(spans) > 3 and (len(rows) > 1 or sampling is SAMPLED)  # of ten prompts' rows half finish early, of thirty not
-    decode_steps.release(model)
+    steps.release(model)
     assert not hasattr(model, "_graphs")
 
 

@@ -1,7 +1,7 @@
 """Prompts -> completions by a decode loop over the model's own forward.
 
 Against `model.generate` it computes each prompt once for all of its samples and drops finished rows; what one step saves is in
-decode_steps.py. Random numbers belong to a row and a step, so what a row samples does not depend on which rows finished before.
+steps.py. Random numbers belong to a row and a step, so what a row samples does not depend on which rows finished before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain import decode_steps
+from posttrain.generation import steps
 from posttrain.phases import phase
 
 
@@ -66,7 +66,7 @@ def decode_batch(
         step = 0
         while rows.place(logits, step):
             step += 1
-            if step % decode_steps.BLOCK == 0:
+            if step % steps.BLOCK == 0:
                 rows.retire()
             logits = rows.forward()
         return rows.completions()
@@ -98,12 +98,12 @@ class _Rows:
         self.valid = torch.zeros(self.num_rows, self.length + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
         self.valid[:, : self.length] = torch.cat(valid)[repeat]
         self.positions = torch.cat(positions)[repeat]
-        make_step = decode_steps.GraphStep if self.device.type == "cuda" else decode_steps.EagerStep
+        make_step = steps.GraphStep if self.device.type == "cuda" else steps.EagerStep
         self.step = make_step(self.model, self.valid.shape[1])
         self.step.fill(layers, self.sampling.num_samples, self.length)
         return torch.cat(logits)[repeat]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, decode_steps.Layers, torch.Tensor, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, steps.Layers, torch.Tensor, torch.Tensor]:
         """One slice, padded on the left: last logits, keys and values, valid padded to the batch's width, next positions."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -116,8 +116,8 @@ class _Rows:
         causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
         # A padding query attends to itself, so that its softmax is not empty; nothing ever attends to it.
         mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
-        buffers = decode_steps.Buffers(width)
-        logits = decode_steps.last_logits(self.model, ids, mask[:, None], positions, buffers)
+        buffers = steps.Buffers(width)
+        logits = steps.last_logits(self.model, ids, mask[:, None], positions, buffers)
         return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
 
     def place(self, logits: torch.Tensor, step: int) -> bool:
