@@ -53,7 +53,7 @@ def main() -> None:
         print(f"{folder} is up to date: same settings, same source, nothing to do")
         return
 
-    from posttrain.chat import load_tokenizer
+    from posttrain.models.chat import load_tokenizer
 
     tokenizer = load_tokenizer(config.tokenizer)
     specials = special_tokens(tokenizer)
@@ -269,7 +269,7 @@ def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> t
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    from posttrain.chat import special_ids
+    from posttrain.models.chat import special_ids
 
     return {str(tokenizer.convert_ids_to_tokens(token)) for token in special_ids(tokenizer)}
 
@@ -447,7 +447,7 @@ def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -
     """Percentiles of prompt and whole lengths in the real tokenizer's tokens, and the share over `max_length`."""
     from tqdm import tqdm
 
-    from posttrain.chat import chat_ids
+    from posttrain.models.chat import chat_ids
 
     prompts, wholes = [], []
     for example in tqdm(examples, desc="tokenizing", unit="row", disable=None):

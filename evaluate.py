@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
@@ -27,6 +27,9 @@ from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256
 from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of, read_manifest
 from posttrain.runs.process import num_processes, use_one_gpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def main() -> None:
@@ -43,7 +46,7 @@ def main() -> None:
     check_reusable(config, config.run_dir, resume=True)
     use_one_gpu()
 
-    from posttrain.chat import load_tokenizer
+    from posttrain.models.chat import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     adapter, origin = find_adapter(config, data)
@@ -67,7 +70,7 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     """
     if not config.adapter:
         return None, {}
-    from posttrain import adapters
+    from posttrain.models import adapters
 
     folder = adapters.resolve_adapter(config.adapter)
     adapters.check_adapter_fits(folder, config.model)
@@ -80,16 +83,14 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
 
 
-def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, run: Run) -> Any:
+def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, run: Run) -> PreTrainedModel:
     """The plain model to generate with; what it is made of goes into the manifest."""
-    from posttrain import adapters, models
+    from posttrain.models.policy import open_policy
+    from posttrain.models.policy_copy import PolicyCopy
 
-    base = models.load_base(config.model, config.quantization, tokenizer)
-    models.check_stop_token(base, tokenizer)
-    identity = models.identity(config.model, config.quantization, base)
+    model, identity = open_policy(config.model, config.quantization, tokenizer, adapter, trainable=False)
     run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
-    model = adapters.load_adapter(base, adapter, trainable=False) if adapter else base
-    return models.PolicyCopy(model).model
+    return PolicyCopy(model).model
 
 
 def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> None:
@@ -127,9 +128,9 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     """Generate this process's share of what is missing, batch by batch."""
     from tqdm import tqdm
 
-    from posttrain.chat import chat_ids
     from posttrain.generation.engines import engine_batches, plan_batches
     from posttrain.generation.loop import Sampling
+    from posttrain.models.chat import chat_ids
 
     generation = config.generation
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]

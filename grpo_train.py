@@ -14,12 +14,23 @@ number, stops.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import GrpoConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of
 from posttrain.runs.process import use_one_gpu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from posttrain.records import Example
+    from posttrain.trainers import GRPO
 
 
 def main() -> None:
@@ -32,8 +43,9 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
-    from posttrain import adapters, training
-    from posttrain.chat import load_tokenizer
+    from posttrain import training
+    from posttrain.models import adapters
+    from posttrain.models.chat import load_tokenizer
     from posttrain.training_data import load_examples
 
     folder = adapters.resolve_adapter(config.adapter)
@@ -50,16 +62,14 @@ def main() -> None:
     training.push_if_asked(config, run)
 
 
-def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignore[no-untyped-def]
+def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
     """The SFT policy, ready to be trained on: continued, rescaled, or merged under a new adapter."""
-    from posttrain import adapters, models
+    from posttrain.models import adapters
+    from posttrain.models.policy import open_policy
 
     sft_sha256 = adapters.adapter_sha256(folder)
     parent, chain = parent_of(folder, sft_sha256)
-    base = models.load_base(config.model, config.quantization, tokenizer)
-    models.check_stop_token(base, tokenizer)
-    identity = models.identity(config.model, config.quantization, base)
-    model = adapters.load_adapter(base, folder, trainable=True)
+    model, identity = open_policy(config.model, config.quantization, tokenizer, folder, trainable=True)
     live = adapters.live_adapter_sha256(model)
     assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})"
     if config.adapter_mode == "rescale":
@@ -76,12 +86,14 @@ def load_policy(config: GrpoConfig, folder, tokenizer, run: Run):  # type: ignor
     return model
 
 
-def make_trainer(config: GrpoConfig, run: Run, model, tokenizer, train, dev):  # type: ignore[no-untyped-def]
+def make_trainer(
+    config: GrpoConfig, run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
+) -> GRPO:
     from trl import GRPOConfig
 
     from posttrain import training
     from posttrain.callbacks import Samples
-    from posttrain.models import PolicyCopy
+    from posttrain.models.policy_copy import PolicyCopy
     from posttrain.records import as_dataset
     from posttrain.rollouts import Rollouts, reward_functions
     from posttrain.trainers import GRPO

@@ -14,7 +14,7 @@ the run is refused; dev accuracy is measured before and after; a non-finite grad
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import SftConfig
@@ -22,6 +22,13 @@ from posttrain.errors import exit_on_user_error
 from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of
 from posttrain.runs.process import use_one_gpu
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from posttrain.records import Example
+    from posttrain.trainers import SFT
 
 
 def main() -> None:
@@ -34,8 +41,9 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
-    from posttrain import adapters, training
-    from posttrain.chat import load_tokenizer
+    from posttrain import training
+    from posttrain.models import adapters
+    from posttrain.models.chat import load_tokenizer
     from posttrain.training_data import load_examples
 
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
@@ -52,45 +60,41 @@ def main() -> None:
     training.push_if_asked(config, run)
 
 
-def load_policy(config: SftConfig, folder: Path | None, tokenizer, run: Run):  # type: ignore[no-untyped-def]
+def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
     """The base with a new adapter, or with one to continue; what it is made of goes into the manifest."""
-    from posttrain import adapters, models
+    from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256
+    from posttrain.models.policy import open_policy
+    from posttrain.models.special_tokens import special_token_report
 
-    parent: dict[str, Any] | None = None
-    chain: list[dict[str, Any]] = []
-    if folder:
-        parent, chain = parent_of(folder, adapters.adapter_sha256(folder))
-    # The compiler fuses the layers itself, and what it is given of Liger's it leaves as it is.
-    base_settings = config.model.model_copy(update={"kernels": "torch"}) if config.compile else config.model
-    base = models.load_base(base_settings, config.quantization, tokenizer)
-    models.check_stop_token(base, tokenizer)
-    identity = models.identity(config.model, config.quantization, base)
-    tokens = adapters.special_token_report(base, tokenizer)
-    if folder:
-        model = adapters.load_adapter(base, folder, trainable=True)
-    else:
-        assert config.lora is not None
-        model = adapters.new_adapter(base, config.lora, tokenizer, config.seed)
-    run.say(f"{config.model.name_or_path}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}")
+    parent, chain = parent_of(folder, adapter_sha256(folder)) if folder else (None, [])
+    # torch.compile fuses the layers itself, and cannot fuse across Liger's kernels.
+    settings = config.model.model_copy(update={"kernels": "torch"}) if config.compile else config.model
+    model, identity = open_policy(
+        settings, config.quantization, tokenizer, folder or config.lora, trainable=True, seed=config.seed
+    )
+    run.say(f"{config.model.name_or_path}: {count_trainable(model):,} trainable parameters, {config.quantization}")
     run.record(
         model=identity,
         parent=parent,
         chain=chain,
-        special_tokens=tokens,
-        start_sha256=adapters.live_adapter_sha256(model),
+        special_tokens=special_token_report(model, tokenizer),
+        start_sha256=live_adapter_sha256(model),
     )
     return model
 
 
-def make_trainer(config: SftConfig, run: Run, model, tokenizer, train, dev):  # type: ignore[no-untyped-def]
+def make_trainer(
+    config: SftConfig, run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
+) -> SFT:
     from trl import SFTConfig
 
-    from posttrain import models, training
+    from posttrain import training
+    from posttrain.models.base import compile_layers
     from posttrain.records import as_dataset
     from posttrain.trainers import SFT
 
     if config.compile:
-        models.compile_layers(model)
+        compile_layers(model)
     columns = ("prompt", "completion")
     trainer = SFT(
         model=model,

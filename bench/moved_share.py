@@ -23,10 +23,10 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from posttrain.adapters import load_adapter, new_adapter, resolve_adapter
-from posttrain.chat import load_tokenizer
 from posttrain.config.schema import Lora, Model
-from posttrain.models import load_base
+from posttrain.models.adapters import load_adapter, new_adapter, resolve_adapter
+from posttrain.models.base import load_base
+from posttrain.models.chat import load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.trainers import SFT
 

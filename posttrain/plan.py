@@ -57,7 +57,7 @@ def show_grpo_plan(config: GrpoConfig) -> None:
     )
     tokenizer = tokenizer_or_none(config.model)
     if tokenizer:
-        from posttrain.chat import chat_ids
+        from posttrain.models.chat import chat_ids
 
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
@@ -109,7 +109,7 @@ def batch_line(value: dict[str, Any]) -> str:
 
 
 def tokenizer_or_none(model: Model) -> Any:
-    from posttrain.chat import load_tokenizer
+    from posttrain.models.chat import load_tokenizer
 
     try:
         return load_tokenizer(model)
@@ -119,7 +119,7 @@ def tokenizer_or_none(model: Model) -> Any:
 
 
 def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: float) -> None:
-    from posttrain.chat import chat_ids
+    from posttrain.models.chat import chat_ids
 
     sample = train[:1000]
     wholes = [len(chat_ids(tokenizer, example.prompt + example.completion)) for example in sample]
@@ -134,7 +134,7 @@ def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: f
 
 def masked(tokenizer: Any, example: Example) -> str:
     """A row as the model sees it, the part without loss dimmed."""
-    from posttrain.chat import chat_ids
+    from posttrain.models.chat import chat_ids
 
     prompt = chat_ids(tokenizer, example.prompt, add_generation_prompt=True)
     whole = chat_ids(tokenizer, example.prompt + example.completion)
@@ -142,7 +142,7 @@ def masked(tokenizer: Any, example: Example) -> str:
 
 
 def show_stop(tokenizer: Any) -> None:
-    from posttrain.chat import template_specials
+    from posttrain.models.special_tokens import template_specials
 
     specials = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} {token}" for token in template_specials(tokenizer))
     print(f"stops on {tokenizer.eos_token} ({tokenizer.eos_token_id}), pads with {tokenizer.pad_token}")
@@ -184,14 +184,14 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
 
 def keeps_probabilities(model: Model) -> bool:
     """Whether attention keeps half a square of probabilities for each head until the backward pass."""
-    from posttrain.models import device
+    from posttrain.models.base import device
 
     return model.attn_implementation == "matmul" or (model.attn_implementation == "auto" and device().type == "cpu")
 
 
 def is_fused(model: Model) -> bool:
     """Whether norms and MLP keep for the backward pass only what they were given (posttrain/kernels/liger.py)."""
-    from posttrain.models import device
+    from posttrain.models.base import device
 
     return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 

@@ -10,12 +10,12 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import rewards
-from posttrain.chat import chat_ids
 from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as RolloutSettings
 from posttrain.generation.engines import generate
 from posttrain.generation.loop import Completion, Sampling
-from posttrain.models import PolicyCopy
+from posttrain.models.chat import chat_ids
+from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
 
 Reward = Callable[..., list[float]]

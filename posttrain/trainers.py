@@ -37,10 +37,10 @@ from transformers import DynamicCache
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from posttrain.adapters import gathered, scatter
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import packed_linears
+from posttrain.models.adapters import gathered, scatter
 from posttrain.phases import phase
 
 MASTER_DTYPE = torch.float32

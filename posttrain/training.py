@@ -13,16 +13,17 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.adapters import adapter_sha256, gathered
 from posttrain.callbacks import DevAccuracy, Metrics, MovedShare, PhaseTimes, StopOnNonFinite
-from posttrain.chat import chat_ids
 from posttrain.config.schema import TrainConfig
 from posttrain.errors import UserError
 from posttrain.evaluation.stats import wilson
 from posttrain.generation.engines import generate
 from posttrain.generation.loop import Sampling
 from posttrain.generation.steps import release
-from posttrain.models import PolicyCopy, device
+from posttrain.models.adapters import adapter_sha256, gathered
+from posttrain.models.base import device
+from posttrain.models.chat import chat_ids
+from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
 from posttrain.records import Example
 from posttrain.runs.directory import Run

@@ -52,7 +52,14 @@ def run(script, *arguments, cwd="."):
 
 def start(script, *arguments, cwd=".", **environment):
     """The same in a process of its own, forked from this one with everything imported already. It can be killed."""
-    for module in (script, "posttrain.adapters", "posttrain.generation.engines", "posttrain.chat", "bitsandbytes", "tqdm"):
+    for module in (
+        script,
+        "posttrain.models.adapters",
+        "posttrain.generation.engines",
+        "posttrain.models.chat",
+        "bitsandbytes",
+        "tqdm",
+    ):
         importlib.import_module(module)
     process = multiprocessing.get_context("fork").Process(target=_run_and_exit, args=(script, arguments, cwd, environment))
     process.start()

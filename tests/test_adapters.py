@@ -10,7 +10,9 @@ from tiny_training import LINEAR, LORA
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from posttrain.adapters import (
+from posttrain.config.schema import GrpoConfig, Lora, Model
+from posttrain.errors import UserError
+from posttrain.models.adapters import (
     adapter_sha256,
     check_adapter_fits,
     check_mode,
@@ -22,14 +24,12 @@ from posttrain.adapters import (
     new_adapter,
     rescale,
     resolve_adapter,
-    special_token_report,
-    special_tokens_to_train,
     tensors_sha256,
 )
-from posttrain.chat import load_tokenizer
-from posttrain.config.schema import GrpoConfig, Lora, Model
-from posttrain.errors import UserError
-from posttrain.models import PolicyCopy, load_base
+from posttrain.models.base import load_base
+from posttrain.models.chat import load_tokenizer
+from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.special_tokens import special_token_report, special_tokens_to_train
 from posttrain.trainers import LabelHead
 
 END, START, TEXT_END = 2, 1, 0  # <|im_end|>, <|im_start|>, <|endoftext|>
@@ -315,7 +315,7 @@ def test_an_adapter_of_another_base_is_refused(saved, settings, tiny_model_dir, 
     shutil.copytree(tiny_model_dir, tmp_path / "other")
     other = Model(name_or_path=str(tmp_path / "other"))
     with pytest.raises(
-        ValueError, match=rf"belongs to base {tiny_model_dir}, not to {other.name_or_path}: set model.name_or_path"
+        UserError, match=rf"belongs to base {tiny_model_dir}, not to {other.name_or_path}: set model.name_or_path"
     ):
         check_adapter_fits(folder, other)
     with pytest.raises(UserError, match="belongs to base"):

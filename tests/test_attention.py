@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
 from posttrain.kernels.attention import BLOCK, Tails, matmul_attention, tails, tails_mask, varlen_attention
-from posttrain.models import fastest_attention, load_base
+from posttrain.models.base import fastest_attention, load_base
 
 
 def states(rows, heads, kv_heads, queries, keys, dtype=torch.float32, dim=16):
@@ -124,7 +124,7 @@ def test_what_it_does_not_do_is_left_to_sdpa():
     assert distance(dropped, matmul_attention(None, q, k, v, None)[0]) > 0.1
     biased = matmul_attention(Causal(), q, k, v, None, position_bias=torch.arange(60.0).expand(1, 1, 60, 60))[0]
     assert distance(biased, matmul_attention(None, q, k, v, None)[0]) > 0.1
-    with pytest.raises(UserError, match="softcap"):
+    with pytest.raises(ValueError, match="softcap"):
         matmul_attention(Causal(), q, k, v, None, softcap=30.0)
 
 

@@ -13,14 +13,14 @@ from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from posttrain.adapters import new_adapter
 from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
-from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.evaluation.stats import wilson
 from posttrain.generation import steps
-from posttrain.models import load_base
+from posttrain.models.adapters import new_adapter
+from posttrain.models.base import load_base
+from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
 from posttrain.training import add_callbacks, dev_accuracy, last_checkpoint, save_adapter, trainer_arguments
 from rewards import extract, grade

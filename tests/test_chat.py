@@ -9,9 +9,10 @@ import transformers.utils.chat_template_utils as rendering
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from posttrain.chat import chat_ids, load_tokenizer, pin_date, special_ids, stop_token, template_specials
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
+from posttrain.models.chat import chat_ids, load_tokenizer, pin_date, special_ids, stop_token
+from posttrain.models.special_tokens import template_specials
 
 LLAMA3 = str(ROOT / "configs/templates/llama3.jinja")
 PLAIN = str(ROOT / "configs/templates/plain.jinja")

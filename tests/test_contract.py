@@ -11,10 +11,10 @@ from tiny_training import Tiny
 import data_prep
 import rewards
 from posttrain import training
-from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Model, Rewards
 from posttrain.evaluation import predictions
 from posttrain.evaluation.predictions import judge
+from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.rollouts import reward_functions
 from posttrain.runs.manifest import read_manifest

@@ -11,14 +11,15 @@ import pytest
 import torch
 from tiny_training import LORA, liven
 
-from posttrain.adapters import new_adapter
-from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.generation import loop, steps
 from posttrain.generation.engines import auto_batch_size, generate, plan_batches
 from posttrain.generation.loop import Sampling, choose, decode_batch, prepare
-from posttrain.models import PolicyCopy, load_base
+from posttrain.models.adapters import new_adapter
+from posttrain.models.base import load_base
+from posttrain.models.chat import chat_ids, load_tokenizer
+from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Example, read_jsonl
 
 LENGTH = 40

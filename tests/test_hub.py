@@ -45,9 +45,10 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
     """A run directory with a real adapter of the tiny model, written by the code that training writes it with."""
     from peft import PeftModel
 
-    from posttrain import adapters, models
-    from posttrain.chat import load_tokenizer
     from posttrain.config.schema import Lora
+    from posttrain.models import adapters
+    from posttrain.models.base import load_base
+    from posttrain.models.chat import load_tokenizer
 
     lora = Lora(r=4, alpha=8, target_modules=["q_proj", "v_proj"])
     source = Model(name_or_path=str(model_dir))
@@ -61,7 +62,7 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
     )
     tokenizer = load_tokenizer(source)
     with open_run(config, stage, str(folder), resume=False) as run:
-        base = models.load_base(source, "none", tokenizer)
+        base = load_base(source, "none", tokenizer)
         identity = config.model.model_dump() | {"quantization": "none"}
         if parent:
             sha256 = adapters.adapter_sha256(parent / "adapter")
@@ -305,15 +306,17 @@ def assert_same_policy(logits, base_dir, adapter_dir):
     """These logits are those of base and adapter as the project itself loads them, up to the rounding of bf16."""
     import torch
 
-    from posttrain import adapters, models
-    from posttrain.chat import chat_ids, load_tokenizer
+    from posttrain.models import adapters
+    from posttrain.models.base import load_base
+    from posttrain.models.chat import chat_ids, load_tokenizer
+    from posttrain.models.policy_copy import PolicyCopy
 
     settings = Model(name_or_path=str(base_dir))
     tokenizer = load_tokenizer(settings)
     prompt = chat_ids(tokenizer, [{"role": "user", "content": "..."}], add_generation_prompt=True)
-    base = models.load_base(settings, "none", tokenizer)
+    base = load_base(settings, "none", tokenizer)
     alone = base(torch.tensor([prompt])).logits[0, -1].float()
-    model = models.PolicyCopy(adapters.load_adapter(base, adapter_dir, trainable=False)).refresh()
+    model = PolicyCopy(adapters.load_adapter(base, adapter_dir, trainable=False)).refresh()
     ours, published = model(torch.tensor([prompt])).logits[0, -1].float(), torch.tensor(logits)
     assert (published - ours).abs().mean() < 0.1 * (published - alone).abs().mean()
 
@@ -615,7 +618,7 @@ def test_after_merge_and_new_the_command_pushes_the_base_too(runs, server, tmp_p
 
 
 def test_the_quick_hash_is_the_adapters_identity(runs):
-    from posttrain.adapters import adapter_sha256
+    from posttrain.models.adapters import adapter_sha256
 
     folder = runs / "grpo_run/adapter"
     assert weights_sha256(folder / "adapter_model.safetensors") == adapter_sha256(folder)

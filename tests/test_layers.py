@@ -21,12 +21,9 @@ rewards posttrain errors phases
 records
 config
 runs training_data
-evaluation
-bundled_model report
-chat kernels
-models hub
-adapters callbacks plan
-generation
+evaluation kernels
+models
+report bundled_model hub generation callbacks plan
 rollouts trainers
 training
 data_prep sft_train grpo_train evaluate
@@ -34,30 +31,17 @@ data_prep sft_train grpo_train evaluate
 LINES = [line.split() for line in ROOMS.split("\n") if line]
 HEIGHT = {room: height for height, line in enumerate(LINES) for room in line}
 
-# Package -> the modules that may name it, inside a function or not.
+# Package -> the rooms that may import it, inside a function or not; for type checkers alone, everybody may.
 KEEPERS = {
-    "bitsandbytes": {"posttrain.kernels.nf4"},
-    "peft": {
-        "posttrain.models",
-        "posttrain.adapters",
-        "posttrain.kernels.lora_linear",
-        "posttrain.trainers",
-        "posttrain.training",
-    },
-    "trl": {"posttrain.trainers", "sft_train", "grpo_train"},
-    "vllm": {"posttrain.generation.engines"},
+    "bitsandbytes": {"kernels"},
+    "peft": {"kernels", "models", "training", "trainers"},
+    "trl": {"trainers", "sft_train", "grpo_train"},
+    "vllm": {"generation"},
     "liger_kernel": set(),  # transformers applies it
-    "datasets": {"posttrain.records", "data_prep"},
+    "datasets": {"records", "data_prep"},
     "reasoning_gym": {"data_prep"},
-    "matplotlib": {"posttrain.report.charts"},
-    "huggingface_hub": {
-        "posttrain.hub.push",
-        "posttrain.hub.card",
-        "posttrain.chat",
-        "posttrain.adapters",
-        "posttrain.plan",
-        "data_prep",
-    },
+    "matplotlib": {"report"},
+    "huggingface_hub": {"hub", "models", "plan", "data_prep"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers
 }
@@ -87,21 +71,30 @@ def imports(nodes: Iterator[ast.AST]) -> set[str]:
 
 
 def all_imports(module: str) -> set[str]:
-    return imports(ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))))
+    return imports(ast.walk(tree_of(module)))
+
+
+def run_time_imports(module: str) -> set[str]:
+    """Without those for type checkers alone."""
+    return imports(inside(tree_of(module)))
 
 
 def imports_at_once(module: str) -> set[str]:
     """What is imported as soon as the module is: nothing inside a function, nothing for type checkers alone."""
+    return imports(inside(tree_of(module), ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
 
-    def outside(node: ast.AST) -> Iterator[ast.AST]:
-        for child in ast.iter_child_nodes(node):
-            is_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-            if not is_later and not is_for_types:
-                yield child
-                yield from outside(child)
 
-    return imports(outside(ast.parse(FILES[module].read_text(encoding="utf-8"))))
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def inside(node: ast.AST, *closed: type[ast.AST]) -> Iterator[ast.AST]:
+    """What is below a node, but for what only type checkers read and for what is in nodes of the `closed` kinds."""
+    for child in ast.iter_child_nodes(node):
+        is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not is_for_types and not isinstance(child, closed):
+            yield child
+            yield from inside(child, *closed)
 
 
 def as_module(name: str) -> str | None:
@@ -155,7 +148,7 @@ def test_the_grader_needs_the_standard_library_alone():
 
 @pytest.mark.parametrize("name", KEEPERS)
 def test_a_package_has_its_keepers(name):
-    found = {module for module in OURS if name in map(package, all_imports(module))}
+    found = {room(module) for module in OURS if name in map(package, run_time_imports(module))}
     assert found <= KEEPERS[name]
 
 

@@ -10,12 +10,13 @@ from scripts import CONFIGS, run, workplace
 from tiny_training import liven
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain import models
-from posttrain.chat import load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.kernels import liger
-from posttrain.models import PolicyCopy, identity, load_base
+from posttrain.models import policy
+from posttrain.models.base import identity, load_base
+from posttrain.models.chat import load_tokenizer
+from posttrain.models.policy_copy import PolicyCopy
 
 
 def tiny(model_type: str, device: str = "cpu", **more):
@@ -56,7 +57,7 @@ def test_what_is_compiled_is_loaded_without_them(monkeypatch, tmp_path, tiny_mod
         asked.append(settings.kernels)
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(models, "load_base", load_base)
+    monkeypatch.setattr(policy, "load_base", load_base)
     folder = workplace(tmp_path, tiny_model_dir, data=tiny_data_dir)
     with pytest.raises(RuntimeError, match="far enough"):
         run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", f"compile={compiled}", cwd=folder)
@@ -111,7 +112,7 @@ def test_logits_and_gradients_are_those_of_transformers_layers(model_type):
 
 @pytest.mark.gpu
 def test_the_copy_that_generates_has_its_models_kernels(tiny_model_dir):
-    from posttrain.adapters import new_adapter
+    from posttrain.models.adapters import new_adapter
 
     settings = Model(name_or_path=str(tiny_model_dir))
     tokenizer = load_tokenizer(settings)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny_training import LORA
 
-from posttrain import models
-from posttrain.adapters import hold_fp32, new_adapter
-from posttrain.chat import load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.kernels.nf4 import base_weight, packed_linears
-from posttrain.models import PolicyCopy, align_special_tokens, check_stop_token, fingerprint, load_base
+from posttrain.models.adapters import hold_fp32, new_adapter
+from posttrain.models.base import device, fingerprint, load_base
+from posttrain.models.chat import load_tokenizer
+from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.special_tokens import align_special_tokens, check_stop_token
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 300, 301, 2, 17, 400], [1, 2, 3, 4, 5, 6]])
@@ -85,7 +86,7 @@ def test_a_model_is_loaded_past_cudnns_attention(tiny_model_dir):
 def test_importing_what_trains_and_generates_says_nothing():
     """bitsandbytes has a warning on some CPUs: it is about a kernel that is not used here."""
     done = subprocess.run(
-        [sys.executable, "-c", "import posttrain.adapters, posttrain.generation.engines"],
+        [sys.executable, "-c", "import posttrain.models.adapters, posttrain.generation.engines"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -334,4 +335,4 @@ def test_hold_fp32_touches_what_is_trained_alone(adapted):
 
 
 def test_the_device_is_the_cpu_where_there_is_no_other():
-    assert models.device() == torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    assert device() == torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -7,10 +7,11 @@ import torch
 from tiny_training import Tiny, by_content, pay
 
 import rewards
-from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Model, Rewards
 from posttrain.config.schema import Rollouts as Settings
-from posttrain.models import PolicyCopy, load_base
+from posttrain.models.base import load_base
+from posttrain.models.chat import chat_ids, load_tokenizer
+from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Example, read_jsonl
 from posttrain.rollouts import Rollouts, reward_functions
 from posttrain.training import save_adapter

@@ -17,14 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from posttrain.adapters import gathered
 from posttrain.callbacks import MovedShare, StopOnNonFinite
-from posttrain.chat import load_tokenizer
 from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
-from posttrain.models import load_base
+from posttrain.models.adapters import gathered
+from posttrain.models.base import load_base
+from posttrain.models.chat import load_tokenizer
 from posttrain.runs.directory import check_machine
 from posttrain.trainers import LabelHead, shard_as_stored
 

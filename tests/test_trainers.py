@@ -17,11 +17,11 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from posttrain import trainers
-from posttrain.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
-from posttrain.chat import chat_ids, load_tokenizer
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
-from posttrain.models import load_base
+from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
+from posttrain.models.base import load_base
+from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.trainers import (
     GRPO,

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import grpo_train
 import sft_train
-from posttrain.chat import load_tokenizer
 from posttrain.config.schema import GrpoConfig, SftConfig
+from posttrain.models.chat import load_tokenizer
 from posttrain.runs.directory import open_run
 from posttrain.training_data import load_examples
 
@@ -69,7 +69,7 @@ def opened(config, resume=False):
 
 
 def load_policy(config, tokenizer, run):
-    from posttrain.adapters import resolve_adapter
+    from posttrain.models.adapters import resolve_adapter
 
     if isinstance(config, SftConfig):
         folder = resolve_adapter(config.adapter) if config.adapter else None

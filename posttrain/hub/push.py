@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from posttrain.chat import looks_local
 from posttrain.errors import UserError
 from posttrain.hub.card import (
     Base,
@@ -33,6 +32,7 @@ from posttrain.hub.card import (
     secrets,
     without_secrets,
 )
+from posttrain.models.chat import looks_local
 from posttrain.runs.manifest import read_manifest
 
 WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"

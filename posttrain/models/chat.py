@@ -102,13 +102,6 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return next((token for token in PAD_TOKENS if token in vocabulary and token != eos), eos)
 
 
-def template_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the special tokens in a rendered two-turn conversation, in order of first use."""
-    ids = chat_ids(tokenizer, [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
-    specials = special_ids(tokenizer)
-    return [token for token in dict.fromkeys(ids) if token in specials]
-
-
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of all special tokens; `all_special_ids` has only those with a role, not a Llama-3 base's `<|eot_id|>`."""
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.chat import looks_local, template_specials
 from posttrain.config.schema import GrpoConfig, Lora, Model
 from posttrain.errors import UserError
-from posttrain.models import PolicyCopy
+from posttrain.models.chat import looks_local
+from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.special_tokens import special_tokens_to_train
 
 ADAPTER_FILE = "adapter_model.safetensors"
-TWIN = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
 
 
 def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
@@ -175,53 +175,6 @@ def merge(model: PeftModel) -> PreTrainedModel:
     merged = PolicyCopy(model).model
     merged.config._attn_implementation = model.get_base_model().config._attn_implementation
     return merged
-
-
-# --- special tokens ---------------------------------------------------------------------------------------------------
-
-
-def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """For every special token the template emits: its embedding row's norm against the trained rows.
-
-    Llama-3 *base* models never saw `<|eot_id|>` or the header tokens, LoRA leaves their rows frozen, and a model that
-    cannot tell them apart cannot learn to stop (unsloth#873). `z` is the distance of the row's norm from the mean
-    norm of ordinary rows in their standard deviations; `twin` the largest cosine with another special row. A row is
-    called untrained when its norm is far below the others', or when it cannot be told from another special row.
-    """
-    weight = base_embedding(model).detach().float().cpu()
-    specials = [token for token in template_specials(tokenizer) if token < weight.shape[0]]
-    ordinary = torch.arange(0, min(weight.shape[0], 100_000), max(1, weight.shape[0] // 4000))
-    norms = weight[ordinary].norm(dim=1)
-    mean, spread = norms.mean().item(), max(norms.std().item(), 1e-9)
-    rows = torch.nn.functional.normalize(weight[specials], dim=1)
-    cosines = rows @ rows.T - 2 * torch.eye(len(specials))
-    report = []
-    for index, token in enumerate(specials):
-        norm = weight[token].norm().item()
-        twin = cosines[index].max().item() if len(specials) > 1 else 0.0
-        report.append(
-            {
-                "token": tokenizer.convert_ids_to_tokens(token),
-                "id": token,
-                "norm": round(norm, 4),
-                "z": round((norm - mean) / spread, 2),
-                "twin": round(twin, 3),
-                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > TWIN,
-            }
-        )
-    return report
-
-
-def special_tokens_to_train(model: nn.Module, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if lora.train_special_tokens == "never":
-        return []
-    report = special_token_report(model, tokenizer)
-    return [row["id"] for row in report if row["untrained"] or lora.train_special_tokens == "always"]
-
-
-def base_embedding(model: nn.Module) -> torch.Tensor:
-    embedding = model.get_input_embeddings()
-    return getattr(embedding, "original_module", embedding).weight
 
 
 # --- from SFT to GRPO -------------------------------------------------------------------------------------------------

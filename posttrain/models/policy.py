@@ -1,0 +1,41 @@
+"""The policy of a run: a base that is known by its fingerprint and stops where its template does, and an adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.config.schema import Lora, Model
+from posttrain.models.adapters import load_adapter, new_adapter
+from posttrain.models.base import identity, load_base
+from posttrain.models.special_tokens import check_stop_token
+
+
+def open_policy(
+    settings: Model,
+    quantization: str,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path | Lora | None,
+    *,
+    trainable: bool,
+    seed: int = 0,
+) -> tuple[PeftModel | PreTrainedModel, dict[str, Any]]:
+    """The base alone, with an adapter from a folder, or with a new one; and what a manifest says of the base.
+
+    `seed` decides the random half of a new adapter.
+
+    Raises:
+        UserError: the base cannot be loaded, its parts disagree on the stop token, or the new adapter fits none of its layers.
+    """
+    base = load_base(settings, quantization, tokenizer)
+    check_stop_token(base, tokenizer)
+    known_as = identity(settings, quantization, base)
+    if adapter is None:
+        return base, known_as
+    if isinstance(adapter, Lora):
+        return new_adapter(base, adapter, tokenizer, seed), known_as
+    return load_adapter(base, adapter, trainable), known_as

@@ -1,0 +1,91 @@
+"""Special tokens that a chat template emits: which rows of the embedding are untrained, and which to train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.config.schema import Lora
+from posttrain.models.chat import chat_ids, special_ids, stop_token
+
+TWIN = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
+
+
+def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """For every special token the template emits: its embedding row's norm against the trained rows.
+
+    Llama-3 *base* models never saw `<|eot_id|>` or the header tokens, LoRA leaves their rows frozen, and a model that
+    cannot tell them apart cannot learn to stop (unsloth#873). `z` is the distance of the row's norm from the mean
+    norm of ordinary rows in their standard deviations; `twin` the largest cosine with another special row. A row is
+    called untrained when its norm is far below the others', or when it cannot be told from another special row.
+    """
+    weight = base_embedding(model).detach().float().cpu()
+    specials = [token for token in template_specials(tokenizer) if token < weight.shape[0]]
+    ordinary = torch.arange(0, min(weight.shape[0], 100_000), max(1, weight.shape[0] // 4000))
+    norms = weight[ordinary].norm(dim=1)
+    mean, spread = norms.mean().item(), max(norms.std().item(), 1e-9)
+    rows = torch.nn.functional.normalize(weight[specials], dim=1)
+    cosines = rows @ rows.T - 2 * torch.eye(len(specials))
+    report = []
+    for index, token in enumerate(specials):
+        norm = weight[token].norm().item()
+        twin = cosines[index].max().item() if len(specials) > 1 else 0.0
+        report.append(
+            {
+                "token": tokenizer.convert_ids_to_tokens(token),
+                "id": token,
+                "norm": round(norm, 4),
+                "z": round((norm - mean) / spread, 2),
+                "twin": round(twin, 3),
+                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > TWIN,
+            }
+        )
+    return report
+
+
+def special_tokens_to_train(model: nn.Module, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if lora.train_special_tokens == "never":
+        return []
+    report = special_token_report(model, tokenizer)
+    return [row["id"] for row in report if row["untrained"] or lora.train_special_tokens == "always"]
+
+
+def base_embedding(model: nn.Module) -> torch.Tensor:
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "original_module", embedding).weight
+
+
+def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make model config and generation config stop and pad exactly as the tokenizer does."""
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+
+
+def check_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a run in which template, tokenizer, model and generation config do not stop on one and the same token."""
+    stops = {
+        "chat template": tokenizer.convert_tokens_to_ids(stop_token(tokenizer)),
+        "tokenizer.eos_token_id": tokenizer.eos_token_id,
+        "model.config.eos_token_id": model.config.eos_token_id,
+        "generation_config.eos_token_id": model.generation_config.eos_token_id,
+    }
+    if len({str(stop) for stop in stops.values()}) > 1:
+        raise UserError(f"the parts disagree on the stop token: {stops}; align them with align_special_tokens")
+
+
+def template_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the special tokens in a rendered two-turn conversation, in order of first use."""
+    ids = chat_ids(tokenizer, [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
+    specials = special_ids(tokenizer)
+    return [token for token in dict.fromkeys(ids) if token in specials]
