@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from posttrain.records import Example
-    from posttrain.trainers import GRPO
+    from posttrain.training.trainers import GRPO
 
 
 def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
-        from posttrain.plan import show_grpo_plan
+        from posttrain.training.dry_run import show_grpo_plan
 
         return show_grpo_plan(config)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
-    from posttrain import training
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
-    from posttrain.training_data import load_examples
+    from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+    from posttrain.training.examples import load_examples
 
     folder = adapters.resolve_adapter(config.adapter)
     start = adapters.check_adapter_fits(folder, config.model)
@@ -57,9 +57,9 @@ def main() -> None:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
         trainer = make_trainer(config, run, model, tokenizer, train, dev)
-        trainer.train(resume_from_checkpoint=training.last_checkpoint(run, args.resume))
-        training.save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
-    training.push_if_asked(config, run)
+        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+        save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
+    push_if_asked(config, run)
 
 
 def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
@@ -91,16 +91,17 @@ def make_trainer(
 ) -> GRPO:
     from trl import GRPOConfig
 
-    from posttrain import training
-    from posttrain.callbacks import Samples
     from posttrain.models.policy_copy import PolicyCopy
     from posttrain.records import as_dataset
-    from posttrain.rollouts import Rollouts, reward_functions
-    from posttrain.trainers import GRPO
+    from posttrain.training.arguments import trainer_arguments
+    from posttrain.training.callbacks import Samples, add_callbacks
+    from posttrain.training.dev import dev_accuracy
+    from posttrain.training.rollouts import Rollouts, reward_functions
+    from posttrain.training.trainers import GRPO
 
     functions, weights = reward_functions(config.rewards)
     copy = PolicyCopy(model)
-    arguments = {"disable_dropout": True} | training.trainer_arguments(config, run) | {"reward_weights": weights}
+    arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
     trainer = GRPO(
         model=model,
         args=GRPOConfig(**arguments),
@@ -113,9 +114,9 @@ def make_trainer(
         correct_mismatch=config.rollouts.correct_mismatch,
     )
     limit = trainer.max_completion_length
-    measure = (lambda: training.dev_accuracy(model, tokenizer, dev, limit, copy)) if dev else None
-    trainer.add_callback(Samples(run, trainer, {example.prompt[-1]["content"]: example.answer for example in train}))
-    training.add_callbacks(trainer, run, measure, config.dev_every_steps)
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy)) if dev else None
+    trainer.add_callback(Samples(run, trainer.latest))
+    add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 
 

@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
@@ -244,6 +245,7 @@ class Grade:
     format_ok: bool  # the last line is `#### <number>`, and the text has no other `####`
 
 
+@lru_cache(maxsize=4096)  # the rewards of a batch each read the same completions
 def extract(text: str) -> Answer:
     """The answer that `text` gives. Never raises: any string has an answer, if only that there is none."""
     answer_text, num_markers = _without_run_on(text), text.count("####")
@@ -314,6 +316,7 @@ def correctness_reward(
     if log_extra:
         log_extra("value", [g.value for g in grades])
         log_extra("method", [g.method for g in grades])
+        log_extra("gold", list(answer))
     if log_metric:
         log_metric("num_markers", sum(g.num_markers for g in grades) / len(grades))
     return [float(g.correct) for g in grades]

@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from posttrain.records import Example
-    from posttrain.trainers import SFT
+    from posttrain.training.trainers import SFT
 
 
 def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
-        from posttrain.plan import show_sft_plan
+        from posttrain.training.dry_run import show_sft_plan
 
         return show_sft_plan(config)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
-    from posttrain import training
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
-    from posttrain.training_data import load_examples
+    from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+    from posttrain.training.examples import load_examples
 
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
     if folder:
@@ -55,9 +55,9 @@ def main() -> None:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
         trainer = make_trainer(config, run, model, tokenizer, train, dev)
-        trainer.train(resume_from_checkpoint=training.last_checkpoint(run, args.resume))
-        training.save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
-    training.push_if_asked(config, run)
+        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+        save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
+    push_if_asked(config, run)
 
 
 def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
@@ -88,17 +88,19 @@ def make_trainer(
 ) -> SFT:
     from trl import SFTConfig
 
-    from posttrain import training
     from posttrain.models.base import compile_layers
     from posttrain.records import as_dataset
-    from posttrain.trainers import SFT
+    from posttrain.training.arguments import trainer_arguments
+    from posttrain.training.callbacks import add_callbacks
+    from posttrain.training.dev import dev_accuracy
+    from posttrain.training.trainers import SFT
 
     if config.compile:
         compile_layers(model)
     columns = ("prompt", "completion")
     trainer = SFT(
         model=model,
-        args=SFTConfig(**training.trainer_arguments(config, run)),
+        args=SFTConfig(**trainer_arguments(config, run)),
         train_dataset=as_dataset(train, columns),
         eval_dataset=as_dataset(dev, columns) if dev else None,
         processing_class=tokenizer,
@@ -106,8 +108,8 @@ def make_trainer(
         fast_adapter=config.fast_adapter,
     )
     limit = config.trainer.get("max_length", 512)
-    measure = (lambda: training.dev_accuracy(model, tokenizer, dev, limit)) if dev else None
-    training.add_callbacks(trainer, run, measure, config.dev_every_steps)
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit)) if dev else None
+    add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 
 

@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 from bench.parties import parties  # noqa: E402
 from bench.random_llama import LLAMA_3B, make  # noqa: E402
 from posttrain.config.schema import Model  # noqa: E402
-from posttrain.plan import model_shape  # noqa: E402
 from posttrain.runs.manifest import git_state, hardware  # noqa: E402
+from posttrain.training.dry_run import model_shape  # noqa: E402
 
 STAGES = ("sft", "large", "compiled", "grpo", "eval", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards

@@ -30,7 +30,7 @@ from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.special_tokens import special_token_report, special_tokens_to_train
-from posttrain.trainers import LabelHead
+from posttrain.training.label_head import LabelHead
 
 END, START, TEXT_END = 2, 1, 0  # <|im_end|>, <|im_start|>, <|endoftext|>
 IDS = torch.tensor([[1, 300, 301, 2, 17, 2], [1, 2, 3, 4, 5, 6]])

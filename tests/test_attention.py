@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 from posttrain.config.schema import Model
-from posttrain.errors import UserError
 from posttrain.kernels.attention import BLOCK, Tails, matmul_attention, tails, tails_mask, varlen_attention
 from posttrain.models.base import fastest_attention, load_base
 

@@ -13,7 +13,6 @@ from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from posttrain.callbacks import DevAccuracy, MovedShare, StopOnNonFinite
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.evaluation.stats import wilson
@@ -22,8 +21,11 @@ from posttrain.models.adapters import new_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
-from posttrain.training import add_callbacks, dev_accuracy, last_checkpoint, save_adapter, trainer_arguments
-from rewards import extract, grade
+from posttrain.training.arguments import trainer_arguments
+from posttrain.training.callbacks import MovedShare, StopOnNonFinite, add_callbacks
+from posttrain.training.checkpoints import last_checkpoint, save_adapter
+from posttrain.training.dev import DevAccuracy, dev_accuracy
+from rewards import correctness_reward, extract, grade
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +362,7 @@ def test_dev_accuracy_gives_back_what_graphs_step_over(tiny, sft, monkeypatch):
     monkeypatch.setattr(steps, "EagerStep", steps.GraphStep)
     monkeypatch.setattr(steps, "capture", lambda run: run)
     kept = []
-    monkeypatch.setattr("posttrain.training.release", lambda model: kept.append(model._graphs) or steps.release(model))
+    monkeypatch.setattr("posttrain.training.dev.release", lambda model: kept.append(model._graphs) or steps.release(model))
     with tiny.grpo(sft, **with_dev(tiny)) as trainer:
         next(c for c in trainer.callback_handler.callbacks if isinstance(c, DevAccuracy)).measure()
         copied = trainer.rollout_func.copy.model
@@ -393,6 +395,7 @@ def test_samples_hold_every_completion_of_a_step_with_its_verdict(tiny, sft, tin
     golds = {e.prompt[-1]["content"]: e.answer for e in read_jsonl(tiny_data_dir / "train.jsonl", Example)}
     with tiny.grpo(sft, {"max_steps": 2, "scale_rewards": "none"}) as trainer:
         pay(trainer, by_content)
+        trainer.reward_funcs[1] = correctness_reward  # it logs value and gold, and pays a random model nothing
         trainer.train()
         rows = list(read_rows(trainer.run.folder / "samples.jsonl"))
     assert [row["step"] for row in rows] == [1] * 8 + [2] * 8

@@ -10,14 +10,14 @@ from tiny_training import Tiny
 
 import data_prep
 import rewards
-from posttrain import training
 from posttrain.config.schema import Model, Rewards
 from posttrain.evaluation import predictions
 from posttrain.evaluation.predictions import judge
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
-from posttrain.rollouts import reward_functions
 from posttrain.runs.manifest import read_manifest
+from posttrain.training import dev
+from posttrain.training.rollouts import reward_functions
 
 NUM_ROWS = 6
 
@@ -103,7 +103,7 @@ def test_prompt_tokens_are_the_same_in_sft_grpo_and_evaluation(model, tiny_data_
 
 
 def test_every_stage_has_the_one_grader():
-    for stage in (data_prep, predictions, training):
+    for stage in (data_prep, predictions, dev):
         assert stage.grade is rewards.grade
     functions, weights = reward_functions(Rewards())
     assert functions == [rewards.correctness_reward, rewards.format_reward] and weights == [1.0, 1.0]

@@ -20,11 +20,10 @@ ROOMS = """
 rewards posttrain errors phases
 records
 config
-runs training_data
+runs
 evaluation kernels
 models
-report bundled_model hub generation callbacks plan
-rollouts trainers
+report bundled_model hub generation
 training
 data_prep sft_train grpo_train evaluate
 """
@@ -34,14 +33,14 @@ HEIGHT = {room: height for height, line in enumerate(LINES) for room in line}
 # Package -> the rooms that may import it, inside a function or not; for type checkers alone, everybody may.
 KEEPERS = {
     "bitsandbytes": {"kernels"},
-    "peft": {"kernels", "models", "training", "trainers"},
-    "trl": {"trainers", "sft_train", "grpo_train"},
+    "peft": {"kernels", "models", "training"},
+    "trl": {"training", "sft_train", "grpo_train"},
     "vllm": {"generation"},
     "liger_kernel": set(),  # transformers applies it
     "datasets": {"records", "data_prep"},
     "reasoning_gym": {"data_prep"},
     "matplotlib": {"report"},
-    "huggingface_hub": {"hub", "models", "plan", "data_prep"},
+    "huggingface_hub": {"hub", "models", "training", "data_prep"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers
 }
@@ -152,9 +151,9 @@ def test_a_package_has_its_keepers(name):
     assert found <= KEEPERS[name]
 
 
-@pytest.mark.parametrize("module", ["posttrain.trainers", "posttrain.training"])
-def test_of_peft_only_the_model_class_is_named_by_the_trainers(module):
-    assert {name for name in all_imports(module) if package(name) == "peft"} <= {"peft.PeftModel"}
+@pytest.mark.parametrize("module", [module for module in OURS if room(module) == "training"])
+def test_of_peft_only_the_model_class_is_named_in_training(module):
+    assert {name for name in run_time_imports(module) if package(name) == "peft"} <= {"peft.PeftModel"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

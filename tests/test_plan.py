@@ -5,7 +5,7 @@ import re
 import pytest
 from scripts import CONFIGS, run, workplace
 
-from posttrain import plan
+from posttrain.training import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_group_shares_its_prompt_unless_layers_are_checkpointed(place, checkpo
 def test_fused_kernels_keep_less(place, monkeypatch):
     sizes = {}
     for fused in (False, True):
-        monkeypatch.setattr(plan, "is_fused", lambda model, fused=fused: fused)
+        monkeypatch.setattr(dry_run, "is_fused", lambda model, fused=fused: fused)
         sizes[fused] = planned(place, "sft_train", "trainer.per_device_train_batch_size=4096", "model.attn_implementation=sdpa")[
             2
         ]

@@ -358,7 +358,7 @@ def test_what_the_trainer_is_given_to_log() -> None:
     metrics: dict[str, float] = {}
     texts = ["#### 1\n#### 2", "none"]
     correctness_reward(texts, ["42"] * 2, log_extra=columns.__setitem__, log_metric=metrics.__setitem__)
-    assert columns == {"value": ["1", None], "method": ["marker", "none"]}
+    assert columns == {"value": ["1", None], "method": ["marker", "none"], "gold": ["42", "42"]}
     assert metrics == {"num_markers": 1.0}
 
 

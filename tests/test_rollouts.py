@@ -13,8 +13,8 @@ from posttrain.models.base import load_base
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Example, read_jsonl
-from posttrain.rollouts import Rollouts, reward_functions
-from posttrain.training import save_adapter
+from posttrain.training.checkpoints import save_adapter
+from posttrain.training.rollouts import Rollouts, reward_functions
 
 
 @pytest.fixture(scope="module")

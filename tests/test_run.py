@@ -11,7 +11,6 @@ import pytest
 from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
 from torch import distributed
 
-from posttrain import training
 from posttrain.config.load import load
 from posttrain.config.schema import EvalConfig, SftConfig
 from posttrain.errors import AlreadyDone, UserError, exit_on_user_error
@@ -19,6 +18,7 @@ from posttrain.evaluation.stats import wilson
 from posttrain.runs.directory import _wait_for_main, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of, read_manifest
 from posttrain.runs.process import use_one_gpu
+from posttrain.training import arguments
 
 CONTRACT = {
     *("stage", "name", "command", "commit", "dirty", "versions", "hardware", "seed", "started", "finished", "seconds", "exit"),
@@ -359,7 +359,7 @@ def test_wandb_without_a_key_goes_offline(folder, monkeypatch, tmp_path):
     config = sft(folder, "tracking=wandb")
     for resume in (False, True):  # a resumed run continues its curve
         with pytest.raises(RuntimeError), open_run(config, "sft", str(folder), resume) as run:
-            assert training.tracking(config, run) == ["wandb"]
+            assert arguments.tracking(config, run) == ["wandb"]
             run.save()
             raise RuntimeError
         (note,) = read_manifest(folder)["notes"]

@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from posttrain.callbacks import MovedShare, StopOnNonFinite
 from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.errors import UserError
@@ -26,7 +25,9 @@ from posttrain.models.adapters import gathered
 from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.runs.directory import check_machine
-from posttrain.trainers import LabelHead, shard_as_stored
+from posttrain.training.callbacks import MovedShare, StopOnNonFinite
+from posttrain.training.label_head import LabelHead
+from posttrain.training.masters import shard_as_stored
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -1,7 +1,7 @@
 """What the two trainers really do: precision, continuation, loss and advantages; and what upstream does where ours differs.
 
-A test named `test_upstream_...` holds a behaviour of TRL, PEFT or transformers that an override in posttrain/trainers.py answers
-to. When one fails after an upgrade, the override may have become unnecessary, or may have to change.
+A test named `test_upstream_...` holds a behaviour of TRL, PEFT or transformers that an override in posttrain/training/trainers.py
+answers to. When one fails after an upgrade, the override may have become unnecessary, or may have to change.
 """
 
 import copy
@@ -16,26 +16,19 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from posttrain import trainers
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl
-from posttrain.trainers import (
-    GRPO,
-    SFT,
-    LabelHead,
-    SharedPrompts,
-    by_length,
-    copy_to_reference,
-    groups_without_signal,
-    keep_rows,
-    rows_with_signal,
-    trim,
-)
-from posttrain.training import last_checkpoint, save_adapter
+from posttrain.training import label_head, trainers
+from posttrain.training.batches import by_length, groups_without_signal, keep_rows, rows_with_signal, trim
+from posttrain.training.checkpoints import last_checkpoint, save_adapter
+from posttrain.training.label_head import LabelHead
+from posttrain.training.masters import copy_to_reference
+from posttrain.training.shared_prompts import SharedPrompts
+from posttrain.training.trainers import GRPO, SFT
 
 FP32 = {"dtype": "float32"}
 FORMS = ("nf4", "nf4_unpacked", "none")
@@ -606,13 +599,13 @@ def test_entropy_is_not_a_number_where_it_is_not_computed_and_is_not_logged(tiny
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, TRL's head is used")
 def test_entropy_is_computed_of_the_policy_and_not_of_the_reference(tiny, any_sft, monkeypatch):
     asked = []
-    original = trainers._LabelScores.apply
+    original = label_head._LabelScores.apply
 
     def spy(*args):
         asked.append((torch.is_grad_enabled(), args[-1]))
         return original(*args)
 
-    monkeypatch.setattr(trainers._LabelScores, "apply", spy)
+    monkeypatch.setattr(label_head._LabelScores, "apply", spy)
     with tiny.grpo(any_sft, {"max_steps": 1, "beta": 0.04}) as trainer:
         trainer.train()
         assert {(False, ()), (True, ("entropy",))} == set(asked)
@@ -884,7 +877,7 @@ def test_micro_batches_by_length_take_the_same_step(tiny, sft, fp32, monkeypatch
             return trainer
 
     for sort in (by_length, lambda batches, *_: batches):
-        monkeypatch.setattr("posttrain.trainers.by_length", sort)
+        monkeypatch.setattr("posttrain.training.trainers.by_length", sort)
         widths.append([])
         manager = tiny.grpo(sft, split | {"loss_type": loss_type, "beta": 0.1}, **fp32)
         results.append(first_step(Ragged(manager, by_content)))
@@ -925,7 +918,7 @@ def test_prompts_are_shared_across_a_step_of_as_many_rows_and_the_step_is_the_sa
             return trainer
 
     for prompts in (SharedPrompts, OwnPrompts):
-        monkeypatch.setattr("posttrain.trainers.SharedPrompts", prompts)
+        monkeypatch.setattr("posttrain.training.trainers.SharedPrompts", prompts)
         seen.append([])
         with Watched(tiny.grpo(sft, settings, **fp32, rollouts={"skip_zero_signal": skip}), by_content) as trainer:
             stir(trainer.model)
@@ -988,7 +981,7 @@ def test_sharing_prompts_changes_no_score_and_no_gradient(tiny, any_sft, fp32, m
         loss, gradient = loss_and_gradient(trainer, inputs)
         logps = trainer._last_logps
         hook.remove()
-        monkeypatch.setattr("posttrain.trainers.SharedPrompts", OwnPrompts)
+        monkeypatch.setattr("posttrain.training.trainers.SharedPrompts", OwnPrompts)
         whole_loss, whole_gradient = loss_and_gradient(trainer, inputs)
     prompt = inputs["prompt_mask"].sum(1).max()
     assert len({int(row.sum()) for row in inputs["prompt_mask"]}) == 2, "both prompts have one length: padding is not tested"

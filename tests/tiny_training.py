@@ -7,7 +7,7 @@ import sft_train
 from posttrain.config.schema import GrpoConfig, SftConfig
 from posttrain.models.chat import load_tokenizer
 from posttrain.runs.directory import open_run
-from posttrain.training_data import load_examples
+from posttrain.training.examples import load_examples
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "alpha": 8, "target_modules": LINEAR}

@@ -64,7 +64,7 @@ def _ready(model: PeftModel) -> PeftModel:
 
 
 def hold_fp32(model: nn.Module) -> None:
-    """Bring every trainable weight to fp32, whatever PEFT made of it; trainers.py keeps it there.
+    """Bring every trainable weight to fp32, whatever PEFT made of it; training/masters.py keeps it there.
 
     TRL casts the adapters of a quantized model to bf16 (sft_trainer.py, grpo_trainer.py: "the PEFT adapter weights are
     converted to bf16"), where an update of relative size below 2^-9 rounds to nothing: at a learning rate of 3e-5 that

@@ -187,7 +187,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 def check_machine(config: Settings) -> None:
     """Refuse what this machine cannot do, before the run directory is made and anything is loaded.
 
-    A paged optimizer is no such setting: another one takes its place (training.py), and the manifest has a note.
+    A paged optimizer is no such setting: another one takes its place (training/arguments.py), and the manifest has a note.
     """
     import torch
 

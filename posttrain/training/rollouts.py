@@ -54,12 +54,11 @@ class Rollouts:
         }
 
     def _report(self, trainer: Any, seconds: float, completions: list[Completion], slots: int) -> None:
-        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         num_tokens = sum(len(completion.ids) for completion in completions)
-        metrics["time/rollout_seconds"].append(seconds)
-        metrics["rollout/tokens_per_second"].append(num_tokens / seconds)
+        trainer.report("time/rollout_seconds", seconds)
+        trainer.report("rollout/tokens_per_second", num_tokens / seconds)
         if slots:  # the first token of a completion is prefill's
-            metrics["rollout/useful_slots"].append((num_tokens - len(completions)) / slots)
+            trainer.report("rollout/useful_slots", (num_tokens - len(completions)) / slots)
 
     def _next_seed(self, trainer: Any) -> int:
         step = trainer.state.global_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,23 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from posttrain.phases import phase
 from posttrain.runs.directory import Run
-from rewards import extract
+from posttrain.training.dev import DevAccuracy
+from posttrain.training.masters import MasterWeights
+
+
+def add_callbacks(trainer: MasterWeights, run: Run, measure: Callable[[], dict[str, float]] | None, every: int | None) -> None:
+    """What every run watches; with `measure`, dev accuracy before, every `every` steps, and after."""
+    trainer.add_callback(MovedShare(trainer.report))
+    trainer.add_callback(StopOnNonFinite())
+    trainer.add_callback(PhaseTimes(trainer.report))
+    trainer.add_callback(Metrics(run))
+    if measure:
+        # transformers' `log`, not TRL's, which would move what it has gathered of the training steps into this row.
+        trainer.add_callback(DevAccuracy(measure, functools.partial(Trainer.log, trainer), every))
 
 
 class Metrics(TrainerCallback):
@@ -99,39 +112,16 @@ class StopOnNonFinite(TrainerCallback):
                 )
 
 
-class DevAccuracy(TrainerCallback):
-    """Dev accuracy before the first step, every `every` steps and after the last, with its Wilson interval."""
-
-    def __init__(
-        self, measure: Callable[[], dict[str, float]], log: Callable[[dict[str, float]], None], every: int | None
-    ) -> None:
-        self.measure, self.log, self.every = measure, log, every
-        self.last_step = -1
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the next step and not at the end of the last: a row logged there would take the place of the loss's."""
-        if state.global_step == 0 or (self.every and state.global_step % self.every == 0):
-            self._run(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != self.last_step:
-            self._run(state)
-
-    def _run(self, state: Any) -> None:
-        self.last_step = state.global_step
-        self.log(self.measure())
-
-
 class Samples(TrainerCallback):
     """The latest completions with extracted answer and rewards: all into samples.jsonl, one on the console."""
 
-    def __init__(self, run: Run, trainer: Any, golds: dict[str, str]) -> None:
-        self.run, self.trainer, self.golds = run, trainer, golds
+    def __init__(self, run: Run, latest: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        self.run, self.latest = run, latest
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not (state.is_world_process_zero and logs and "reward" in logs):
             return
-        rows = list(self._rows(state.global_step))
+        rows = [_sample(state.global_step, latest) for latest in self.latest()]
         for row in rows:
             self.run.append("samples.jsonl", row)
         if rows:
@@ -141,21 +131,17 @@ class Samples(TrainerCallback):
                 f"step {state.global_step}: {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}"
             )
 
-    def _rows(self, step: int) -> Iterator[dict[str, Any]]:
-        log = self.trainer._logs  # TRL's own store of the latest generation batch
-        for index, (prompt, completion, advantage) in enumerate(
-            zip(log["prompt"], log["completion"], log["advantages"], strict=True)
-        ):
-            text, question = completion[-1]["content"], prompt[-1]["content"]
-            yield {
-                "step": step,
-                "question": question,
-                "completion": text,
-                "value": extract(text).value,
-                "gold": self.golds[question],
-                "rewards": {name: values[index] for name, values in log["rewards"].items()},
-                "advantage": round(advantage, 4),
-            }
+
+def _sample(step: int, latest: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "question": latest["prompt"][-1]["content"],
+        "completion": latest["completion"][-1]["content"],
+        "value": latest.get("value"),  # the correctness reward logs these two
+        "gold": latest.get("gold"),
+        "rewards": latest["rewards"],
+        "advantage": round(latest["advantage"], 4),
+    }
 
 
 def _flat(optimizer: Optimizer) -> torch.Tensor:

@@ -11,18 +11,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from posttrain import training_data
 from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
 from posttrain.config.trl_fields import trl_fields
 from posttrain.errors import UserError
 from posttrain.records import Example
 from posttrain.runs.process import num_processes
+from posttrain.training import examples
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def show_sft_plan(config: SftConfig) -> None:
-    train, dev = training_data.load_examples(config)
+    train, dev = examples.load_examples(config)
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
     steps = num_steps(value, len(train), batch)
@@ -37,7 +37,7 @@ def show_sft_plan(config: SftConfig) -> None:
 
 
 def show_grpo_plan(config: GrpoConfig) -> None:
-    train, dev = training_data.load_examples(config)
+    train, dev = examples.load_examples(config)
     value = trainer_values(config, "GRPOConfig")
     group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
     batch = value["per_device_train_batch_size"] * accumulation * num_processes()
@@ -62,7 +62,7 @@ def show_grpo_plan(config: GrpoConfig) -> None:
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
         show_stop(tokenizer)
-    # Without checkpointing a group shares its prompt (posttrain/trainers.py).
+    # Without checkpointing a group shares its prompt (posttrain/training/trainers.py).
     prompt = 256 if value["gradient_checkpointing"] else 256 // group
     show_memory(
         config,

@@ -1,0 +1,63 @@
+"""What a training run leaves: checkpoints to go on from, and the finished adapter."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Trainer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.config.schema import TrainConfig
+from posttrain.errors import UserError
+from posttrain.models.adapters import adapter_sha256, gathered
+from posttrain.runs.directory import Run
+
+
+def last_checkpoint(run: Run, resume: bool) -> str | None:
+    """The newest complete checkpoint: `trainer_state.json` is what transformers writes last."""
+    found = run.folder.glob("checkpoints/checkpoint-*/trainer_state.json")
+    checkpoints = sorted((file.parent for file in found), key=lambda folder: int(folder.name.split("-")[1]))
+    if not resume or not checkpoints:
+        return None
+    run.say(f"resuming from {checkpoints[-1]}")
+    return str(checkpoints[-1])
+
+
+def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase, start_sha256: str) -> None:
+    """Write the finished adapter and its tokenizer; refuse one that training did not change."""
+    trainer.accelerator.wait_for_everyone()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = gathered(model)
+    if not run.is_main:
+        return
+    folder = run.folder / "adapter"
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
+    tokenizer.save_pretrained(folder)
+    end = adapter_sha256(folder)
+    run.record(
+        peak_gib=peak_memory_gib(),
+        adapter_sha256=end,
+        steps=trainer.state.global_step,
+        train_seconds=next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row),
+    )
+    if end == start_sha256:
+        raise UserError(
+            f"training left every adapter weight as it was: in none of its {trainer.state.global_step} steps were learning rate "
+            f"and gradient both above 0; check trainer.learning_rate, trainer.warmup_steps and the rewards in {run.folder}"
+        )
+    print(f"adapter: {folder}  sha256 {end[:12]}")
+
+
+def push_if_asked(config: TrainConfig, run: Run) -> None:
+    """Push a finished run; a failure is told with the command to retry, and the run stays finished."""
+    if config.hub.repo_id and run.is_main:
+        from posttrain.hub.push import push_or_explain
+
+        push_or_explain(run.folder, config.hub.repo_id, private=config.hub.private)
+
+
+def peak_memory_gib() -> float:
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

@@ -1,0 +1,71 @@
+"""Accuracy on dev questions while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.evaluation.stats import wilson
+from posttrain.generation.engines import generate
+from posttrain.generation.loop import Sampling
+from posttrain.generation.steps import release
+from posttrain.models.chat import chat_ids
+from posttrain.models.policy_copy import PolicyCopy
+from posttrain.phases import phase
+from posttrain.records import Example
+from rewards import grade
+
+
+def dev_accuracy(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dev: list[Example],
+    max_new_tokens: int,
+    copy: PolicyCopy | None = None,
+) -> dict[str, float]:
+    """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient one."""
+    prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
+    with phase("dev", whole=True):
+        policy = (copy or PolicyCopy(model)).refresh()
+        completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer)
+        release(policy)  # these buffers hold more questions than a rollout's: training gets their memory back
+    grades = [
+        grade(tokenizer.decode(completion.ids, skip_special_tokens=True), example.answer)
+        for example, (completion,) in zip(dev, completions, strict=True)
+    ]
+    correct = sum(verdict.correct for verdict in grades)
+    low, high = wilson(correct, len(dev))
+    return {
+        "dev/accuracy": correct / len(dev),
+        "dev/accuracy_low": low,
+        "dev/accuracy_high": high,
+        "dev/accuracy_strict": sum(verdict.strict for verdict in grades) / len(dev),
+        "dev/clipped_ratio": sum(completion.finish == "length" for (completion,) in completions) / len(dev),
+    }
+
+
+class DevAccuracy(TrainerCallback):
+    """Dev accuracy before the first step, every `every` steps and after the last, with its Wilson interval."""
+
+    def __init__(
+        self, measure: Callable[[], dict[str, float]], log: Callable[[dict[str, float]], None], every: int | None
+    ) -> None:
+        self.measure, self.log, self.every = measure, log, every
+        self.last_step = -1
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the next step and not at the end of the last: a row logged there would take the place of the loss's."""
+        if state.global_step == 0 or (self.every and state.global_step % self.every == 0):
+            self._run(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != self.last_step:
+            self._run(state)
+
+    def _run(self, state: Any) -> None:
+        self.last_step = state.global_step
+        self.log(self.measure())

@@ -1,0 +1,96 @@
+"""An output head that scores labelled positions alone, in the place of TRL's where that is slower or fails."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+
+class LabelHead:
+    """Takes the place of TRL's fused head on a model and scores only labelled positions. Same call, same outputs.
+
+    Of FusedCausalLMOutput's fields it fills log_probs and those of `outputs`, "entropy" or "is_top1"; the other is NaN.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, outputs: tuple[str, ...]) -> None:
+        self.model, self.temperature, self.outputs = model, temperature, outputs
+        self.fused_forward = model.forward
+        model.forward = functools.wraps(model.forward)(functools.partial(self.forward))  # `generate` reads its signature
+
+    def forward(self, *args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None or kwargs.get("shift_labels") is not None:
+            return self.fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        hidden = self.model.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100
+        weight = self.model.get_output_embeddings().weight
+        scores = _LabelScores.apply(hidden[mask], weight, labels[mask], self.temperature, self.outputs)
+        log_probs, entropy, is_top1 = (score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores)
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / mask.sum().clamp(min=1),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=mask,
+        )
+
+
+class _LabelScores(torch.autograd.Function):
+    """Log-probability of each label, the only one with a gradient; entropy and top-1 hit if they are among `outputs`, else NaN.
+
+    hidden (labels, width), weight (vocabulary, width), labels (labels,). The gradient of `weight` is computed only when
+    some of its rows are trained.
+    """
+
+    ROWS = 256  # a tile of 256 x 49,152 fp32 logits is 50 MB
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, outputs):  # type: ignore[no-untyped-def]
+        hidden = hidden.to(weight.dtype)
+        logits = hidden @ weight.T
+        if temperature != 1.0:
+            logits /= temperature
+        log_z = hidden.new_empty(len(labels), dtype=torch.float32)
+        entropy, is_top1 = torch.full_like(log_z, float("nan")), torch.full_like(log_z, float("nan"))
+        for rows in _tiles(len(labels)):
+            tile = logits[rows].float()  # ATen's argmax of bf16 takes six times as long as of fp32
+            if "is_top1" in outputs:
+                is_top1[rows] = (tile.argmax(-1) == labels[rows]).float()
+            if "entropy" not in outputs:
+                log_z[rows] = tile.logsumexp(-1)
+            else:
+                top = tile.amax(-1, keepdim=True)
+                weights = (tile - top).exp_()
+                total = weights.sum(-1)
+                log_z[rows] = top.squeeze(1) + total.log()
+                entropy[rows] = log_z[rows] - weights.mul_(tile).sum(-1) / total
+        ctx.save_for_backward(hidden, logits, log_z, labels, weight)
+        ctx.temperature = temperature
+        log_probs = logits.gather(1, labels[:, None]).squeeze(1).float() - log_z
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        hidden, logits, log_z, labels, weight = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad = grad / ctx.temperature
+        for rows in _tiles(len(labels)):
+            # d log p(label) / d logits = onehot(label) - p
+            p = (logits[rows].float() - log_z[rows, None]).exp_().mul_(-grad[rows, None])
+            p.scatter_add_(1, labels[rows, None], grad[rows, None])
+            p = p.to(weight.dtype)
+            to_hidden[rows] = p @ weight
+            if to_weight is not None:
+                to_weight += p.T @ hidden[rows]
+        return to_hidden, to_weight, None, None, None
+
+
+def _tiles(num_rows: int) -> list[slice]:
+    return [slice(start, start + _LabelScores.ROWS) for start in range(0, num_rows, _LabelScores.ROWS)]

@@ -1,0 +1,127 @@
+"""fp32 master weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer
+from trl import GRPOTrainer
+
+from posttrain.errors import UserError
+from posttrain.kernels import lora_linear
+from posttrain.kernels.nf4 import packed_linears
+from posttrain.models.adapters import gathered, scatter
+from posttrain.phases import phase
+from posttrain.training.label_head import LabelHead
+
+MASTER_DTYPE = torch.float32
+
+
+class MasterWeights(Trainer):
+    """Comes before one of TRL's trainers: it then starts from exactly the weights it was given, in fp32."""
+
+    def __init__(
+        self, *args: Any, model: PeftModel, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
+    ) -> None:
+        masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
+        assert masters, "the model has no trainable parameter: load the adapter with trainable=True (trl#6700)"
+        super().__init__(*args, model=model, **kwargs)
+        shard_as_stored(self.accelerator.state, model)
+        for name, parameter in model.named_parameters():
+            if name in masters:
+                parameter.data = masters[name].to(parameter.device)
+        if fast_adapter:
+            lora_linear.install(model)
+        self.label_head: LabelHead | None = None
+        if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
+            logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
+            self.label_head = LabelHead(model.get_base_model(), getattr(self, "temperature", 1.0), logged)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with phase("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with phase("backward"):  # the rest of the step is taken out of it
+            return super().training_step(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # nobody reads the sum, and counting the model's parameters at every micro-batch takes milliseconds
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        state = gathered(self.model)
+        if state is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not scatter(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with phase("save"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def report(self, key: str, value: float) -> None:
+        """Add to the mean that the next logged row has of `key`."""
+        self._metrics["train" if self.model.training else "eval"][key].append(value)
+
+    def log_useful_slots(self, mask: torch.Tensor) -> None:
+        """The share of a micro-batch's positions that hold a token and no padding."""
+        self.report("update/useful_slots", mask.float().mean().item())
+
+    def check_loss(self, loss: torch.Tensor, ids: torch.Tensor) -> None:
+        """Stop before a loss that is not a number is propagated, and name the batch it comes from."""
+        if not loss.isfinite():
+            text = self.processing_class.decode(ids[0], skip_special_tokens=True)
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, in the batch that begins with {text[:200]!r}; "
+                "nothing was applied. --resume goes on from the last checkpoint"
+            )
+
+
+def shard_as_stored(state: Any, model: PeftModel) -> None:
+    """FSDP2 sends weights as they are stored and adds gradients up in fp32; autocast rounds, as on one GPU.
+
+    accelerate has FSDP2 round instead (utils/dataclasses.py, `set_mixed_precision`). A layer is then sent as bf16, and what CUDA
+    copies so (`torch._foreach_copy_`) comes out with all NaNs alike. One in 1,200 of the words of packed NF4 is a NaN, read as
+    bf16: https://github.com/pytorch/pytorch/issues/159333, https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945.
+    Beside an adapter in fp32 a layer is sent as bytes. Log-probabilities and gradients, too, were rounded to 8 bits.
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if trains_tokens(model):
+        raise UserError(
+            "FSDP2 cannot shard an embedding of which rows are trained: launch with configs/accelerate/ddp.yaml, "
+            "or set lora.train_special_tokens=never where the base knows its template's tokens"
+        )
+    for number, layer in enumerate(model.get_base_model().base_model.layers):
+        if packed_linears(layer) and not any(p.requires_grad for p in layer.parameters()):
+            raise UserError(
+                f"layer {number} has no adapter, and under FSDP2 NF4 weights beside none lose bits on the way: "
+                "name modules of every layer in lora.target_modules, or use quantization=nf4_unpacked"
+            )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def trains_tokens(model: PeftModel) -> bool:
+    return any("trainable_tokens_delta" in name for name, _ in model.named_parameters())
+
+
+def copy_to_reference(model: PeftModel) -> None:
+    """Make adapter "ref", where TRL made one, equal to "default" in every tensor, trained token rows included."""
+    if "ref" not in model.peft_config:
+        return
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "default" in parts:
+            reference = parameters[".".join("ref" if part == "default" else part for part in parts)]
+            reference.data = parameter.detach().to(MASTER_DTYPE, copy=True)
+            reference.requires_grad_(False)  # PEFT leaves token rows trainable, and the optimizer would count them

@@ -1,0 +1,247 @@
+"""TRL's two trainers with what this project changes in them. Every override of TRL's internals is in this file
+or in masters.py, which both trainers share.
+
+1. Master weights. Both trainers cast the adapter of a quantized model to bf16 (trl 1.16: sft_trainer.py and
+   grpo_trainer.py, "the PEFT adapter weights are converted to bf16"). Here it stays fp32, bit for bit as it was given.
+2. Output head. On CPU TRL's fused head scores every position, prompt included, and multiplies back in fp32
+   (trl/trainer/utils.py, `add_fused_lm_head`: "every position is scored instead"); with trained token rows it fails on
+   every device (it asks PEFT's TrainableTokensWrapper for `bias`). There ours scores the labelled positions, in bf16.
+3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
+   `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
+4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all; ours go by
+   length, and each is cut to its own longest.
+5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt once for all completions of an
+   optimizer step, or of a micro-batch where a step has more prompts than a micro-batch has rows. Without a gradient several
+   micro-batches are scored at once on a GPU.
+6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
+   inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
+7. Adapted layers. posttrain/kernels/lora_linear.py computes what PEFT's layers do in a third of the operations.
+8. FSDP2. Weights are sent as they are stored: what packs NF4 into bf16 loses bits otherwise. Checkpoints hold the adapter alone,
+   and are read back by each process: accelerate's gathering fails on packed weights, and its reading never ends.
+9. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
+Tests fail when upstream changes any of them: those of test_trainers.py, of FSDP2 test_pipeline.py, of the last test_callbacks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer, SFTTrainer
+
+from posttrain.errors import UserError
+from posttrain.phases import phase
+from posttrain.training.batches import (
+    by_length,
+    groups_without_signal,
+    in_place,
+    keep_rows,
+    rows_by_length,
+    rows_with_signal,
+    sampled_logps,
+    share_kept,
+    trim,
+)
+from posttrain.training.masters import MasterWeights, copy_to_reference
+from posttrain.training.shared_prompts import SharedPrompts
+
+# So many micro-batches are scored at once where no gradient is wanted, as of the reference: it keeps nothing for a backward
+# pass, and a GPU waits for the launches of small batches.
+SCORED_AT_ONCE = {"cpu": 1, "cuda": 4}
+# Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each, and a
+# `top_entropy_quantile` is taken of each.
+ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
+
+
+class SFT(MasterWeights, SFTTrainer):
+    """SFTTrainer with fp32 master weights; entropy is logged only where it is computed."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else asks for it
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
+        if "attention_mask" in inputs:  # packed rows have none, and no padding
+            self.log_useful_slots(inputs["attention_mask"])
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for mode in ("train", "eval"):
+            if any(math.isnan(value) for value in self._metrics[mode].get("entropy", [])):
+                del self._metrics[mode]["entropy"]
+        super().log(logs, start_time)
+
+
+class GRPO(MasterWeights, GRPOTrainer):
+    """GRPOTrainer that continues an adapter against an exact copy of it, on batches trimmed to their content.
+
+    `skip_zero_signal` leaves out rows whose advantage is 0. With beta 0 they add nothing to the gradient, so the update
+    is the same and only the logged entropy and clip ratios are taken over fewer rows.
+    `correct_mismatch` uses the sampler's log-probabilities as the old policy's, so that the clipped ratio corrects for
+    an engine that does not compute exactly what the trainer does.
+    """
+
+    _buffered_inputs: Any  # TRL's, the micro-batches of a window
+
+    def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        self._step_prompts: SharedPrompts | None = None  # of all micro-batches of this optimizer step
+        self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # the same while one is scored, and its rows there
+        if self.use_transformers_continuous_batching:
+            raise UserError(
+                "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
+                "use rollouts.engine=continuous_batching, which runs on a copy"
+            )
+        if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+            raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
+        copy_to_reference(self.model)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or self.loss_type not in ANY_SPLIT or self.top_entropy_quantile < 1:
+            return inputs
+        self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps, self.skip_zero_signal)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        whole = inputs
+        with phase("forward"):
+            self._shared = self._share_across_step(model, whole)
+        inputs = trim(self._kept(whole), self._shared[0].width + 1 if self._shared else None)
+        if self.correct_mismatch:
+            inputs["old_per_token_logps"] = sampled_logps(inputs)
+        with phase("forward"):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._shared = None
+        self.check_loss(loss, inputs["prompt_ids"])
+        self._log_mismatch(inputs)
+        self.log_useful_slots(inputs["completion_mask"])
+        return loss * share_kept(self.loss_type, inputs, whole)
+
+    def _kept(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return keep_rows(inputs, rows_with_signal(inputs["advantages"])) if self.skip_zero_signal else inputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._step_prompts is not None and self.accelerator.sync_gradients:
+            with phase("backward"):
+                self._step_prompts.backward()
+            self._step_prompts = None
+        return loss
+
+    def _share_across_step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[SharedPrompts, torch.Tensor] | None:
+        """The prompts of all micro-batches of a step, run at the first, and the rows of this one; None where it runs its own.
+
+        Only as many prompts as one micro-batch could have anyway: they stay in memory until the step ends. Several processes
+        exchange gradients in the backward pass of the last micro-batch, and the prompts' would come after it.
+        """
+        args = self.args
+        alone = args.gradient_accumulation_steps == 1 or args.gradient_checkpointing or self.accelerator.num_processes > 1
+        number = next((i for i, buffered in enumerate(self._buffered_inputs or []) if buffered is batch), None)
+        if alone or number is None or not torch.is_grad_enabled():
+            return None
+        first = number - number % args.gradient_accumulation_steps
+        parts = [self._kept(part) for part in self._buffered_inputs[first : first + args.gradient_accumulation_steps]]
+        if number == first:
+            ids, mask = (torch.cat([part[key] for part in parts]) for key in ("prompt_ids", "prompt_mask"))
+            longest = int(mask.sum(1).max())
+            found = SharedPrompts(model, ids[:, -longest:-1], mask[:, -longest:-1])
+            if longest > 1 and len(found.prompts) <= args.per_device_train_batch_size:
+                with self.accelerator.autocast():
+                    found.run(len(ids))
+                found.detach()
+                self._step_prompts = found
+        if self._step_prompts is None:
+            return None
+        start = sum(len(part["advantages"]) for part in parts[: number - first])
+        rows = torch.arange(start, start + len(parts[number - first]["advantages"]), device=batch["advantages"].device)
+        return self._step_prompts, rows
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        with phase("logprobs"):  # of the old policy and the reference, where they are needed; the rest has names of its own
+            return super()._generate_and_score_completions(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        score = super()._get_per_token_logps_and_entropies
+        width = input_ids.shape[1] - logits_to_keep
+        if self.label_head:  # nobody reads the reference's, which costs passes over all of its logits
+            self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
+        if self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
+            result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+        elif self._shared:
+            shared, rows = self._shared
+            result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+        else:
+            size = batch_size or len(input_ids)
+            if not torch.is_grad_enabled():
+                size *= SCORED_AT_ONCE[input_ids.device.type]
+            shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
+            with self.accelerator.autocast():  # which TRL begins within `score`
+                shared.run(size)
+            scores, parts = [], rows_by_length(attention_mask[:, width:], size)
+            for rows in parts:
+                keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
+                ids, mask = (whole[rows, : width + keep] for whole in (input_ids, attention_mask))
+                scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
+            result = tuple(in_place(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+        self._last_logps = result[0].detach()
+        return result
+
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with phase("rewards"):
+            scores = super()._calculate_rewards(inputs, *args, **kwargs)
+        for name, column in zip(self.reward_func_names, scores.T, strict=True):
+            if not column.isfinite().all():
+                raise FloatingPointError(
+                    f"reward {name} is not finite at step {self.state.global_step + 1}, "
+                    f"completion {int((~column.isfinite()).nonzero()[0])} "
+                    "of the batch: a grader that returns NaN is broken; nothing was applied"
+                )
+        without_signal = groups_without_signal(scores, self.reward_weights, self.num_generations)
+        self.report("frac_groups_without_signal", without_signal)
+        return scores
+
+    def latest(self) -> Iterator[dict[str, Any]]:
+        """The completions of the latest generation batch, with prompt, rewards, advantage and what rewards logged of it."""
+        log = self._logs
+        for index, (prompt, completion, advantage) in enumerate(
+            zip(log["prompt"], log["completion"], log["advantages"], strict=True)
+        ):
+            yield {
+                "prompt": prompt,
+                "completion": completion,
+                "advantage": advantage,
+                "rewards": {name: values[index] for name, values in log["rewards"].items()},
+                **{name: values[index] for name, values in log["extra"].items()},
+            }
+
+    def _log_mismatch(self, inputs: dict[str, Any]) -> None:
+        """Mean absolute difference between the sampler's and the trainer's log-probability of a sampled token."""
+        if "sampling_per_token_logps" in inputs:
+            difference = (self._last_logps - inputs["sampling_per_token_logps"]).abs()
+            mask = inputs["completion_mask"].bool()
+            self.report("rollout/logp_difference", difference[mask].mean().item())
+
+
+# --- the output head on CPU -------------------------------------------------------------------------------------------
