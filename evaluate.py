@@ -27,6 +27,7 @@ from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256
 from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import data_entry, parent_of, read_manifest
 from posttrain.runs.process import num_processes, use_one_gpu
+from posttrain.tasks import gsm8k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,19 +95,12 @@ def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, run: R
 
 
 def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> None:
-    """GSM-Symbolic's templates are GSM8K test questions (arXiv:2410.05229): a score after training on it means nothing."""
-    trained = [link["name"] for link in chain if "gsm_symbolic" in kinds((link.get("data") or {}).get("source"))]
-    source = data["source"]
-    is_gsm8k = source.get("repo_id") == "openai/gsm8k" or "gsm8k" in f"{data['name']} {source.get('path', '')}".lower()
-    if trained and is_gsm8k:
+    """A score on questions that training has seen means nothing."""
+    trained = [link["name"] for link in chain if gsm8k.gives_away_its_test_set(link.get("data") or {})]
+    if trained and gsm8k.is_gsm8k(data):
         raise UserError(
             f"{', '.join(trained)} trained on gsm_symbolic, whose templates are GSM8K test questions: not scored on GSM8K"
         )
-
-
-def kinds(source: dict[str, Any] | None) -> list[str]:
-    """A source's kind, and that of the questions it was sampled from."""
-    return [source["kind"], *kinds(source.get("sampled_from"))] if source else []
 
 
 def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:

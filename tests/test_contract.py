@@ -8,7 +8,6 @@ from grading_cases import VERDICTS
 from scripts import CONFIGS, run, tiny_pipeline, workplace
 from tiny_training import Tiny
 
-import data_prep
 import rewards
 from posttrain.config.schema import Model, Rewards
 from posttrain.evaluation import predictions
@@ -16,6 +15,7 @@ from posttrain.evaluation.predictions import judge
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.manifest import read_manifest
+from posttrain.tasks import examples
 from posttrain.training import dev
 from posttrain.training.rollouts import reward_functions
 
@@ -103,7 +103,7 @@ def test_prompt_tokens_are_the_same_in_sft_grpo_and_evaluation(model, tiny_data_
 
 
 def test_every_stage_has_the_one_grader():
-    for stage in (data_prep, predictions, dev):
+    for stage in (examples, predictions, dev):
         assert stage.grade is rewards.grade
     functions, weights = reward_functions(Rewards())
     assert functions == [rewards.correctness_reward, rewards.format_reward] and weights == [1.0, 1.0]
@@ -134,11 +134,11 @@ def test_another_grader_would_show_in_every_stage(monkeypatch):
 
     asked = Example("q", "test", "?", [], [], "5", 1)
     assert judge(asked, 0, "#### 5", "stop", 1).correct and rewards.correctness_reward(["#### 5"], ["5"]) == [1.0]
-    for module in (rewards, predictions, data_prep):
+    for module in (rewards, predictions, examples):
         monkeypatch.setattr(module, "grade", contrary)
     assert rewards.correctness_reward(["#### 5", "wrong"], ["5", "5"]) == [0.0, 1.0]
     assert [judge(asked, 0, text, "stop", 1).correct for text in ("#### 5", "wrong")] == [False, True]
-    assert "does not grade itself" in data_prep.gold_problem("#### 5")
+    assert "does not grade itself" in examples.gold_problem("#### 5")
 
 
 @pytest.fixture(scope="session")

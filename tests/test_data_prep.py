@@ -10,7 +10,6 @@ from collections import Counter
 import pytest
 from scripts import CONFIGS, run, tree
 
-import data_prep
 import rewards
 from posttrain.config.load import load
 from posttrain.config.schema import DataConfig
@@ -18,6 +17,8 @@ from posttrain.errors import UserError
 from posttrain.evaluation.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.manifest import data_entry, read_manifest
+from posttrain.tasks.generated import SEED_RANGES
+from posttrain.tasks.rows import SPLITS, normalised
 
 ASK = '{question} End with "#### answer".'
 SOLVED = "There are 3*4=<<3*4=12>>12 of them.\nThat leaves 12-2=<<12-2=10>>10.\n#### 10"
@@ -45,7 +46,7 @@ def prepare(tmp_path, tiny_model_dir):
             return done
 
         def rows(self, *splits):
-            return [row for split in splits or data_prep.SPLITS for row in read_jsonl(self.folder / f"{split}.jsonl", Example)]
+            return [row for split in splits or SPLITS for row in read_jsonl(self.folder / f"{split}.jsonl", Example)]
 
         def manifest(self):
             return read_manifest(self.folder)
@@ -107,7 +108,7 @@ def test_generators(prepare, kind):
     rows = prepare.rows()
     check_contract(rows)
     assert prepare.manifest()["counts"] == {"train": 40, "dev": 10, "test": 20}
-    assert len({data_prep.normalised(row.question) for row in rows}) == 70  # disjoint, no question twice
+    assert len({normalised(row.question) for row in rows}) == 70  # disjoint, no question twice
     warned = "GSM8K test questions" in done.out and "GSM8K test questions" in str(prepare.manifest()["warning"])
     assert warned is (kind == "gsm_symbolic")
 
@@ -135,8 +136,8 @@ def test_leg_counting_is_worked_out_as_anybody_would(prepare):
 def test_seeds_of_the_splits_are_further_apart_than_any_split_is_long():
     """reasoning-gym draws item i of a set from Random(seed + i): ranges that touch would repeat questions."""
     configs = [load(file, [], DataConfig) for file in CONFIGS.glob("**/data_*.yaml")]
-    sizes = [getattr(c.source, f"num_{split}") for c in configs for split in data_prep.SPLITS if hasattr(c.source, "num_dev")]
-    starts = sorted(seed * 1_000_000_000 + first for seed in range(4) for first in data_prep.SEED_RANGES.values())
+    sizes = [getattr(c.source, f"num_{split}") for c in configs for split in SPLITS if hasattr(c.source, "num_dev")]
+    starts = sorted(seed * 1_000_000_000 + first for seed in range(4) for first in SEED_RANGES.values())
     assert sizes and min(b - a for a, b in itertools.pairwise(starts)) > 1000 * max(sizes)
 
 
@@ -506,7 +507,7 @@ def test_a_folder_that_is_half_written_is_no_data_set(prepared, tmp_path):
     block.mkdir()  # the disk gives out between two files
     with pytest.raises(IsADirectoryError):
         prepare(source)
-    for split in data_prep.SPLITS:
+    for split in SPLITS:
         with pytest.raises(UserError, match="prepare"):
             data_entry(prepare.folder, split)
     block.rmdir()
@@ -533,7 +534,7 @@ def test_a_dry_run_tells_and_writes_nothing(prepare, tmp_path):
 
 def test_the_real_gsm8k(prepare, gsm8k_dir):
     done = prepare({"kind": "jsonl", "path": str(gsm8k_dir)})
-    manifest, train, dev, test = prepare.manifest(), *(prepare.rows(split) for split in data_prep.SPLITS)
+    manifest, train, dev, test = prepare.manifest(), *(prepare.rows(split) for split in SPLITS)
     assert (len(train) + len(dev), len(test)) == (7473, 1319)
     assert (manifest["rejected"], manifest["duplicates"], manifest["train_test_overlap"]) == (0, 0, 0), done.out
     assert 150 < len(dev) < 300

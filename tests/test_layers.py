@@ -23,7 +23,8 @@ config
 runs
 evaluation kernels
 models
-report bundled_model hub generation
+tasks generation bundled_model
+report hub
 training
 data_prep sft_train grpo_train evaluate
 """
@@ -37,10 +38,10 @@ KEEPERS = {
     "trl": {"training", "sft_train", "grpo_train"},
     "vllm": {"generation"},
     "liger_kernel": set(),  # transformers applies it
-    "datasets": {"records", "data_prep"},
-    "reasoning_gym": {"data_prep"},
+    "datasets": {"records", "tasks"},
+    "reasoning_gym": {"tasks"},
     "matplotlib": {"report"},
-    "huggingface_hub": {"hub", "models", "training", "data_prep"},
+    "huggingface_hub": {"hub", "models", "tasks", "training"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers
 }

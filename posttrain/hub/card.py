@@ -9,14 +9,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.records import read_rows, sha256_text
+from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
+from posttrain.tasks import gsm8k
 
 # By the name of the base. Qwen2.5-3B and -72B have licences of their own, so they are left out.
 LICENSES = {
@@ -28,10 +28,6 @@ LICENSES = {
 }
 # /home/me/x, ~/x, ../x and file:///x, as they stand in a command or in a note; not a URL, not an owner/name.
 LOCAL_PATH = re.compile(r"""(?<![\w:/.<])(?:file:/*|~\w*|(?:\.\./)*\.\.)?/[^\s'"`,;:=]+""")
-GSM8K = "openai/gsm8k"
-# Of the 1,319 test questions in any order, words only: a score goes to the benchmark's own page under its name, so the
-# name alone is not enough. From test.jsonl of github.com/openai/grade-school-math.
-GSM8K_TEST_SHA256 = "7c7e3dd7a8e8403feee1cd3e7ff9ca4938ff6156cc686db1d3beb94fc20dcde3"
 STAGES = {
     "sft": "supervised fine-tuning on worked solutions, with the loss on the solution only",
     "grpo": "GRPO, rewarded for right answers and for their format",
@@ -136,13 +132,9 @@ def read_evaluation(folder: Path, run: dict[str, Any], base_name: str) -> Evalua
         raise UserError(f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR")
     data = manifest["data"]
     rows = read_rows(folder / "questions.jsonl")
-    is_gsm8k = question_set_sha256(row["question"] for row in rows) == GSM8K_TEST_SHA256
-    dataset_id = GSM8K if is_gsm8k else data.get("source", {}).get("repo_id")
+    is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
+    dataset_id = gsm8k.HUB_ID if is_gsm8k else data.get("source", {}).get("repo_id")
     return Evaluation(label, manifest, results, dataset_id, is_gsm8k)
-
-
-def question_set_sha256(questions: Iterator[str]) -> str:
-    return sha256_text("\n".join(sorted(re.sub(r"\W+", " ", question).strip().lower() for question in questions)))
 
 
 def lineage(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -158,7 +150,7 @@ def datasets(release: Release) -> list[str]:
     ids: list[str] = []
     for link in (*release.manifest["chain"], release.manifest):
         data = link.get("data") or {}
-        ids += filter(None, [data.get("source", {}).get("repo_id") or (GSM8K if data.get("name") == "gsm8k" else None)])
+        ids += filter(None, [data.get("source", {}).get("repo_id") or (gsm8k.HUB_ID if gsm8k.is_gsm8k(data) else None)])
     return list(dict.fromkeys(ids))
 
 
@@ -189,7 +181,7 @@ def metadata(release: Release) -> str:
     from huggingface_hub import ModelCardData
 
     base = release.base
-    gsm8k = ["gsm8k"] if GSM8K in datasets(release) else []
+    of_gsm8k = ["gsm8k"] if gsm8k.HUB_ID in datasets(release) else []
     data = ModelCardData(
         base_model=base.hub_id,
         base_model_relation="adapter" if base.hub_id else None,
@@ -197,7 +189,7 @@ def metadata(release: Release) -> str:
         license=base.license,
         language="en",
         datasets=datasets(release) or None,
-        tags=["lora", release.manifest["stage"], "trl", "math", *gsm8k],
+        tags=["lora", release.manifest["stage"], "trl", "math", *of_gsm8k],
         pipeline_tag="text-generation",
         model_name=release.name,
         eval_results=[legacy_result(evaluation) for evaluation in scored(release)] or None,
@@ -235,7 +227,7 @@ def eval_results_yaml(evaluation: Evaluation) -> str:
     accuracy, strict = (evaluation.results["accuracy"][kind] for kind in ("lenient", "strict"))
     low, high = accuracy["wilson"]
     entry = EvalResultEntry(
-        dataset_id=GSM8K,
+        dataset_id=gsm8k.HUB_ID,
         task_id="gsm8k",
         value=round(accuracy["value"], 6),
         date=evaluation.manifest["finished"][:10],

@@ -1,0 +1,159 @@
+"""Rows become examples: checked, told apart, split, and given the prompt that every later stage reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, cast
+
+from posttrain.config.schema import DataConfig
+from posttrain.errors import UserError
+from posttrain.records import (
+    Example,
+    Message,
+)
+from posttrain.tasks.generated import GENERATED_KINDS
+from posttrain.tasks.gsm8k import count_steps, solution_text
+from posttrain.tasks.rows import Row, normalised
+from rewards import gold_answer, grade
+
+
+def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows whose gold answer is a number and grades itself as right; the others with file, line and reason."""
+    good, rejected = [], []
+    for row in rows:
+        problem = (
+            row.problem or special_problem(row, specials) or gold_problem(solution_text(row.answer, config.calculator_marks))
+        )
+        if problem:
+            rejected.append(
+                {"file": row.file, "line": row.line, "reason": problem, "question": row.question, "answer": row.answer}
+            )
+        else:
+            good.append(row)
+    return good, rejected
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    from posttrain.models.chat import special_ids
+
+    return {str(tokenizer.convert_ids_to_tokens(token)) for token in special_ids(tokenizer)}
+
+
+def special_problem(row: Row, specials: set[str]) -> str:
+    """`<|im_end|>` in a text becomes the token itself: a question could end its own turn and begin the answer."""
+    found = sorted(token for token in specials if token in row.question or token in row.answer)
+    return f"holds {found[0]}, which the tokenizer reads as a special token" if found else ""
+
+
+def gold_problem(solution: str) -> str:
+    try:
+        gold = gold_answer(solution)
+    except ValueError as error:
+        return str(error)
+    verdict = grade(solution, gold)
+    return (
+        ""
+        if verdict.correct and verdict.strict
+        else f"the gold {gold} does not grade itself: read {verdict.value} by {verdict.method}"
+    )
+
+
+def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
+    if len(rejected) <= config.max_rejected:
+        return
+    lines = [f"{row['file']}:{row['line']}: {row['reason']}" for row in rejected[:20]]
+    more = [f"... and {len(rejected) - 20} more"] if len(rejected) > 20 else []
+    raise UserError(
+        "\n".join(
+            [
+                f"{len(rejected)} bad rows, nothing written:",
+                *lines,
+                *more,
+                f"mend them, or set max_rejected={len(rejected)} to leave them out (they are then listed in rejected.jsonl)",
+            ]
+        )
+    )
+
+
+def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[list[Row], dict[str, int]]:
+    """Drop repeated questions (or repeated pairs), and training rows whose question is in the test split."""
+    test = {normalised(row.question) for row in rows if row.split == "test"}
+    kept, seen, repeats = [], set[str](), {"duplicates": 0, "train_test_overlap": 0}
+    for row in rows:
+        key = normalised(row.question + (row.answer if distinct_by_answer else ""))
+        if row.split != "test" and normalised(row.question) in test:
+            repeats["train_test_overlap"] += 1
+        elif key in seen:
+            repeats["duplicates"] += 1
+        else:
+            seen.add(key)
+            kept.append(row)
+    return kept, repeats
+
+
+def split_of(row: Row, config: DataConfig) -> str:
+    """dev comes out of train by a hash of the question, so it stays the same when rows are added or reordered."""
+    if row.split != "train" or config.source.kind in GENERATED_KINDS:
+        return row.split
+    return "dev" if _unit_hash(row.question) < config.dev_fraction else "train"
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8]) / 2**64
+
+
+def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
+    """The solved examples before each question: the file's first k, or k training rows of 2 to 5 steps, first by hash.
+
+    Fixed either way, and never a dev or test question.
+    """
+    if config.prompt.style != "few_shot":
+        return []
+    if config.prompt.shots is not None:
+        return checked_shots(rows, written, config, specials)[: config.prompt.num_shots]
+    train = [row for row in rows if split_of(row, config) == "train" and 2 <= count_steps(row.answer) <= 5]
+    if len(train) < config.prompt.num_shots:
+        raise UserError(f"{config.prompt.num_shots} shots need as many training rows of 2 to 5 steps; there are {len(train)}")
+    return sorted(train, key=lambda row: _unit_hash("shot " + row.question))[: config.prompt.num_shots]
+
+
+def checked_shots(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
+    good, bad = check_rows(written, config, specials)
+    if bad:
+        raise UserError(f"{config.prompt.shots}:{bad[0]['line']}: {bad[0]['reason']}; nothing written")
+    if len(good) < config.prompt.num_shots:
+        raise UserError(f"prompt.num_shots is {config.prompt.num_shots}, but {config.prompt.shots} holds {len(good)}")
+    held_out = {normalised(row.question): split_of(row, config) for row in rows if split_of(row, config) != "train"}
+    for shot in good:
+        if split := held_out.get(normalised(shot.question)):
+            raise UserError(
+                f"{config.prompt.shots}:{shot.line}: this is a {split} question: an example would give its answer away"
+            )
+    return good
+
+
+def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:
+    solution = solution_text(row.answer, config.calculator_marks)
+    lead = " " if config.prompt.style == "few_shot" else ""
+    return Example(
+        id=f"{config.name}-{row.split}-{row.line}",
+        split=cast(Any, split_of(row, config)),
+        question=row.question,
+        prompt=to_prompt(row.question, config, shots),
+        completion=[{"role": "assistant", "content": lead + solution}],
+        answer=gold_answer(row.answer),
+        num_steps=count_steps(row.answer),
+    )
+
+
+def to_prompt(question: str, config: DataConfig, shots: list[Row]) -> list[Message]:
+    asked = config.prompt.instruction.replace("{question}", question.strip())
+    solved = [
+        config.prompt.instruction.replace("{question}", shot.question.strip())
+        + " "
+        + solution_text(shot.answer, config.calculator_marks)
+        for shot in shots
+    ]
+    messages = [{"role": "user", "content": "\n\n".join([*solved, asked])}]
+    return [{"role": "system", "content": config.prompt.system}, *messages] if config.prompt.system is not None else messages

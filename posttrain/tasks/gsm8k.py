@@ -1,0 +1,105 @@
+"""GSM8K (arXiv:2110.14168): its rows, the reading of its worked solutions, and the one answer to "is this GSM8K?"."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.schema import HubSource
+from posttrain.errors import UserError
+from posttrain.records import sha256_text
+from posttrain.tasks.rows import Row, normalised
+
+HUB_ID = "openai/gsm8k"
+# `question_set_sha256` of its 1,319 test questions: a score goes to the benchmark's own page under its name, so the name alone is
+# not enough. From test.jsonl of github.com/openai/grade-school-math.
+TEST_SHA256 = "7c7e3dd7a8e8403feee1cd3e7ff9ca4938ff6156cc686db1d3beb94fc20dcde3"
+
+
+def is_gsm8k(data: Mapping[str, Any]) -> bool:
+    """Whether a data set, as a manifest's `data` entry describes it, holds GSM8K's questions, in part or in other prompts."""
+    sources = list(origins(data.get("source")))
+    named = f"{data.get('name', '')} {' '.join(str(source.get('path', '')) for source in sources)}".lower()
+    return any(source.get("repo_id") == HUB_ID for source in sources) or "gsm8k" in named
+
+
+def is_whole_test_set(questions: Iterable[str]) -> bool:
+    """Whether these are all of its test questions and no other: what a leaderboard's number has to be over."""
+    return question_set_sha256(questions) == TEST_SHA256
+
+
+def question_set_sha256(questions: Iterable[str]) -> str:
+    return sha256_text("\n".join(sorted(map(normalised, questions))))
+
+
+def gives_away_its_test_set(data: Mapping[str, Any]) -> bool:
+    """Whether training on this data set is training on test questions: GSM-Symbolic's templates are (arXiv:2410.05229)."""
+    return any(source["kind"] == "gsm_symbolic" for source in origins(data.get("source")))
+
+
+def origins(source: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A source as a manifest has it, and those of the questions that it was sampled from."""
+    while source:
+        yield source
+        source = source.get("sampled_from")
+
+
+def hub_rows(source: HubSource) -> Iterator[Row]:
+    from datasets import load_dataset
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        splits = load_dataset(source.repo_id, source.config_name, revision=source.revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
+        raise UserError(
+            f"{source.repo_id} could not be read from the Hub ({type(error).__name__}): connect to the network, or download "
+            "its JSONL files and use `source: {kind: jsonl, path: FOLDER}`"
+        ) from error
+    for split in ("train", "test"):
+        for line, row in enumerate(splits[split], 1):
+            yield Row(f"{source.repo_id}/{split}", line, split, row["question"], row["answer"])
+
+
+def jsonl_rows(folder: Path) -> Iterator[Row]:
+    """train.jsonl and test.jsonl in GSM8K's schema, one of them at least; read as bytes, so a bad line is only that line."""
+    files = [folder / f"{split}.jsonl" for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()]
+    if not files:
+        raise UserError(f"{folder} holds neither train.jsonl nor test.jsonl: check source.path")
+    for file in files:
+        yield from file_rows(file, file.stem)
+
+
+def file_rows(file: Path, split: str) -> Iterator[Row]:
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            yield parse_line(line, file.name, number, split)
+
+
+def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Row(file, number, split, problem=f"invalid UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return Row(file, number, split, problem=f"not JSON: {error.msg}")
+    if not isinstance(row, dict):
+        return Row(file, number, split, problem="not a JSON object")
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            return Row(file, number, split, problem=f"{key!r} is missing, empty or not text")
+        if re.search("[\ud800-\udfff]", row[key]):
+            return Row(file, number, split, problem=f"{key!r} holds half a character, as \\ud83d alone is")
+    return Row(file, number, split, row["question"], row["answer"])
+
+
+def solution_text(answer: str, calculator_marks: str) -> str:
+    answer = answer.strip()
+    return answer if calculator_marks == "keep" else re.sub(r"<<[^<>]*>>", "", answer)
+
+
+def count_steps(answer: str) -> int:
+    """Lines of working before the answer: GSM8K's own measure of difficulty (arXiv:2110.14168)."""
+    return sum(bool(line.strip()) for line in answer.split("####")[0].splitlines())

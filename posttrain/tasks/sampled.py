@@ -1,0 +1,54 @@
+"""A policy's own right solutions of training questions, sampled by an evaluation: rejection sampling (arXiv:2308.01825)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.schema import RejectionSampledSource
+from posttrain.errors import UserError
+from posttrain.records import (
+    Example,
+    Prediction,
+    read_jsonl,
+    read_rows,
+)
+from posttrain.runs.manifest import read_manifest
+from posttrain.tasks.rows import Row
+
+
+def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
+    """Rejection sampling (arXiv:2308.01825): a policy's own distinct, strictly right solutions of training questions.
+
+    Read from an evaluation of the train split with several samples; test questions are refused.
+    """
+    run_dir = Path(source.run_dir)
+    if not (run_dir / "predictions.jsonl").is_file():
+        raise UserError(f"no samples in {run_dir}: evaluate the train split first (data.split=train generation.samples=8)")
+    questions = {row["id"]: row for row in read_rows(run_dir / "questions.jsonl")}
+    if leaked := [name for name, row in questions.items() if row["split"] != "train"]:
+        raise UserError(f"{run_dir} sampled {len(leaked)} rows that are not of the train split (first: {leaked[0]})")
+    kept: dict[str, dict[str, str]] = {name: {} for name in questions}
+    for sample in read_jsonl(run_dir / "predictions.jsonl", Prediction):
+        if sample.strict and sample.format_ok and len(kept[sample.id]) < source.max_per_question:
+            kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), sample.completion.strip())
+    solutions = [(questions[name]["question"], text) for name, texts in kept.items() for text in texts.values()]
+    if source.with_gold:
+        solutions += gold_solutions(Path(read_manifest(run_dir)["data"]["path"]))
+    for number, (question, text) in enumerate(solutions, 1):
+        yield Row(str(run_dir), number, "train", question, text)
+
+
+def gold_solutions(folder: Path) -> list[tuple[str, str]]:
+    """Questions and worked solutions of a prepared data set's training rows."""
+    if not (folder / "train.jsonl").is_file():
+        raise UserError(f"no {folder}/train.jsonl, which was sampled from: prepare it again, or set source.with_gold=false")
+    return [(row.question, row.completion[-1]["content"].strip()) for row in read_jsonl(folder / "train.jsonl", Example)]
+
+
+def sampled_source(source: RejectionSampledSource) -> dict[str, Any]:
+    """The source of the questions: what a model trained on the samples has seen."""
+    found: dict[str, Any] = read_manifest(source.run_dir)["data"]["source"]
+    return found

@@ -1,0 +1,54 @@
+"""What a data set is made from: the rows of a source, their hash, and the manifest's entry, for every kind of source."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.schema import DataConfig
+from posttrain.errors import UserError
+from posttrain.records import (
+    sha256_text,
+)
+from posttrain.tasks.generated import generated_rows
+from posttrain.tasks.gsm8k import file_rows, hub_rows, jsonl_rows
+from posttrain.tasks.rows import Row
+from posttrain.tasks.sampled import sampled_rows, sampled_source
+from posttrain.tasks.svamp import svamp_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    rows: list[Row]
+    sha256: str
+    describe: dict[str, Any]
+    shots: list[Row]
+
+
+def read_source(config: DataConfig) -> Source:
+    source = config.source
+    match source.kind:
+        case "hub":
+            rows = list(hub_rows(source))
+        case "jsonl":
+            rows = list(jsonl_rows(Path(source.path)))
+        case "svamp":
+            rows = list(svamp_rows(Path(source.path)))
+        case "rejection_sampled":
+            rows = list(sampled_rows(source))
+        case _:
+            rows = list(generated_rows(source, config.seed))
+    shots = written_shots(config.prompt.shots)
+    digest = sha256_text("".join(f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}\n" for row in [*rows, *shots]))
+    origin = {"sampled_from": sampled_source(source)} if source.kind == "rejection_sampled" else {}
+    return Source(rows, digest, source.model_dump(mode="json") | origin, shots)
+
+
+def written_shots(file: str | None) -> list[Row]:
+    """Solved examples of a file of their own, for the prompt alone."""
+    if file is None:
+        return []
+    if not Path(file).is_file():
+        raise UserError(f"no solved examples at {file}: check prompt.shots, or leave it out for training rows")
+    return list(file_rows(Path(file), "train"))

@@ -1,0 +1,20 @@
+"""SVAMP (arXiv:2103.07191): a test set of one-step problems, to see what carries over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from posttrain.errors import UserError
+from posttrain.tasks.rows import Row
+
+
+def svamp_rows(file: Path) -> Iterator[Row]:
+    """SVAMP (arXiv:2103.07191): body and question joined, the equation as its working. Every row is a test row."""
+    if not file.is_file():
+        raise UserError(f"no SVAMP file at {file}: check source.path")
+    for number, row in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):
+        body = row["Body"].strip()
+        question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}"
+        yield Row(file.name, number, "test", question, f"{row['Equation']}\n#### {row['Answer']}")
