@@ -5,7 +5,8 @@
     python evaluate.py --config configs/eval_gsm8k.yaml generation.samples=8 generation.temperature=0.8   # pass@k, maj@k
     python evaluate.py --config configs/eval_gsm8k.yaml data.limit=100 run_dir=runs/try           # labelled as a subset
     python evaluate.py --config configs/eval_gsm8k.yaml --regrade         # every number again, from predictions.jsonl alone
-    accelerate launch --num_processes 2 evaluate.py --config ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml evaluate.py --config ...     # several GPUs
+    torchrun --nproc_per_node 2 evaluate.py --config ...                                     # several processes on CPUs
 
 Predictions are written as they come. Interrupted at any moment, the same command goes on, and its results are the same
 bytes as without the interruption: batches are fixed by the questions, and every draw by seed, batch, row and step.

@@ -4,7 +4,8 @@
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml adapter=runs/my_sft run_dir=runs/my_grpo
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --dry-run    # batch arithmetic, checks, nothing trained
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --resume     # after an interruption
-    accelerate launch --num_processes 2 grpo_train.py --config ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml grpo_train.py --config ...     # several GPUs
+    torchrun --nproc_per_node 2 grpo_train.py --config ...                                     # several processes on CPUs
 
 Departures from a plain TRL script: the starting policy and the KL reference are the SFT policy, exactly (the hash of the
 loaded adapter is checked); master weights stay fp32; completions come from a copy of the policy with the adapter folded in,

@@ -4,7 +4,8 @@
     python sft_train.py --config configs/sft_llama3.2-3b.yaml trainer.learning_rate=2e-4 run_dir=runs/sft_2e-4
     python sft_train.py --config configs/sft_llama3.2-3b.yaml --dry-run     # what would happen, and two rows with their mask
     python sft_train.py --config configs/sft_llama3.2-3b.yaml --resume      # after an interruption
-    accelerate launch --num_processes 2 sft_train.py --config ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml sft_train.py --config ...     # several GPUs
+    torchrun --nproc_per_node 2 sft_train.py --config ...                                     # several processes on CPUs
 
 Departures from a plain TRL script: the loss is on the completion only; the adapter's master weights stay fp32 (TRL makes
 them bf16 over a quantized base, where small steps round to nothing); the stop token is the one the chat template emits, or

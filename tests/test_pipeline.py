@@ -143,10 +143,16 @@ def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, s
 
 
 @pytest.mark.slow
-def test_accelerate_launch_runs_every_stage_with_two_processes(place):
+def test_every_stage_runs_with_two_processes(place, monkeypatch):
+    """By torchrun: `accelerate launch --cpu --num_processes 2` starts one process, and says nothing."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
     def launch(script, *arguments):
-        two = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-        return launched(*two, "--dynamo_backend", "no", ROOT / script, *arguments, cwd=place)
+        two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        return launched(*two, ROOT / script, *arguments, cwd=place)
+
+    def tokens(name):
+        return metrics(place / "runs" / name, "num_tokens")[-1]  # of all processes: one with half the rows has half of them
 
     half = ("data.num_dev=0", "trainer.save_strategy=no")
     more = ("run_dir=runs/sft2", "trainer.per_device_train_batch_size=4")
@@ -158,6 +164,7 @@ def test_accelerate_launch_runs_every_stage_with_two_processes(place):
     )
     losses, alone = metrics(place / "runs" / "sft2", "loss"), metrics(place / "runs" / "sft_tiny", "loss")
     assert losses[0] == pytest.approx(alone[0], rel=0.02) and len(losses) == len(alone)  # the same rows in a step, halved
+    assert tokens("sft2") == tokens("sft_tiny")
 
     more = ("run_dir=runs/grpo2", "adapter=runs/sft2", "trainer.per_device_train_batch_size=8")
     said = launch("grpo_train.py", "--config", CONFIGS / "grpo_tiny.yaml", *more, *half)
@@ -165,6 +172,8 @@ def test_accelerate_launch_runs_every_stage_with_two_processes(place):
     grpo = read_manifest(place / "runs" / "grpo2")
     assert grpo["exit"] == "ok" and grpo["parent"]["adapter_sha256"] == sft["adapter_sha256"] != grpo["adapter_sha256"]
     assert metrics(place / "runs" / "grpo2", "kl")[0] == 0.0
+    samples = [row["step"] for row in read_rows(place / "runs" / "grpo2" / "samples.jsonl")]
+    assert samples.count(1) == 16  # completions of both processes
 
     said = launch("evaluate.py", "--config", CONFIGS / "eval_tiny.yaml", "run_dir=runs/eval2", "adapter=runs/sft_tiny")
     assert said.count(" of 8 on tiny") == 1
