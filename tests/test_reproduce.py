@@ -1,5 +1,6 @@
 """Every command of reproduce.sh is put to the script that it names."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import run, workplace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,6 +26,31 @@ def test_each_stage_has_settings_that_hold(model, num_runs, num_sampled):
     assert all(folder.startswith(f"runs/{model}/") for folder in run_dirs)
     adapters = set(re.findall(r"(?m)^adapter: (\S+)", done.stdout)) - {"null"}
     assert adapters <= set(run_dirs), "an adapter that no stage trains"
+
+
+def test_a_dry_run_plans_every_stage_before_anything_has_run(tmp_path, tiny_model_dir, tiny_data_dir):
+    """Its commands are written down by a stand-in for python, and run here: in processes of their own they take minutes."""
+    for name in ("reproduce.sh", "configs", *(f"{script}.py" for script in ("data_prep", "sft_train", "grpo_train", "evaluate"))):
+        (tmp_path / name).symlink_to(ROOT / name)
+    workplace(tmp_path, tiny_model_dir)
+    for place, source in (("models/smollm2-135m-instruct", tiny_model_dir), ("data/gsm8k", tiny_data_dir)):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to(source)
+    stand_in, heard = tmp_path / "bin" / "python", tmp_path / "heard.jsonl"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(heard)!r}, 'a'))\n"
+    )
+    stand_in.chmod(0o755)
+    environment = os.environ | {"MODEL": "smollm2-135m", "FLAGS": "--dry-run", "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    subprocess.run([tmp_path / "reproduce.sh"], cwd=tmp_path, env=environment, timeout=60, check=True)
+    prepare, *stages = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert prepare[0] == "data_prep.py" and len(stages) == 17
+    for script, *arguments in stages:
+        done = run(script.removesuffix(".py"), *arguments, cwd=tmp_path)
+        assert done.code == 0, (script, arguments, done.err)
+        assert "steps" in done.out or "question" in done.out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_model_that_it_is_run_on_by_default_is_the_publisheds():

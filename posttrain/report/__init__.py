@@ -1,7 +1,7 @@
 """Run directories -> table, paired tests, plots, and one self-contained page to browse every completion.
 
     python -m posttrain.report runs/eval_base runs/eval_sft runs/eval_grpo --out report
-    python -m posttrain.report --update-readme README.md results/*
+    python -m posttrain.report --update-readme results/README.md results/smollm2-135m/eval_*
 
 Pure: it reads the run directories it is given (and the training runs that their adapters came from), writes
 report.md, report.html and PNGs, and for the same input the same bytes.
