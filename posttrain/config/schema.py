@@ -107,9 +107,15 @@ class Hub(Settings):
 
 
 class Rewards(Settings):
+    """Weights. A further field `x` is the weight of `x_reward` in rewards.py."""
+
     correctness: float = 1.0
     format: float = 0.2
     gate_format: bool = False  # pay for the format only where the answer is right
+
+    def others(self) -> dict[str, float]:
+        own = ("correctness", "format", "gate_format")
+        return {name: weight for name, weight in self if name not in own and weight}
 
 
 class Rollouts(Settings):

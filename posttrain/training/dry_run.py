@@ -52,8 +52,10 @@ def show_grpo_plan(config: GrpoConfig) -> None:
         f"of at most {value['max_completion_length']} tokens"
     )
     gate = "only with a right answer" if config.rewards.gate_format else "right or wrong"
+    others = "".join(f" + {weight:g} x {name}" for name, weight in config.rewards.others().items())
     print(
-        f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}); beta {value['beta']:g}"
+        f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}){others}; "
+        f"beta {value['beta']:g}"
     )
     tokenizer = tokenizer_or_none(config.model)
     if tokenizer:

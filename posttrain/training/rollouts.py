@@ -68,7 +68,9 @@ class Rollouts:
 
 
 def reward_functions(settings: Rewards) -> tuple[list[Reward], list[float]]:
-    """Reward functions for GRPOTrainer, logged apart, and their weights."""
+    """Reward functions for GRPOTrainer, logged apart, and their weights. A weight `x` beside the two pays `rewards.x_reward`."""
     form = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
     weights = [settings.correctness, settings.format / rewards.FORMAT_REWARD]
-    return [rewards.correctness_reward, form], weights
+    others = settings.others()
+    functions = [rewards.correctness_reward, form, *(getattr(rewards, f"{name}_reward") for name in others)]
+    return functions, [*weights, *others.values()]
