@@ -1,5 +1,8 @@
-"""Every command in the README is put to the program that it names, and every path and link leads somewhere."""
+"""Every command on a page is put to the program that it names, and every path, link and name leads somewhere."""
 
+import functools
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shlex
@@ -9,28 +12,36 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
 WRITTEN = ("data/", "models/", "runs/", "report/", ".venv/")  # by the commands themselves
+PROGRAMS = r"make|python|pip|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", README)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", TEXT[page])
 
 
-def commands() -> list[list[str]]:
+def prose(page: str) -> str:
+    return re.sub(r"(?ms)^```.*?^```", "", TEXT[page])
+
+
+def commands(page: str) -> list[list[str]]:
     """Those in shell blocks, continued lines joined, and those in running text."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    prose = re.sub(r"(?ms)^```.*?^```", "", README)
-    spans = re.findall(r"`((?:make|python|pip|accelerate) [^`]+)`", prose)
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    spans = [" ".join(span.split()) for span in re.findall(rf"`((?:{PROGRAMS})(?: [^`]+|(?=`)))`", prose(page))]
     return [words for line in (*lines, *spans) if (words := shlex.split(line, comments=True))]
 
 
-COMMANDS = sorted({shlex.join(words): words for words in commands()}.items())
+COMMANDS = sorted({(page, shlex.join(words)) for page in TEXT for words in commands(page)})
+SESSIONS = [(page, part) for page in TEXT for block in blocks(page, "console") for part in re.split(r"(?m)^\$ ", block)[1:]]
 
 
+@functools.cache
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     # A make that runs these tests hands its own flags and variables down.
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK")}
@@ -42,55 +53,92 @@ def check(words: list[str]) -> None:
         case ["make", *targets]:
             checked = run("make", "--dry-run", *targets)
             assert checked.returncode == 0, checked.stderr
+        case ["python", "-m", "pytest", *arguments]:
+            assert all((ROOT / file).is_file() for file in arguments)
+        case ["python", "-m", "pip", "list"]:
+            pass
         case ["python", "-m", module, *arguments]:
-            check_module(module, arguments)
+            check_options(("-m", module), arguments)
+            check_results(arguments)
         case ["python", script, *_] if script in SCRIPTS:
             check_script(words[1:])
+        case ["python", script, *arguments]:
+            check_bench(script, arguments)
         case ["accelerate", "launch", *rest]:
-            script = next(place for place, word in enumerate(rest) if word in SCRIPTS)
-            check_paths(rest[:script])
-            check_script(rest[script:])
-        case ["python", script, *_]:
-            assert (ROOT / script).is_file()
+            assert "--cpu" not in rest, "it starts one process, whatever --num_processes says"
+            check_launched(rest)
+        case ["torchrun", "--nproc_per_node", _, *rest]:
+            check_launched(rest)
+        case ["bash", script, *_]:
+            assert run("bash", "-n", script).returncode == 0
         case ["pip", "install", "-e", what]:
             assert set(re.findall(r"\w+", what)) <= extras()
+        case ["pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").is_file()
         case ["source", ".venv/bin/activate"] | ["hf", "auth", "login"]:
             pass
+        case [*settings, script] if re.fullmatch(r"\./\w+\.sh", script):
+            assert os.access(ROOT / script, os.X_OK)
+            text = (ROOT / script).read_text(encoding="utf-8")
+            assert all(f"${{{setting.partition('=')[0]}:-" in text for setting in settings)
         case _:
             pytest.fail(f"no way to check this one: {shlex.join(words)}")
 
 
 def check_script(words: list[str]) -> None:
     """The script reads its settings and stops before it does anything."""
+    if words[1:] == ["--dry-run"]:  # named in running text: the settings are the reader's
+        words = [words[0], "--config", "configs/sft_demo.yaml", *words[1:]]
+    if words[1:] == ["--regrade"]:
+        words = [words[0], "--config", "configs/eval_demo.yaml", *words[1:]]
     done = run(sys.executable, *words, "--print-config")
     assert done.returncode == 0, done.stderr
 
 
-def check_module(module: str, arguments: list[str]) -> None:
+def check_launched(words: list[str]) -> None:
+    script = next(place for place, word in enumerate(words) if word in SCRIPTS)
+    assert all("/" not in word or (ROOT / word).exists() for word in words[:script])
+    check_script(words[script:])
+
+
+def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
     """Its help knows every option that is used."""
-    done = run(sys.executable, "-m", module, "--help")
+    done = run(sys.executable, *program, "--help")
     assert done.returncode == 0, done.stderr
     options = {word for word in arguments if word.startswith("--")}
     assert options <= set(re.findall(r"--[\w-]+", done.stdout))
 
 
-def check_paths(words: list[str]) -> None:
-    for word in words:
-        assert "/" not in word or (ROOT / word).exists(), word
+def check_results(arguments: list[str]) -> None:
+    """What is read from results/ is there, braces and stars expanded as a shell does."""
+    words = [word for word in arguments if word.startswith("results/")]
+    done = run("bash", "-O", "failglob", "-c", f"ls -d {' '.join(words)}")
+    assert done.returncode == 0, done.stderr
+
+
+def check_bench(script: str, arguments: list[str]) -> None:
+    text = (ROOT / script).read_text(encoding="utf-8")
+    assert all(f'"{word}"' in text for word in arguments if word.startswith("--"))
 
 
 def extras() -> set[str]:
     return {*tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]}
 
 
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
 def test_the_blocks_are_found():
-    assert len(COMMANDS) >= 20
-    assert {words[1] for _, words in COMMANDS if words[0] == "python"} >= {*SCRIPTS, "-m"}
+    assert len(COMMANDS) >= 50
+    for page in ("README.md", "CONTRIBUTING.md", "docs/settings.md", "results/README.md"):
+        assert commands(page)
+    assert {words[1] for words in commands("README.md") if words[0] == "python"} >= {*SCRIPTS, "-m"}
+    assert SESSIONS
 
 
-@pytest.mark.parametrize(("command", "words"), COMMANDS, ids=[command for command, _ in COMMANDS])
-def test_a_command_is_understood_by_its_program(command, words):
-    check(words)
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command_is_understood_by_its_program(page, command):
+    check(shlex.split(command))
 
 
 @pytest.mark.parametrize("arguments", [(), ("QUICK=1",)], ids=["in full", "quick"])
@@ -104,22 +152,13 @@ def test_every_step_of_the_demo_is_understood_by_its_program(arguments):
         check(words)
 
 
-@pytest.mark.parametrize("session", [part for block in blocks("console") for part in re.split(r"(?m)^\$ ", block)[1:]])
-def test_a_shown_mistake_is_answered_as_shown(session):
+@pytest.mark.parametrize(("page", "session"), SESSIONS)
+def test_a_shown_mistake_is_answered_as_shown(page, session):
     command, *answer = session.splitlines()
     python, *words = shlex.split(command)
     assert python == "python"
     done = run(sys.executable, *words)
     assert (done.returncode, done.stderr.splitlines()) == (2, answer)
-
-
-def test_paths_in_the_text_exist():
-    prose = re.sub(r"(?ms)^```.*?^```", "", README)
-    spans = re.findall(r"`([\w.-]+(?:/[\w.*-]*)+|[\w-]+\.(?:py|md|toml|txt|yaml|sh))`", prose)
-    targets = re.findall(r"\]\((?!https?://|#)([^)]+)\)", prose)
-    assert spans and targets
-    for path in (*spans, *targets):
-        assert path.startswith(WRITTEN) or [*ROOT.glob(path)], path
 
 
 def test_every_target_of_the_makefile_is_listed_by_make_alone():
@@ -128,6 +167,71 @@ def test_every_target_of_the_makefile_is_listed_by_make_alone():
     assert listed == set(re.findall(r"(?m)^([a-z-]+):.*##", makefile)) >= {"setup", "model", "demo", "test", "bench"}
 
 
-def test_the_markers_that_the_report_fills_are_there():
-    for name in ("results", "demo"):
-        assert README.index(f"<!-- {name}:start -->\n") < README.index(f"<!-- {name}:end -->")
+# --- paths, links, names ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_paths_in_the_text_exist(page):
+    spans = re.findall(r"`([\w.-]+(?:/[\w.*-]*)+|[\w-]+\.(?:py|md|toml|txt|yaml|sh))`", prose(page))
+    folders = (ROOT, (ROOT / page).parent, ROOT / "posttrain", ROOT / "tests")
+    for path in spans:
+        assert path.startswith(WRITTEN) or any([*folder.glob(path)] for folder in folders) or is_other(path), path
+
+
+def is_other(path: str) -> bool:
+    """A key of a metric (`time/data`), or a file of TRL."""
+    is_metric = "." not in path and f"`{path}`" in TEXT["docs/metrics.md"]
+    return is_metric or bool(re.fullmatch(r"(sft|grpo)_trainer\.py|rewards/NAME\S*", path))
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", prose(page)):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_a_name_that_is_a_link_is_defined_in_the_file_behind_it(page):
+    for name, target in re.findall(r"\[`(\w+)`\]\((\S+\.py)\)", prose(page)):
+        file = trl_file(target) if target.startswith("https:") else (ROOT / page).parent / target
+        assert re.search(rf"(?m)^\s*(?:def|class) {name}\b", file.read_text(encoding="utf-8")), (name, target)
+
+
+def trl_file(url: str) -> Path:
+    """The installed file of a link to TRL's source, which must be of the installed version."""
+    version, path = re.fullmatch(r"https://github\.com/huggingface/trl/blob/v([\d.]+)/trl/(\S+)", url).groups()
+    assert version == importlib.metadata.version("trl")
+    return Path(importlib.util.find_spec("trl").origin).parent / path
+
+
+def test_the_grpo_step_is_told_by_names_that_exist():
+    names = re.findall(r"\[`(\w+)`\]\((\S+\.py)\)", TEXT["docs/grpo_step.md"])
+    assert len(names) > 20 and {target.startswith("https:") for _, target in names} == {True, False}
+
+
+# --- what pages promise each other ------------------------------------------------------------------------------------
+
+
+def test_the_markers_that_are_filled_are_there():
+    for page, name in (("results/README.md", "results"), ("README.md", "demo")):
+        assert TEXT[page].index(f"<!-- {name}:start -->\n") < TEXT[page].index(f"<!-- {name}:end -->")
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(TEXT["README.md"].split()) <= 1300
+
+
+def test_the_readme_names_every_room():
+    rooms = {f"{path.name}/" for path in (ROOT / "posttrain").iterdir() if (path / "__init__.py").is_file()}
+    named = set(re.findall(r"(?m)^- `(\w+(?:/|\.py))`:", TEXT["README.md"]))
+    assert named == rooms | {"errors.py", "records.py", "phases.py"}
+
+
+def test_ruff_is_the_same_before_a_commit_and_in_make_lint():
+    [hook] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert f"ruff=={hook['rev'].removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", [".github/ISSUE_TEMPLATE/bug.yml", "CITATION.cff"])
+def test_a_form_is_yaml(file):
+    assert yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
