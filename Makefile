@@ -97,7 +97,7 @@ fast-tests: lint
 slow-tests: fast-tests
 	python -m pytest -m slow $(PYTEST_FLAGS)
 
-# The others are of the CPU on every machine.
+# All other tests run on the CPU, also where there is a GPU.
 gpu-tests: $(READY)  ## the tests that need a GPU
 	POSTTRAIN_GPU_TESTS=1 python -m pytest -m gpu $(PYTEST_FLAGS)
 
