@@ -42,9 +42,9 @@ def main() -> None:
     examples = read_jsonl(Path(config.data.path, f"{config.data.split}.jsonl"), Example)
     asked = examples[: config.data.limit]
     if args.dry_run:
-        from posttrain.training.dry_run import show_eval_plan
+        from posttrain.training.dry_run import show_eval_dry_run
 
-        return show_eval_plan(config, asked)
+        return show_eval_dry_run(config, asked)
     check_reusable(config, config.run_dir, resume=True)
     use_one_gpu()
 

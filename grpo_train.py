@@ -38,9 +38,9 @@ def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
-        from posttrain.training.dry_run import show_grpo_plan
+        from posttrain.training.dry_run import show_grpo_dry_run
 
-        return show_grpo_plan(config)
+        return show_grpo_dry_run(config)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
@@ -51,7 +51,7 @@ def main() -> None:
 
     folder = adapters.resolve_adapter(config.adapter)
     start = adapters.check_adapter_fits(folder, config.model)
-    adapters.check_mode(config, start)
+    adapters.check_adapter_mode(config, start)
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:

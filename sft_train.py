@@ -36,9 +36,9 @@ def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
-        from posttrain.training.dry_run import show_sft_plan
+        from posttrain.training.dry_run import show_sft_dry_run
 
-        return show_sft_plan(config)
+        return show_sft_dry_run(config)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 

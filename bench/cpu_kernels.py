@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from posttrain.kernels.attention import matmul_attention
-from posttrain.kernels.packed_linear import packed
+from posttrain.kernels.packed_linear import packed_weights
 
 ROWS, TOKENS, HEADS, KV_HEADS, DIM, LAYERS = 16, 280, 9, 3, 64, 30
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -38,7 +38,7 @@ def main() -> None:
     model = nn.ModuleList(nn.Linear(i, o, bias=False) for _ in range(LAYERS) for o, i in SHAPES).bfloat16()
     for rows in (16, 128):
         plain = linear(model, rows)
-        with packed(model):
+        with packed_weights(model):
             print(f"linear layers, {rows} rows: plain {plain:.1f} ms, packed {linear(model, rows):.1f} ms")
 
 

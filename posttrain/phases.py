@@ -20,20 +20,20 @@ class Phases:
         self.counts: Counter[str] = Counter()
         self._open = ["other"]
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
-        self._whole = False
+        self._nested_included = False
 
     @contextmanager
-    def __call__(self, name: str, whole: bool = False) -> Iterator[None]:
-        """With `whole`, what begins inside is part of it."""
-        if self._whole:
+    def __call__(self, name: str, include_nested: bool = False) -> Iterator[None]:
+        """With `include_nested`, what begins inside is part of it."""
+        if self._nested_included:
             yield
             return
         self.begin(name)
-        self._whole = whole
+        self._nested_included = include_nested
         try:
             yield
         finally:
-            self._whole = False
+            self._nested_included = False
             self.end()
 
     def begin(self, name: str) -> None:

@@ -15,7 +15,7 @@ from posttrain.errors import UserError
 from posttrain.models.adapters import (
     adapter_sha256,
     check_adapter_fits,
-    check_mode,
+    check_adapter_mode,
     count_trainable,
     live_adapter_sha256,
     load_adapter,
@@ -349,14 +349,14 @@ CHANGES = {
 def test_rescaling_refuses_another_shape_and_a_fresh_adapter_does_not(saved, settings, shape, named):
     start = check_adapter_fits(saved[0], settings)
     with pytest.raises(UserError, match=rf"rescale can change lora.alpha alone, not {named}.*use adapter_mode=merge_and_new"):
-        check_mode(grpo("rescale", **shape), start)
-    check_mode(grpo("merge_and_new", **shape), start)
+        check_adapter_mode(grpo("rescale", **shape), start)
+    check_adapter_mode(grpo("merge_and_new", **shape), start)
 
 
 def test_another_alpha_and_another_order_of_targets_are_no_other_shape(saved, settings):
     start = check_adapter_fits(saved[0], settings)
-    check_mode(grpo("rescale", alpha=2, target_modules=LINEAR[::-1]), start)
-    check_mode(grpo("continue"), start)
+    check_adapter_mode(grpo("rescale", alpha=2, target_modules=LINEAR[::-1]), start)
+    check_adapter_mode(grpo("continue"), start)
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------

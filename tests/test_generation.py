@@ -186,11 +186,11 @@ def test_the_samples_of_a_prompt_and_equal_prompts_of_two_batches_differ(model, 
 
 @pytest.mark.parametrize("block", [1, 3, 7])
 def test_a_draw_does_not_depend_on_which_rows_finished_before(model, prompts, tokenizer, monkeypatch, block):
-    """BLOCK is how often finished rows are dropped: never within 40 tokens at 1000."""
-    monkeypatch.setattr(steps, "BLOCK", 1000)
+    """STEPS_BETWEEN_DROPS is how often finished rows are dropped: never within 40 tokens at 1000."""
+    monkeypatch.setattr(steps, "STEPS_BETWEEN_DROPS", 1000)
     whole = generate(model, prompts, SAMPLED, tokenizer, 10)
     assert {completion.finish for group in whole for completion in group} == {"stop", "length"}
-    monkeypatch.setattr(steps, "BLOCK", block)
+    monkeypatch.setattr(steps, "STEPS_BETWEEN_DROPS", block)
     widths = []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     dropped = generate(model, prompts, SAMPLED, tokenizer, 10)

@@ -49,7 +49,7 @@ def test_what_is_open_when_the_seconds_are_taken_goes_on(phase, clock):
 
 
 def test_a_whole_phase_keeps_what_begins_inside(phase, clock):
-    with phase("dev", whole=True), phase("decode"):
+    with phase("dev", include_nested=True), phase("decode"):
         clock.pass_by(2)
     with phase("decode"):
         clock.pass_by(1)
@@ -57,7 +57,7 @@ def test_a_whole_phase_keeps_what_begins_inside(phase, clock):
 
 
 def test_an_exception_closes_its_phases(phase, clock):
-    with pytest.raises(KeyError), phase("dev", whole=True), phase("inner"):
+    with pytest.raises(KeyError), phase("dev", include_nested=True), phase("inner"):
         clock.pass_by(1)
         raise KeyError
     with phase("decode"):

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.config.trl_fields import OWNED
+from posttrain.config.trl_fields import SET_BY_POSTTRAIN
 from posttrain.config.yaml_lines import Document, Fault, KeyPath
 
 _EXPECTED = {
@@ -72,8 +72,8 @@ def _message(path: KeyPath, details: list[ErrorDetails], cls: type[BaseModel]) -
 
 def _unknown_key(path: KeyPath, cls: type[BaseModel]) -> str:
     *block, key = map(str, path)
-    if block == ["trainer"] and key in OWNED:
-        return f"posttrain sets this itself: use {OWNED[key]}"
+    if block == ["trainer"] and key in SET_BY_POSTTRAIN:
+        return f"posttrain sets this itself: use {SET_BY_POSTTRAIN[key]}"
     known = known_keys(cls)
     if ".".join(map(str, path)) in known:
         return f"does not go with this {'.'.join([*block, 'kind'])}"

@@ -18,7 +18,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 # Keys that posttrain sets itself -> the key to use instead.
-OWNED = {
+SET_BY_POSTTRAIN = {
     "output_dir": "run_dir",
     "run_name": "run_dir",
     "logging_dir": "run_dir",
@@ -69,7 +69,7 @@ class TrlKeys:
         fields = {
             name: core_schema.typed_dict_field(handler.generate_schema(field.type), required=False)
             for name, field in trl_fields(self.config_class).items()
-            if name not in OWNED
+            if name not in SET_BY_POSTTRAIN
         }
         strict = core_schema.CoreConfig(strict=True, allow_inf_nan=False)
         return core_schema.typed_dict_schema(fields, extra_behavior="forbid", config=strict)

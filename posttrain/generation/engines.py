@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.config.schema import Engine
 from posttrain.errors import UserError
 from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare
-from posttrain.kernels.packed_linear import packed
+from posttrain.kernels.packed_linear import packed_weights
 
 Batch = tuple[int, list[int]]  # its number in the plan, and the indices of its prompts
 Finished = tuple[list[int], list[list[Completion]]]
@@ -91,7 +91,7 @@ def _transformers_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
     prepare(model)
-    with packed(model):
+    with packed_weights(model):
         for number, indices in batches:
             yield indices, decode_batch(model, [prompts[i] for i in indices], sampling, tokenizer.eos_token_id, number)
 

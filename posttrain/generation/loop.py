@@ -64,10 +64,10 @@ def decode_batch(
         logits = rows.prefill()
     with phase("decode"):
         step = 0
-        while rows.place(logits, step):
+        while rows.choose_tokens(logits, step):
             step += 1
-            if step % steps.BLOCK == 0:
-                rows.retire()
+            if step % steps.STEPS_BETWEEN_DROPS == 0:
+                rows.drop_finished()
             logits = rows.forward()
         return rows.completions()
 
@@ -120,7 +120,7 @@ class _Rows:
         logits = steps.last_logits(self.model, ids, mask[:, None], positions, buffers)
         return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
 
-    def place(self, logits: torch.Tensor, step: int) -> bool:
+    def choose_tokens(self, logits: torch.Tensor, step: int) -> bool:
         """Choose token number `step` of every live row; False when there is nothing left to decode."""
         uniform = self.uniform[self.alive, step] if self.sampling.temperature > 0 else None
         token, logprob = choose(logits, self.sampling, uniform)
@@ -130,9 +130,9 @@ class _Rows:
         self.done[self.alive] |= token == self.stop_id
         self.current = token
         last = step + 1 == self.sampling.max_new_tokens
-        return not last and (step % LOOK[self.device.type] != 0 or not bool(self.done[self.alive].all()))
+        return not last and (step % STEPS_BETWEEN_DONE_CHECKS[self.device.type] != 0 or not bool(self.done[self.alive].all()))
 
-    def retire(self) -> None:
+    def drop_finished(self) -> None:
         """Drop finished rows, where that makes a step cheaper."""
         keep = (~self.done[self.alive]).nonzero().squeeze(1)
         if len(keep) and self.step.worth_dropping(len(self.alive), len(keep)):
@@ -163,7 +163,7 @@ class _Rows:
 # Prompt tokens, padding included, in one prefill slice: enough to fill the device, few enough to pad little.
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 # How often to ask whether every row is done: on CUDA the answer waits for the device.
-LOOK = {"cpu": 1, "cuda": 8}
+STEPS_BETWEEN_DONE_CHECKS = {"cpu": 1, "cuda": 8}
 
 
 def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
@@ -190,17 +190,17 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | Non
         return top, torch.zeros_like(top, dtype=torch.float32)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities
-    token = _inverse(drawn_from, uniform)
+    token = _draw(drawn_from, uniform)
     return token, probabilities.gather(1, token[:, None]).squeeze(1).clamp(min=1e-38).log()
 
 
-def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Of each row the first entry at which the running sum of its weights passes `uniform` of their whole, (rows,).
 
     By way of the sums of blocks: on a GPU one row's running sum over a whole vocabulary is half of what choosing takes.
     """
     rows, vocabulary = weights.shape
-    blocks = nn.functional.pad(weights, (0, -vocabulary % SUMMED)).view(rows, -1, SUMMED)
+    blocks = nn.functional.pad(weights, (0, -vocabulary % SUM_BLOCK)).view(rows, -1, SUM_BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
     target = uniform[:, None].to(ends.dtype).clamp(max=BELOW_ONE) * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
@@ -209,10 +209,10 @@ def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     cumulative = inside.cumsum(-1)
     # Sums in another order round differently: within a block stay below its own whole, or a weight of 0 could be drawn.
     target = (target - before).clamp(min=0).minimum(cumulative[:, -1:] * BELOW_ONE)
-    return (block * SUMMED + torch.searchsorted(cumulative, target, right=True)).squeeze(1).clamp(max=vocabulary - 1)
+    return (block * SUM_BLOCK + torch.searchsorted(cumulative, target, right=True)).squeeze(1).clamp(max=vocabulary - 1)
 
 
-SUMMED = 256
+SUM_BLOCK = 256
 BELOW_ONE = 1 - 2**-23  # times any fp32 number, it is the next lower one or the one after
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from posttrain.kernels.attention import matmul_attention
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
-BLOCK = 16  # steps between two looks for finished rows; key and value buffers grow by twice as many
+STEPS_BETWEEN_DROPS = 16  # steps between two looks for finished rows; key and value buffers grow by twice as many
 
 
 # --- keys and values --------------------------------------------------------------------------------------------------
@@ -70,15 +70,15 @@ def _resized(tensor: torch.Tensor, rows: torch.Tensor, length: int, capacity: in
     return grown
 
 
-def _together(slices: Sequence[Layers], num_samples: int, length: int, capacity: int) -> Layers:
+def _joined_layers(slices: Sequence[Layers], num_samples: int, length: int, capacity: int) -> Layers:
     """Keys and values of slices of prompts as those of one batch, a row for each sample; they end at `length`, 0 is around."""
     return [
-        tuple(_one(parts, num_samples, length, capacity) for parts in zip(*layer, strict=True))
+        tuple(_joined_tensor(parts, num_samples, length, capacity) for parts in zip(*layer, strict=True))
         for layer in zip(*slices, strict=True)
     ]
 
 
-def _one(parts: Sequence[torch.Tensor], num_samples: int, length: int, capacity: int) -> torch.Tensor:
+def _joined_tensor(parts: Sequence[torch.Tensor], num_samples: int, length: int, capacity: int) -> torch.Tensor:
     _, heads, _, head_dim = parts[0].shape
     whole = parts[0].new_zeros(sum(map(len, parts)), num_samples, heads, capacity, head_dim)
     for rows, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
@@ -147,20 +147,20 @@ class EagerStep:
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        self.model, self.most = model, capacity
+        self.model, self.max_capacity = model, capacity
 
     def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
-        self.buffers = Buffers(min(length + 2 * BLOCK, self.most))
-        self.buffers.layers = _together(slices, num_samples, length, self.buffers.capacity)
+        self.buffers = Buffers(min(length + 2 * STEPS_BETWEEN_DROPS, self.max_capacity))
+        self.buffers.layers = _joined_layers(slices, num_samples, length, self.buffers.capacity)
         self.buffers.length = length
         self.num_rows = len(self.buffers.layers[0][0])
 
     def worth_dropping(self, num_rows: int, num_live: int) -> bool:
-        return num_live < 0.9 * num_rows or self.buffers.length + BLOCK > self.buffers.capacity
+        return num_live < 0.9 * num_rows or self.buffers.length + STEPS_BETWEEN_DROPS > self.buffers.capacity
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
         self.num_rows = len(rows)
-        self.buffers.take(rows, min(length + 2 * BLOCK, self.most))
+        self.buffers.take(rows, min(length + 2 * STEPS_BETWEEN_DROPS, self.max_capacity))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
         # Added to the scores, fp32 in products_attention, and converted once a step, not once a layer.
@@ -183,7 +183,7 @@ class GraphStep:
         self.model, self.capacity = model, capacity
 
     def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
-        layers = _together(slices, 1, length, length)
+        layers = _joined_layers(slices, 1, length, length)
         rows = torch.arange(len(layers[0][0]), device=self.model.device).repeat_interleave(num_samples)
         self.num_rows = _power_of_two(len(rows))
         self.graphs = _graphs_of(self.model, layers, self.num_rows, self.capacity)

@@ -28,7 +28,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 # --- as matrix products -----------------------------------------------------------------------------------------------
 
-BLOCK = 96  # queries: few enough that a block's scores stay in the cache, and that little above the diagonal is computed
+QUERY_BLOCK = 96  # queries: few enough that a block's scores stay in the cache, and that little above the diagonal is computed
 
 
 @torch.compiler.disable  # its blocks follow the length, and each length would be compiled anew
@@ -107,8 +107,8 @@ def _flat(x: torch.Tensor, block: slice) -> torch.Tensor:
 
 def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, int]]:
     """Blocks of queries, and for each the end of the keys that its last query sees."""
-    for start in range(0, queries, BLOCK):
-        end = min(start + BLOCK, queries)
+    for start in range(0, queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, queries)
         yield slice(start, end), keys - queries + end
 
 
@@ -116,7 +116,7 @@ def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tails:
+class LeftPadded:
     """Causal attention of rows that begin with padding: row i sees its keys from `first[i]` on, (rows,)."""
 
     first: torch.Tensor
@@ -131,12 +131,12 @@ class Tails:
         return (causal & (places >= self.first[:, None, None]))[:, None]
 
 
-def tails(first: torch.Tensor, keys: int) -> Tails:
+def left_padded(first: torch.Tensor, keys: int) -> LeftPadded:
     row, place = (torch.arange(keys, device=first.device) >= first[:, None]).nonzero(as_tuple=True)
-    return Tails(first, row, place, nn.functional.pad((keys - first).cumsum(0), (1, 0)).int())
+    return LeftPadded(first, row, place, nn.functional.pad((keys - first).cumsum(0), (1, 0)).int())
 
 
-def tails_mask(
+def varlen_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -144,8 +144,8 @@ def tails_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> Tails | torch.Tensor | None:
-    """For transformers: None where no row begins with padding, Tails where one does, SDPA's mask for everything else."""
+) -> LeftPadded | torch.Tensor | None:
+    """For transformers: None where no row begins with padding, LeftPadded where one does, SDPA's mask for everything else."""
     plain = mask_function is causal_mask_function and kv_length == q_offset + q_length
     if plain and attention_mask is not None and attention_mask.shape[1] == kv_length:
         token = attention_mask.bool()
@@ -153,7 +153,7 @@ def tails_mask(
         first = token.int().argmax(1)
         padded, torn = torch.stack([first.any(), (begins.sum(1) > 1).any()]).tolist()
         if not torn:
-            return tails(first, kv_length) if padded or q_length != kv_length else None
+            return left_padded(first, kv_length) if padded or q_length != kv_length else None
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs
     )
@@ -164,18 +164,18 @@ def varlen_attention(
     query: torch.Tensor,  # (rows, heads, queries, head_dim)
     key: torch.Tensor,  # (rows, kv_heads, keys, head_dim)
     value: torch.Tensor,
-    attention_mask: Tails | torch.Tensor | None,
+    attention_mask: LeftPadded | torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention, (rows, queries, heads, head_dim); SDPA's where flash attention cannot. Padding's own outputs mean nothing."""
     rows, heads, queries, dim = query.shape
     keys = key.shape[2]
-    if isinstance(attention_mask, Tails):
+    if isinstance(attention_mask, LeftPadded):
         more = any(kwargs.get(name) for name in ("dropout", "softcap"))
         if query.is_cuda and query.dtype in HALF and dim <= 256 and not more:
             q = query.transpose(1, 2).reshape(rows * queries, heads, dim)
-            k, v = (_Take.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
+            k, v = (_TakeKeys.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
             starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)
             # A query is counted from the end of its row: the causal window of rows with more keys than queries.
             out = varlen_attn(
@@ -189,10 +189,10 @@ def varlen_attention(
 
 HALF = (torch.bfloat16, torch.float16)
 AttentionInterface.register("varlen", varlen_attention)
-AttentionMaskInterface.register("varlen", tails_mask)
+AttentionMaskInterface.register("varlen", varlen_mask)
 
 
-class _Take(torch.autograd.Function):
+class _TakeKeys(torch.autograd.Function):
     """x[row, :, place], (taken, heads, head_dim) of (rows, heads, places, head_dim). No two are the same: nothing to sum."""
 
     @staticmethod

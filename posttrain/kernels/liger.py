@@ -20,10 +20,10 @@ from posttrain.errors import UserError
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def fuse(model: PreTrainedModel, asked: Kernels) -> None:
+def use_liger(model: PreTrainedModel, asked: Kernels) -> None:
     """Give a model the kernels that were asked for; `model.kernels` says which it has from here on."""
     model.kernels = "torch"
-    reason = why_not(model)
+    reason = why_not_liger(model)
     if asked == "liger" and reason:
         raise UserError(f"model.kernels liger: {reason}; use model.kernels=torch")
     if asked == "auto" and reason and model.device.type == "cuda":
@@ -36,7 +36,7 @@ def fuse(model: PreTrainedModel, asked: Kernels) -> None:
     model.kernels = "liger"
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def why_not_liger(model: PreTrainedModel) -> str | None:
     """What keeps a model from Liger's kernels, None if nothing does."""
     if model.device.type not in ("cuda", "meta"):  # the copy that generates is made without memory
         return "they need CUDA"

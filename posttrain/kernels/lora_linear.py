@@ -19,14 +19,14 @@ from torch import nn
 from posttrain.kernels.nf4 import base_weight
 
 
-def install(model: PeftModel) -> None:
+def fuse_adapters(model: PeftModel) -> None:
     """Give every LoRA layer over a frozen linear layer without bias, plain or NF4, the forward of this file."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _plain(module.get_base_layer()):
+        if isinstance(module, LoraLayer) and _is_frozen_linear(module.get_base_layer()):
             module.forward = functools.partial(_forward, module, module.forward)
 
 
-def _plain(base: nn.Module) -> bool:
+def _is_frozen_linear(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and base.bias is None and not base.weight.requires_grad
 
 

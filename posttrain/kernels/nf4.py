@@ -27,7 +27,7 @@ def base_weight(module: nn.Module) -> torch.Tensor:
     return weight.data
 
 
-def unpack(model: PreTrainedModel) -> None:
+def unpack_nf4(model: PreTrainedModel) -> None:
     """Replace every packed NF4 layer by a plain one with the same values: faster, at 2 bytes a weight."""
     for name, module in packed_linears(model).items():
         weight = base_weight(module)

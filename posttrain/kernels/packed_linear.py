@@ -17,7 +17,7 @@ from torch import nn
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed_weights(model: nn.Module) -> Iterator[None]:
     """Inside, the model's bf16 linear layers run on packed copies of their weights as they are now. On a GPU, nothing changes."""
     layers = [module for module in model.modules() if _can_be_packed(module)]
     for layer in layers:

@@ -46,15 +46,15 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
         raise UserError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _ready(peft.get_peft_model(base, config))
+        return _with_fp32_masters(peft.get_peft_model(base, config))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
     """An adapter from disk, to be continued or frozen."""
-    return _ready(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
+    return _with_fp32_masters(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
 
 
-def _ready(model: PeftModel) -> PeftModel:
+def _with_fp32_masters(model: PeftModel) -> PeftModel:
     """fp32 masters; and no cast of the activations up to them (autocast brings the masters down to bf16 instead)."""
     hold_fp32(model)
     for module in model.modules():
@@ -101,7 +101,7 @@ def resolve_adapter(adapter: str) -> Path:
 
 def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
     """Refuse an adapter that was trained on another base. PEFT itself compares nothing but tensor shapes."""
-    config = LoraConfig(**_known(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
+    config = LoraConfig(**_known_fields(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
     trained_on = config.base_model_name_or_path
     if trained_on and not _same_model(trained_on, settings.name_or_path):
         raise UserError(
@@ -110,7 +110,7 @@ def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
     return config
 
 
-def _known(values: dict[str, Any], cls: Any) -> dict[str, Any]:
+def _known_fields(values: dict[str, Any], cls: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}
 
 
@@ -139,7 +139,7 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def gathered(model: PeftModel) -> dict[str, torch.Tensor] | None:
+def gather_sharded_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
     """Every trained tensor whole, of a model that FSDP has sharded: all its processes must call this. None of another model."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(isinstance(p, DTensor) for p in trained.values()):
@@ -147,7 +147,7 @@ def gathered(model: PeftModel) -> dict[str, torch.Tensor] | None:
     return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
 
 
-def scatter(model: PeftModel, folder: Path) -> bool:
+def load_sharded_adapter(model: PeftModel, folder: Path) -> bool:
     """Give each process its part of a saved adapter, if FSDP has sharded the model; say whether it has."""
     from safetensors.torch import load_file
 
@@ -180,7 +180,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
 # --- from SFT to GRPO -------------------------------------------------------------------------------------------------
 
 
-def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
+def check_adapter_mode(config: GrpoConfig, start: LoraConfig) -> None:
     """Refuse a change of the adapter's shape that the mode does not allow.
 
     Raises:

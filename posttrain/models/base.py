@@ -19,8 +19,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Model
 from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
-from posttrain.kernels.liger import fuse
-from posttrain.kernels.nf4 import packed_linears, unpack
+from posttrain.kernels.liger import use_liger
+from posttrain.kernels.nf4 import packed_linears, unpack_nf4
 from posttrain.models.chat import from_hub
 from posttrain.models.special_tokens import align_special_tokens
 from posttrain.runs.process import is_sharded
@@ -65,10 +65,10 @@ def load_base(
         # would silently get none. https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804
         module.support_avx512bf16_for_cpu = False
     if quantization == "nf4_unpacked":
-        unpack(model)
+        unpack_nf4(model)
     model.requires_grad_(False)
     align_special_tokens(model, tokenizer)
-    fuse(model, settings.kernels)
+    use_liger(model, settings.kernels)
     return model
 
 
@@ -78,7 +78,7 @@ def fastest_attention(to: torch.device) -> str:
     return "varlen" if torch.cuda.get_device_capability(to) >= (8, 0) else "sdpa"  # flash attention begins with Ampere
 
 
-def identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
+def model_identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
     """What a manifest says of a loaded base, with what `auto` turned out to be."""
     chosen = {"attn_implementation": base.config._attn_implementation, "kernels": base.kernels}
     return settings.model_dump() | chosen | {"quantization": quantization, "fingerprint": fingerprint(base)}

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Lora, Model
 from posttrain.models.adapters import load_adapter, new_adapter
-from posttrain.models.base import identity, load_base
+from posttrain.models.base import load_base, model_identity
 from posttrain.models.special_tokens import check_stop_token
 
 
@@ -33,7 +33,7 @@ def open_policy(
     """
     base = load_base(settings, quantization, tokenizer)
     check_stop_token(base, tokenizer)
-    known_as = identity(settings, quantization, base)
+    known_as = model_identity(settings, quantization, base)
     if adapter is None:
         return base, known_as
     if isinstance(adapter, Lora):

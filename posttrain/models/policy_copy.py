@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
-from posttrain.kernels.liger import fuse
+from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
 
 
@@ -32,7 +32,7 @@ class PolicyCopy:
         config._attn_implementation = base.config._attn_implementation
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=base.dtype)
-        fuse(self.model, getattr(base, "kernels", "torch"))
+        use_liger(self.model, getattr(base, "kernels", "torch"))
         self._adopt()
         if base.config.tie_word_embeddings:
             self.model.tie_weights()  # trained token rows are folded into one matrix, not into two
@@ -42,7 +42,7 @@ class PolicyCopy:
 
     def _adopt(self) -> None:
         """Share the tensors that no adapter changes; give every adapted layer its own."""
-        own = {name: _inner(module) for name, module in self.base.named_modules()}
+        own = {name: _base_layer(module) for name, module in self.base.named_modules()}
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         for name, module in self.model.named_modules():
             source = own[name]
@@ -52,7 +52,7 @@ class PolicyCopy:
                 if parameter is None:
                     continue
                 adapted = key == "weight" and _is_adapted(self.base.get_submodule(name))
-                tensor = torch.empty_like(base_weight(source)) if adapted else _raw(source, key)
+                tensor = torch.empty_like(base_weight(source)) if adapted else _shared_tensor(source, key)
                 module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
                 if adapted:
                     self.folded.append((module, self.base.get_submodule(name)))
@@ -72,7 +72,7 @@ def _plain_config(config: Any) -> dict[str, Any]:
     return values
 
 
-def _inner(module: nn.Module) -> nn.Module:
+def _base_layer(module: nn.Module) -> nn.Module:
     if isinstance(module, BaseTunerLayer):
         return module.get_base_layer()
     return getattr(module, "original_module", module)
@@ -82,14 +82,14 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) or hasattr(module, "token_adapter") or bool(packed_linears(module))
 
 
-def _raw(module: nn.Module, key: str) -> torch.Tensor:
+def _shared_tensor(module: nn.Module, key: str) -> torch.Tensor:
     return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else module._parameters[key].data
 
 
 def _folded_weight(module: nn.Module) -> torch.Tensor:
     if hasattr(module, "token_adapter"):
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters)
-    weight = base_weight(_inner(module))
+    weight = base_weight(_base_layer(module))
     if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
         for name in module.active_adapters:
             weight = weight.float() + module.get_delta_weight(name).float()

@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.config.schema import Lora
 from posttrain.models.chat import chat_ids, special_ids, stop_token
 
-TWIN = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
+SAME_ROW_COSINE = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
 
 
 def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -
                 "norm": round(norm, 4),
                 "z": round((norm - mean) / spread, 2),
                 "twin": round(twin, 3),
-                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > TWIN,
+                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > SAME_ROW_COSINE,
             }
         )
     return report

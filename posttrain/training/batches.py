@@ -10,13 +10,13 @@ from torch import nn
 from posttrain.errors import UserError
 
 # Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
-ROUNDING = 1e-6
+EQUAL_WITHIN = 1e-6
 
 
 def groups_without_signal(scores: torch.Tensor, weights: torch.Tensor, size: int) -> float:
     """Share of groups whose weighted rewards are all equal. scores (completions, functions), weights (functions,)."""
     rewards = (scores * weights.to(scores.device)).sum(1).view(-1, size)
-    return ((rewards.amax(1) - rewards.amin(1)) < ROUNDING).float().mean().item()
+    return ((rewards.amax(1) - rewards.amin(1)) < EQUAL_WITHIN).float().mean().item()
 
 
 def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:
@@ -29,7 +29,7 @@ def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:
 
 def rows_with_signal(advantages: torch.Tensor) -> torch.Tensor:
     """Indices of rows with an advantage; one row at least, so that the loss stays connected to the model."""
-    rows = (advantages.abs() > ROUNDING).nonzero().squeeze(1)
+    rows = (advantages.abs() > EQUAL_WITHIN).nonzero().squeeze(1)
     return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=advantages.device)
 
 
@@ -59,7 +59,7 @@ def by_length(batches: list[dict[str, Any]], per_step: int, signal_first: bool) 
         whole = {key: _joined([part[key] for part in parts], size) for key in parts[0]}
         rank = whole["completion_mask"].sum(1)
         if signal_first:
-            rank = rank + (whole["advantages"].abs() > ROUNDING) * (1 + rank.max())
+            rank = rank + (whole["advantages"].abs() > EQUAL_WITHIN) * (1 + rank.max())
         order = rank.argsort(descending=True, stable=True)
         result += [keep_rows(whole, order[i * size : (i + 1) * size]) for i in range(len(parts))]
     return result
@@ -94,7 +94,7 @@ def rows_by_length(mask: torch.Tensor, size: int) -> list[torch.Tensor]:
     return list(order.split(size))
 
 
-def in_place(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
+def in_row_order(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
     """Scores of parts of the rows, (rows, tokens) each, put together in the order of the rows, 0 where a part is shorter."""
     if values[0] is None:
         return None

@@ -55,11 +55,11 @@ class MovedShare(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if (state.global_step + 1) % max(1, int(args.logging_steps)) == 0:
-            self.before = _flat(optimizer)
+            self.before = _trained_entries(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if self.before is not None:
-            self.report("lora_moved_share", (_flat(optimizer) != self.before).sum().item() / self.before.numel())
+            self.report("lora_moved_share", (_trained_entries(optimizer) != self.before).sum().item() / self.before.numel())
             self.before = None
 
 
@@ -96,7 +96,7 @@ class StopOnNonFinite(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         # Which tensor it began in is not known any more: taking the norm has spread it over all. One norm is one wait for
         # a GPU, where a question to each of hundreds of tensors is hundreds.
-        norm = nn.utils.get_total_norm(p.grad for p in _trained(optimizer) if p.grad is not None)
+        norm = nn.utils.get_total_norm(p.grad for p in _trained_parameters(optimizer) if p.grad is not None)
         if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
             raise FloatingPointError(
                 f"non-finite gradient at step {state.global_step + 1}, not applied. "
@@ -144,12 +144,12 @@ def _sample(step: int, latest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(optimizer: Optimizer) -> torch.Tensor:
+def _trained_entries(optimizer: Optimizer) -> torch.Tensor:
     """All trained entries, of a sharded tensor this process's part: one tensor, for hundreds of small ones cost a GPU more."""
-    parts = [p.detach() for p in _trained(optimizer)]
+    parts = [p.detach() for p in _trained_parameters(optimizer)]
     return torch.cat([(p.to_local() if isinstance(p, DTensor) else p).flatten() for p in parts])
 
 
-def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
+def _trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """Out of the optimizer: a walk through the model takes milliseconds, of a step of a third of a second."""
     return [p for group in optimizer.param_groups for p in group["params"]]

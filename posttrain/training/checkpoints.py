@@ -8,7 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import TrainConfig
 from posttrain.errors import UserError
-from posttrain.models.adapters import adapter_sha256, gathered
+from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter
 from posttrain.runs.directory import Run
 
 
@@ -26,7 +26,7 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
     """Write the finished adapter and its tokenizer; refuse one that training did not change."""
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state = gathered(model)
+    state = gather_sharded_adapter(model)
     if not run.is_main:
         return
     folder = run.folder / "adapter"

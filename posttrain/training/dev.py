@@ -29,7 +29,7 @@ def dev_accuracy(
 ) -> dict[str, float]:
     """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient one."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
-    with phase("dev", whole=True):
+    with phase("dev", include_nested=True):
         policy = (copy or PolicyCopy(model)).refresh()
         completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer)
         release(policy)  # these buffers hold more questions than a rollout's: training gets their memory back

@@ -21,7 +21,7 @@ from posttrain.training import examples
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-def show_sft_plan(config: SftConfig) -> None:
+def show_sft_dry_run(config: SftConfig) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
@@ -31,12 +31,12 @@ def show_sft_plan(config: SftConfig) -> None:
     if tokenizer:
         show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
         for example in train[:2]:
-            print(masked(tokenizer, example))
-        show_stop(tokenizer)
+            print(with_prompt_dimmed(tokenizer, example))
+        show_stop_token(tokenizer)
     show_memory(config, value["per_device_train_batch_size"], value["max_length"] or 1024, value["gradient_checkpointing"])
 
 
-def show_grpo_plan(config: GrpoConfig) -> None:
+def show_grpo_dry_run(config: GrpoConfig) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "GRPOConfig")
     group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
@@ -63,7 +63,7 @@ def show_grpo_plan(config: GrpoConfig) -> None:
 
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
-        show_stop(tokenizer)
+        show_stop_token(tokenizer)
     # Without checkpointing a group shares its prompt (posttrain/training/trainers.py).
     prompt = 256 if value["gradient_checkpointing"] else 256 // group
     show_memory(
@@ -75,7 +75,7 @@ def show_grpo_plan(config: GrpoConfig) -> None:
     show_cache(config.model, window, 256 + value["max_completion_length"])
 
 
-def show_eval_plan(config: EvalConfig, asked: list[Example]) -> None:
+def show_eval_dry_run(config: EvalConfig, asked: list[Example]) -> None:
     generation = config.generation
     how = "greedy" if generation.temperature == 0 else f"temperature {generation.temperature}, {generation.samples} samples"
     subset = " (a subset)" if config.data.limit else ""
@@ -85,7 +85,7 @@ def show_eval_plan(config: EvalConfig, asked: list[Example]) -> None:
     tokenizer = tokenizer_or_none(config.model)
     if tokenizer and asked:
         print(tokenizer.apply_chat_template(asked[0].prompt, add_generation_prompt=True, tokenize=False))
-        show_stop(tokenizer)
+        show_stop_token(tokenizer)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: f
     )
 
 
-def masked(tokenizer: Any, example: Example) -> str:
+def with_prompt_dimmed(tokenizer: Any, example: Example) -> str:
     """A row as the model sees it, the part without loss dimmed."""
     from posttrain.models.chat import chat_ids
 
@@ -143,7 +143,7 @@ def masked(tokenizer: Any, example: Example) -> str:
     return f"{DIM}{tokenizer.decode(prompt)}{PLAIN}{tokenizer.decode(whole[len(prompt) :])}"
 
 
-def show_stop(tokenizer: Any) -> None:
+def show_stop_token(tokenizer: Any) -> None:
     from posttrain.models.special_tokens import template_specials
 
     specials = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} {token}" for token in template_specials(tokenizer))

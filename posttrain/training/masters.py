@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import packed_linears
-from posttrain.models.adapters import gathered, scatter
+from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
 from posttrain.phases import phase
 from posttrain.training.label_head import LabelHead
 
@@ -35,7 +35,7 @@ class MasterWeights(Trainer):
             if name in masters:
                 parameter.data = masters[name].to(parameter.device)
         if fast_adapter:
-            lora_linear.install(model)
+            lora_linear.fuse_adapters(model)
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
@@ -53,14 +53,14 @@ class MasterWeights(Trainer):
         return 0  # nobody reads the sum, and counting the model's parameters at every micro-batch takes milliseconds
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = gathered(self.model)
+        state = gather_sharded_adapter(self.model)
         if state is None:
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir or self.args.output_dir, state_dict=state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not scatter(self.model, Path(resume_from_checkpoint)):
+        if not load_sharded_adapter(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -37,7 +37,7 @@ from posttrain.phases import phase
 from posttrain.training.batches import (
     by_length,
     groups_without_signal,
-    in_place,
+    in_row_order,
     keep_rows,
     rows_by_length,
     rows_with_signal,
@@ -53,7 +53,7 @@ from posttrain.training.shared_prompts import SharedPrompts
 SCORED_AT_ONCE = {"cpu": 1, "cuda": 4}
 # Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each, and a
 # `top_entropy_quantile` is taken of each.
-ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
+SPLIT_INVARIANT_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
 class SFT(MasterWeights, SFTTrainer):
@@ -104,7 +104,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or self.loss_type not in ANY_SPLIT or self.top_entropy_quantile < 1:
+        if self._buffered_inputs is before or self.loss_type not in SPLIT_INVARIANT_LOSSES or self.top_entropy_quantile < 1:
             return inputs
         self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps, self.skip_zero_signal)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -204,7 +204,7 @@ class GRPO(MasterWeights, GRPOTrainer):
                 keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
                 ids, mask = (whole[rows, : width + keep] for whole in (input_ids, attention_mask))
                 scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
-            result = tuple(in_place(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
         self._last_logps = result[0].detach()
         return result
 
