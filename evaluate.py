@@ -134,7 +134,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     share = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
     todo = sum(len(batch) for _, batch in share)
     with tqdm(total=todo, unit="question", desc=run.manifest.get("name"), disable=None) as bar:
-        for indices, completions in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
+        for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
             parts.append(
                 judge(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
                 for i, samples in zip(indices, completions, strict=True)

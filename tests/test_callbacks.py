@@ -362,7 +362,9 @@ def test_dev_accuracy_gives_back_what_graphs_step_over(tiny, sft, monkeypatch):
     monkeypatch.setattr(steps, "EagerStep", steps.GraphStep)
     monkeypatch.setattr(steps, "capture", lambda run: run)
     kept = []
-    monkeypatch.setattr("posttrain.training.dev.release", lambda model: kept.append(model._graphs) or steps.release(model))
+    monkeypatch.setattr(
+        "posttrain.training.dev.release_graphs", lambda model: kept.append(model._graphs) or steps.release_graphs(model)
+    )
     with tiny.grpo(sft, **with_dev(tiny)) as trainer:
         next(c for c in trainer.callback_handler.callbacks if isinstance(c, DevAccuracy)).measure()
         copied = trainer.rollout_func.copy.model
