@@ -1,9 +1,9 @@
-"""A linear layer with its LoRA adapter as one operation, where PEFT composes it of a dozen.
+"""A linear layer with its LoRA adapter as one operation, where PEFT composes a dozen.
 
-PEFT's layer (peft/tuners/lora/layer.py, `Linear.forward`) casts its input to the adapter's fp32, which autocast undoes for each
-product; scales and adds the adapter's output in passes over all activations; and keeps a copy of the input for every layer
-that reads it. Here the adapter's products accumulate into the base's, and layers that read one input keep one. The function
-is the same. In bf16 it rounds once where PEFT rounds three times.
+PEFT's layer (peft/tuners/lora/layer.py, `Linear.forward`) casts its input to the adapter's fp32, and autocast casts it back for
+each product. PEFT scales and adds the adapter's output in passes over all activations, and keeps a copy of the input for every
+layer that reads it. Here the adapter's products are added into the base's, and layers that read the same input keep it once.
+The function is the same. In bf16 it rounds once where PEFT rounds three times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from posttrain.kernels.nf4 import base_weight
 
 
 def fuse_adapters(model: PeftModel) -> None:
-    """Give every LoRA layer over a frozen linear layer without bias, plain or NF4, the forward of this file."""
+    """Replace the forward of every LoRA layer whose base is a frozen linear layer without bias, plain or NF4."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and _is_frozen_linear(module.get_base_layer()):
             module.forward = functools.partial(_forward, module, module.forward)
@@ -38,12 +38,12 @@ def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **kwarg
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif not x.dtype == a.dtype == b.dtype:
-        return peft_forward(x)  # which computes the adapter in its own precision
+        return peft_forward(x)  # PEFT computes the adapter in its own precision
     return _LoraLinear.apply(x, layer.get_base_layer(), a, b, layer.scaling[name])
 
 
 def _only_adapter(layer: Any) -> str | None:
-    """The one adapter that is active and does what this file computes; None where PEFT has more to do."""
+    """The one active adapter, if this file computes all it does; None if PEFT has more to do."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     (name,) = layer.active_adapters
@@ -55,9 +55,9 @@ def _only_adapter(layer: Any) -> str | None:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + s (x A') B'. x (..., in), W (out, in) that of `base`, A (rank, in) and B (out, rank) in their own precision.
+    """x W' + s (x A') B', with x (..., in), W (out, in) of `base`, A (rank, in) and B (out, rank) in their own precision.
 
-    An NF4 weight is unpacked once more in the backward pass, as bitsandbytes does: it takes no memory in between.
+    The backward pass unpacks an NF4 weight once more, as bitsandbytes does: the weight takes no memory in between.
     """
 
     @staticmethod
