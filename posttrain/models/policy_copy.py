@@ -10,17 +10,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
+from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
 
 
 class PolicyCopy:
-    """A plain model with the adapter folded in, for generation; the trained weights are never touched.
+    """A plain model with the adapter folded in, for generation. The trained weights are never touched.
 
-    Decoding through packed layers with an adapter beside each costs several kernels a layer and unpacks every weight at
-    every token. The copy costs one weight's bytes for each adapted layer and shares everything else with the trained
-    model. Folding rounds W + sBA to the copy's dtype, so its log-probabilities differ from the trainer's by rounding:
+    Decoding through packed layers with an adapter beside each takes several kernels a layer and unpacks every weight at
+    every token. The copy takes the memory of one weight for each adapted layer and shares everything else with the trained
+    model. Folding rounds W + sBA to the copy's dtype, so the copy's log-probabilities differ from the trainer's by rounding:
     grpo_train.py logs that difference as `rollout/logp_difference`.
     """
 
@@ -35,13 +35,13 @@ class PolicyCopy:
         use_liger(self.model, getattr(base, "kernels", "torch"))
         self._adopt()
         if base.config.tie_word_embeddings:
-            self.model.tie_weights()  # trained token rows are folded into one matrix, not into two
+            self.model.tie_weights()  # fold trained token rows into one matrix, not into two
         self.refresh()
         self.model.eval()
         self.model.generation_config = base.generation_config
 
     def _adopt(self) -> None:
-        """Share the tensors that no adapter changes; give every adapted layer its own."""
+        """Share the tensors that no adapter changes, and give every adapted layer a tensor of its own."""
         own = {name: _base_layer(module) for name, module in self.base.named_modules()}
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         for name, module in self.model.named_modules():
@@ -59,7 +59,7 @@ class PolicyCopy:
 
     @torch.no_grad()
     def refresh(self) -> PreTrainedModel:
-        """Fold the adapter as it is now; returns the model to generate with."""
+        """Fold the present adapter. Returns the model to generate with."""
         for module, source in self.folded:
             module.weight.data.copy_(_folded_weight(source))
         return self.model
