@@ -27,7 +27,7 @@ def dev_accuracy(
     max_new_tokens: int,
     copy: PolicyCopy | None = None,
 ) -> dict[str, float]:
-    """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient one."""
+    """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient accuracy."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
     with phase("dev", include_nested=True):
         policy = (copy or PolicyCopy(model)).refresh()
