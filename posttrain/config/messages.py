@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in a reader's words: the line, the key, what was expected, a suggestion."""
+"""pydantic's errors in a reader's words: the line, the key, what was expected, a suggestion."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add_faults(document: Document, error: ValidationError, cls: type[BaseModel])
 
 
 def _key_path(detail: ErrorDetails, values: Any) -> KeyPath:
-    """The key at fault: pydantic's path without the names of union members, which that path also holds."""
+    """The key at fault: pydantic's path without the names of union members that it also holds."""
     if detail["type"] == "rule":
         return detail["loc"]
     path: KeyPath = ()
@@ -113,7 +113,7 @@ def did_you_mean(value: Any, choices: Iterable[str]) -> str:
 
 @cache
 def known_keys(cls: type[BaseModel]) -> list[str]:
-    """Every dotted key that a config of this class may hold, those of the trainer block included."""
+    """Every dotted key that a config of this class may hold, the trainer block's included."""
     schema = cls.model_json_schema()
     return list(dict.fromkeys(_keys_under(schema, schema.get("$defs", {}), "")))
 

@@ -1,4 +1,4 @@
-"""The rules of GRPOConfig.__post_init__ on batches: what is at fault, why, and the nearest valid value."""
+"""The rules of TRL's GRPOConfig.__post_init__ on batches: which key is at fault, why, and the nearest valid value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from posttrain.config.trl_fields import trl_fields
 
 
 def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Batches that do not hold whole groups of completions: the key at fault, why, the nearest valid one."""
+    """Faults of batches that do not hold whole groups of completions: the key, and why with the nearest valid value."""
     settings = {name: trainer.get(name, field.default) for name, field in trl_fields("GRPOConfig").items()}
     too_small = {key: least for key, least in _SMALLEST.items() if settings[key] is not None and settings[key] < least}
     for key, least in too_small.items():

@@ -1,7 +1,7 @@
 """The keys of the `trainer` block, read from the source text of the installed TRL.
 
-Importing TRL takes seconds, and torch with it. Its configuration classes are plain dataclasses, so the names,
-types and defaults of their fields can be read with `ast` in milliseconds.
+Importing TRL takes seconds and imports torch. TRL's configuration classes are plain dataclasses, so `ast` reads the names,
+types and defaults of their fields in milliseconds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ENUM_FILES = (
 @dataclass(frozen=True)
 class TrlField:
     type: Any
-    default: Any  # None also where it is computed, as that of `optim` is
+    default: Any  # None also where TRL computes it, as for `optim`
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def trl_fields(config_class: str) -> dict[str, TrlField]:
 @cache
 def _classes(file: str) -> dict[str, ast.ClassDef]:
     package, inside = file.split("/", 1)
-    spec = importlib.util.find_spec(package)  # of a top-level package: located, not imported
+    spec = importlib.util.find_spec(package)  # a top-level package is located, not imported
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed: pip install -c constraints.txt {package}")
     module = ast.parse(Path(spec.origin).parent.joinpath(inside).read_text(encoding="utf-8"))

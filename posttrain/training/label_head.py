@@ -19,9 +19,7 @@ class LabelHead:
     def __init__(self, model: nn.Module, temperature: float, outputs: tuple[str, ...]) -> None:
         self.model, self.temperature, self.outputs = model, temperature, outputs
         self.fused_forward = model.forward
-        model.forward = functools.wraps(model.forward)(
-            functools.partial(self.forward)
-        )  # `generate` reads its signature
+        model.forward = functools.wraps(model.forward)(functools.partial(self.forward))  # `generate` reads its signature
 
     def forward(self, *args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or kwargs.get("shift_labels") is not None:

@@ -92,9 +92,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
-        self._shared: tuple[SharedPrompts, torch.Tensor] | None = (
-            None  # while a micro-batch is scored, with its rows
-        )
+        self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
             raise UserError(
                 "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
