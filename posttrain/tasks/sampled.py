@@ -1,4 +1,4 @@
-"""A policy's own right solutions of training questions, sampled by an evaluation: rejection sampling (arXiv:2308.01825)."""
+"""A policy's own right solutions of training questions, as an evaluation sampled them: rejection sampling (arXiv:2308.01825)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ from typing import Any
 
 from posttrain.config.schema import RejectionSampledSource
 from posttrain.errors import UserError
-from posttrain.records import (
-    Example,
-    Prediction,
-    read_jsonl,
-    read_rows,
-)
+from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.rows import Row
 
 
 def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
-    """Rejection sampling (arXiv:2308.01825): a policy's own distinct, strictly right solutions of training questions.
+    """A policy's own distinct, strictly right solutions of training questions.
 
-    Read from an evaluation of the train split with several samples; test questions are refused.
+    They come from an evaluation of the train split with several samples. Test questions are refused.
     """
     run_dir = Path(source.run_dir)
     if not (run_dir / "predictions.jsonl").is_file():
@@ -49,6 +44,6 @@ def gold_solutions(folder: Path) -> list[tuple[str, str]]:
 
 
 def sampled_source(source: RejectionSampledSource) -> dict[str, Any]:
-    """The source of the questions: what a model trained on the samples has seen."""
+    """The source of the sampled questions, which a model trained on the samples has seen."""
     found: dict[str, Any] = read_manifest(source.run_dir)["data"]["source"]
     return found
