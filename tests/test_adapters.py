@@ -36,24 +36,6 @@ END, START, TEXT_END = 2, 1, 0  # <|im_end|>, <|im_start|>, <|endoftext|>
 IDS = torch.tensor([[1, 300, 301, 2, 17, 2], [1, 2, 3, 4, 5, 6]])
 
 
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(settings):
-    return load_tokenizer(settings)
-
-
-@pytest.fixture
-def load(settings, tokenizer):
-    def load(form="none", **changes):
-        return load_base(settings.model_copy(update=changes), form, tokenizer)
-
-    return load
-
-
 @pytest.fixture
 def exact(load):
     """A base in fp32, in which equal means equal."""

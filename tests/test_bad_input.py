@@ -7,20 +7,13 @@ import shutil
 import pytest
 from hub_server import serve
 from ruamel.yaml import YAML
-from scripts import CONFIGS, run, run_fresh, tiny_pipeline, tree
+from scripts import CONFIGS, run, run_fresh, tree
 
 from posttrain.runs.manifest import read_manifest
 
 STAGES = {"data_prep": "data", "sft_train": "sft", "grpo_train": "grpo", "evaluate": "eval"}
 TRAINING = ("sft_train", "grpo_train")
 MODEL_READERS = ("sft_train", "grpo_train", "evaluate")
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline(folder, tiny_model_dir)
-    return folder
 
 
 @pytest.fixture

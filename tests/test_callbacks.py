@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
+from tiny_training import LORA, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -23,22 +23,9 @@ from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
 from posttrain.training.arguments import trainer_arguments
 from posttrain.training.callbacks import MovedShare, StopOnNonFinite, add_callbacks
-from posttrain.training.checkpoints import last_checkpoint, save_adapter
+from posttrain.training.checkpoints import last_checkpoint
 from posttrain.training.dev import DevAccuracy, dev_accuracy
 from rewards import correctness_reward, extract, grade
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory):
-    return Tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def sft(tiny):
-    with tiny.sft({"learning_rate": 1e-2}) as trainer:
-        trainer.train()
-        save_adapter(trainer, trainer.run, trainer.processing_class, "")
-        return trainer.run.folder
 
 
 def rows_of(trainer):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from grading_cases import VERDICTS
-from scripts import CONFIGS, run, tiny_pipeline, workplace
+from scripts import CONFIGS, run, workplace
 from tiny_training import Tiny
 
 import rewards
@@ -139,13 +139,6 @@ def test_another_grader_would_show_in_every_stage(monkeypatch):
     assert rewards.correctness_reward(["#### 5", "wrong"], ["5", "5"]) == [0.0, 1.0]
     assert [judge(asked, 0, text, "stop", 1).correct for text in ("#### 5", "wrong")] == [False, True]
     assert "does not grade itself" in examples.gold_problem("#### 5")
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline(folder, tiny_model_dir)
-    return folder
 
 
 def test_what_grpo_was_paid_is_what_evaluation_would_have_said(pipeline):

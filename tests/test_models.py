@@ -23,24 +23,6 @@ IDS = torch.tensor([[5, 300, 301, 2, 17, 400], [1, 2, 3, 4, 5, 6]])
 FORMS = ("nf4", "nf4_unpacked", "none")
 
 
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(settings):
-    return load_tokenizer(settings)
-
-
-@pytest.fixture
-def load(settings, tokenizer):
-    def load(form="none", **changes):
-        return load_base(settings.model_copy(update=changes), form, tokenizer)
-
-    return load
-
-
 @pytest.fixture
 def adapted(load, tokenizer):
     """An adapter that changes every layer it is on, and rows of special tokens if asked to."""

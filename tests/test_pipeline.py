@@ -13,13 +13,6 @@ from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
 
 
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline.said = tiny_pipeline(folder, tiny_model_dir)
-    return folder
-
-
 @pytest.fixture
 def place(tmp_path, pipeline):
     """A copy that may be changed."""
@@ -33,8 +26,8 @@ def metrics(run_dir, key):
 # --- one run of everything --------------------------------------------------------------------------------------------
 
 
-def test_every_stage_finishes_and_says_where_its_result_is(pipeline):
-    said = tiny_pipeline.said
+def test_every_stage_finishes_and_says_where_its_result_is(pipeline, tiny_model_dir):
+    said = tiny_pipeline(pipeline, tiny_model_dir)  # what the run of everything said, kept
     assert "train 32 dev 4 test 8; 0 rejected" in said["data"].out and "wrote data/tiny" in said["data"].out
     for stage in ("sft", "grpo"):
         manifest = read_manifest(pipeline / "runs" / f"{stage}_tiny")

@@ -4,27 +4,16 @@ import itertools
 
 import pytest
 import torch
-from tiny_training import Tiny, by_content, pay
+from tiny_training import by_content, pay
 
 import rewards
-from posttrain.config.schema import Model, Rewards
+from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as Settings
 from posttrain.models.base import load_base
-from posttrain.models.chat import chat_ids, load_tokenizer
+from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Example, read_jsonl
-from posttrain.training.checkpoints import save_adapter
 from posttrain.training.rollouts import Rollouts, reward_functions
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(settings):
-    return load_tokenizer(settings)
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +24,6 @@ def policy(settings, tokenizer):
 @pytest.fixture(scope="module")
 def questions(tiny_data_dir):
     return [example.prompt for example in read_jsonl(tiny_data_dir / "train.jsonl", Example)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory):
-    return Tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def sft(tiny):
-    with tiny.sft({"learning_rate": 1e-2}) as trainer:
-        trainer.train()
-        save_adapter(trainer, trainer.run, trainer.processing_class, "")
-        return trainer.run.folder
 
 
 @pytest.fixture
