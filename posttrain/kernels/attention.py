@@ -63,7 +63,9 @@ AttentionMaskInterface.register("matmul", eager_mask)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, scale):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         rows, heads, queries, dim = query.shape
         kv_heads, keys = key.shape[1:3]
         group = heads // kv_heads
@@ -84,7 +86,7 @@ class _Attention(torch.autograd.Function):
         return out.view(rows, queries, heads, dim)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, *kept = ctx.saved_tensors
         query_shape, key_shape = ctx.shapes
         queries, dim = query_shape[2:]
@@ -196,13 +198,13 @@ class _TakeKeys(torch.autograd.Function):
     """x[row, :, place], (taken, heads, head_dim) of (rows, heads, places, head_dim). No key is taken twice: nothing to sum."""
 
     @staticmethod
-    def forward(ctx, x, row, place):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: torch.Tensor, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(row, place)
         ctx.shape = x.shape
         return x[row, :, place]
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         row, place = ctx.saved_tensors
         to_x = grad.new_zeros(ctx.shape)
         to_x[row, :, place] = grad

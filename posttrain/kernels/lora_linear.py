@@ -61,7 +61,7 @@ class _LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, base, a, b, scaling):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: torch.Tensor, base: nn.Module, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.base, ctx.scaling, ctx.shape, ctx.precisions = base, scaling, x.shape, (a.dtype, b.dtype)
         a, b = a.to(x.dtype), b.to(x.dtype)
@@ -72,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         flat, down, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         up = (grad @ b).mul_(ctx.scaling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from posttrain.config.schema import GeneratorSource
@@ -24,14 +24,20 @@ def generated_rows(source: GeneratorSource, seed: int) -> Iterator[Row]:
         wanted = getattr(source, f"num_{split}")
         first = seed * 1_000_000_000 + SEED_RANGES[split]
         items = reasoning_gym.create_dataset(source.kind, size=20 * wanted, seed=first, **source.options)
-        fresh = (item for item in items if item["question"] not in seen and not seen.add(item["question"]))  # type: ignore[func-returns-value]
         rows = [
             Row(f"{source.kind}/{split}", number, split, item["question"].strip(), solution(item))
-            for number, item in enumerate(itertools.islice(fresh, wanted), 1)
+            for number, item in enumerate(itertools.islice(_unseen(items, seen), wanted), 1)
         ]
         if len(rows) < wanted:
             raise UserError(f"{source.kind} with options {source.options} has only {len(rows)} different questions for {split}")
         yield from rows
+
+
+def _unseen(items: Iterable[dict[str, Any]], seen: set[str]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        if item["question"] not in seen:
+            seen.add(item["question"])
+            yield item
 
 
 def leg_counting_solution(item: dict[str, Any]) -> str:

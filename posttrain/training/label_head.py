@@ -50,7 +50,14 @@ class _LabelScores(torch.autograd.Function):
     TILE_ROWS = 256  # a tile of 256 x 49,152 fp32 logits is 50 MB
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, outputs):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        outputs: tuple[str, ...],
+    ) -> Any:
         hidden = hidden.to(weight.dtype)
         logits = hidden @ weight.T
         if temperature != 1.0:
@@ -76,7 +83,7 @@ class _LabelScores(torch.autograd.Function):
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         hidden, logits, log_z, labels, weight = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
