@@ -13,15 +13,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Whatever the caller has set. One thread, because sums in another order round differently, because two test processes share
-# the cores, and because a process forked from one whose OpenMP threads run already waits for them for ever.
+# This holds whatever the caller has set. One thread: sums in another order round differently, two test processes share the
+# cores, and a process that is forked after OpenMP's threads have started waits for them for ever.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
-# On any machine the tests are of the CPU, but for those marked gpu, which have a run of their own: make gpu-tests.
+# All tests run on the CPU, also on a machine with a GPU. Only those marked gpu do not: make gpu-tests.
 if os.environ.get("POSTTRAIN_GPU_TESTS") != "1":
     ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 os.environ |= ENVIRONMENT

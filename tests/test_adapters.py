@@ -167,7 +167,7 @@ LABELS = torch.tensor([[-100, -100, 301, 2, 17, 2], [-100, 2, 3, 4, 5, 6]])
 
 
 def plain_gradients(base):
-    """By autograd of a plain model: the gradient of its embedding through the input, and through the output."""
+    """The gradient of a plain model's embedding through the input and through the output, by autograd."""
     table = embedding(base).clone().requires_grad_()
     head = embedding(base).clone().requires_grad_()
     hidden = base.model(inputs_embeds=torch.nn.functional.embedding(IDS, table)).last_hidden_state
@@ -192,7 +192,7 @@ def test_the_rows_gradient_comes_through_the_embedding_and_the_tied_head(exact, 
 
 
 def test_trls_own_head_cannot_score_trained_rows(exact, tokenizer):
-    """The reason why ours replaces it on every device with such an adapter; if this passes upstream, it need not."""
+    """This is why our head replaces TRL's on every device with such an adapter. When TRL mends it, ours may go."""
     policy = new_adapter(exact, lora(train_special_tokens="always"), tokenizer, 0)
     add_fused_lm_head(policy.get_base_model())
     with pytest.raises(AttributeError, match="bias"):
@@ -291,7 +291,7 @@ def test_a_pickled_adapter_is_refused(saved):
 
 
 def test_an_adapter_of_another_base_is_refused(saved, settings, tiny_model_dir, tmp_path):
-    """Of the same shape, so that PEFT itself would load it without a word."""
+    """The base has the same shape, so PEFT would load the adapter without a word."""
     folder, _ = saved
     assert check_adapter_fits(folder, settings).r == 4
     shutil.copytree(tiny_model_dir, tmp_path / "other")

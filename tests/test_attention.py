@@ -18,7 +18,7 @@ from posttrain.models.base import fastest_attention, load_base
 def states(rows, heads, kv_heads, queries, keys, dtype=torch.float32, dim=16):
     draw = torch.Generator().manual_seed(0)
     shapes = [(rows, queries, heads, dim), (rows, keys, kv_heads, dim), (rows, keys, kv_heads, dim)]
-    # Transposed, as a decoder layer hands them over.
+    # Transposed, as a decoder layer passes them.
     return [(2 * torch.randn(shape, generator=draw)).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
 
 
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queries, keys,
 
 
 def test_in_bf16_it_is_as_exact_as_sdpa():
-    """Against fp64, within a third of SDPA's own error; eager, which rounds the scores, is not."""
+    """Its error against fp64 is within a third of SDPA's own. That of eager, which rounds the scores, is not."""
     inputs = states(4, 6, 2, 200, 200, torch.bfloat16, dim=64)
     mask = causal(4, 200, 200)
     exact = with_gradients(lambda q, k, v: by_sdpa(q, k, v, mask, torch.float64), inputs)[0]
@@ -243,7 +243,7 @@ def test_on_a_gpu_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queri
     inputs = [x.detach().cuda().requires_grad_() for x in states(3, heads, kv_heads, queries, keys, torch.bfloat16)]
     cut = left_padded(first, keys)
     sees = cut.mask(queries, keys)
-    token = sees.any(-1)[:, 0, :, None, None]  # what padding attends to is nobody's business
+    token = sees.any(-1)[:, 0, :, None, None]  # nobody reads what padding attends to
     ours = with_gradients(lambda q, k, v: varlen_attention(None, q, k, v, cut)[0] * token, inputs)
     wanted = with_gradients(lambda q, k, v: by_sdpa(q, k, v, sees).nan_to_num() * token, inputs)
     assert all(distance(one, other) < 0.02 for one, other in zip(ours, wanted, strict=True))

@@ -45,7 +45,7 @@ def test_leaving_out_rows_without_signal_keeps_the_gradient(tiny, sft, fp32, los
     assert seen == [(3, prompts + 5)]  # the rows with signal, cut to the longest of them
     assert max(grad.abs().max() for grad in gradient.values()) > 1e-5
     assert relative(gradient, fewer_gradient) < 1e-5
-    if loss_type not in ("cispo", "sapo"):  # these have a value also where they have no gradient
+    if loss_type not in ("cispo", "sapo"):  # these have a value even without a gradient
         assert fewer_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_leaving_out_rows_is_refused_where_they_count(tiny, sft, terms):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_trimming_changes_no_loss_and_no_gradient(tiny, sft, fp32, loss_type):
-    """Against TRL's own loss of the batch as it came."""
+    """TRL's own loss of the untrimmed batch is the same."""
     with pay_tiny(tiny, sft, {"beta": 0.1, "loss_type": loss_type}, **fp32) as trainer:
         stir(trainer.model)
         inputs = ragged(scored(trainer), LENGTHS)

@@ -1,4 +1,4 @@
-"""What a run watches, writes and refuses: rows, moved weights, numbers that are none, dev accuracy, samples, checkpoints."""
+"""What a run watches, writes and refuses: rows, moved weights, non-finite numbers, dev accuracy, samples, checkpoints."""
 
 import copy
 import functools
@@ -63,7 +63,11 @@ def test_the_phases_of_a_step_are_the_step(tiny, sft):
     with tiny.grpo(sft, {"beta": 0.04, "max_steps": 3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}) as trainer:
         trainer.train()
         rows = [row for row in rows_of(trainer) if "time/decode" in row]
-    assert ["time/save" in row for row in rows] == [False, True, True]  # of the step before: a row is logged first
+    assert ["time/save" in row for row in rows] == [
+        False,
+        True,
+        True,
+    ]  # a step logs its row before it saves
     phases = [{key for key in row if key.startswith("time/") and key != "time/rollout_seconds"} for row in rows]
     parts = "data fold prefill decode rewards logprobs forward backward optimizer"
     assert all({f"time/{name}" for name in parts.split()} <= names for names in phases)
@@ -95,7 +99,7 @@ def test_docs_define_every_logged_key(tiny, sft):
 
 
 def share_of_one_step(dtype, learning_rate):
-    """Of one step of AdamW, whose first step is the learning rate in every entry."""
+    """AdamW's first step moves every entry by the learning rate."""
     weight = torch.nn.Parameter(torch.linspace(-0.1, 0.1, 1001).to(dtype))
     optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0)
     reported = []
@@ -158,7 +162,7 @@ def test_the_share_is_measured_at_logged_steps_alone(tiny):
 
 
 class Look(TrainerCallback):
-    """Calls a function before every optimizer step, after the other callbacks did what they do then."""
+    """Calls a function before every optimizer step, after the other callbacks."""
 
     def __init__(self, look):
         self.look = look
@@ -167,7 +171,7 @@ class Look(TrainerCallback):
         self.look()
 
 
-# --- numbers that are none --------------------------------------------------------------------------------------------
+# --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
 class PoisonGradient(TrainerCallback):
@@ -202,7 +206,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(tiny, value,
 
 
 def test_upstream_applies_a_gradient_that_is_no_number_and_logs_nothing(tiny):
-    """`logging_nan_inf_filter` is on by default; ours is off, and the run is stopped before."""
+    """transformers turns `logging_nan_inf_filter` on. posttrain turns it off and stops the run first."""
     assert TrainingArguments(output_dir="x", use_cpu=True).logging_nan_inf_filter
     with tiny.sft({"max_steps": 1}) as trainer:
         assert not trainer.args.logging_nan_inf_filter
@@ -222,7 +226,7 @@ def test_a_logged_number_that_is_none_stops_the_run(tiny, key):
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_batch(tiny, sft, stage):
-    """By an infinite weight of the frozen base, as a broken download has it."""
+    """An infinite weight of the frozen base, as in a broken download, is the cause."""
     with tiny.sft(quantization="none") if stage == "sft" else tiny.grpo(sft, quantization="none") as trainer:
         before = adapter_tensors(trainer.model)
         trainer.add_callback(BreakBase())
@@ -316,7 +320,7 @@ class Interrupt(TrainerCallback):
 
 
 def test_dev_accuracy_is_what_grading_one_by_one_gives(tiny, tiny_model_dir, tiny_data_dir):
-    """A random model is never right, so the golds are made of what it says: half of them right, a third strictly so."""
+    """A random model is never right. So its own words make the golds: half are right, a third strictly so."""
     settings = Model(name_or_path=str(tiny_model_dir))
     tokenizer = load_tokenizer(settings)
     policy = load_base(settings, "none", tokenizer)

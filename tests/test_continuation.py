@@ -57,7 +57,7 @@ def test_a_finished_run_has_another_hash_and_names_its_parent(tiny, any_sft):
     folder = trainer.run.folder / "adapter"
     assert manifest["adapter_sha256"] == adapter_sha256(folder) == live_adapter_sha256(trainer.model)
     assert manifest["adapter_sha256"] != manifest["start_sha256"] == manifest["parent"]["adapter_sha256"]
-    assert not (folder / "ref").exists()  # the reference is the parent: what is pushed holds one adapter
+    assert not (folder / "ref").exists()  # the reference is the parent, and the pushed folder holds one adapter
     assert manifest["train_seconds"] > 0
 
 
@@ -86,7 +86,7 @@ def own_logits(trainer):
 
 
 def test_merged_and_new_grpo_starts_at_the_sft_policy(tiny, any_sft):
-    """Within bf16 rounding; what it is held to by the KL is that very start."""
+    """It does within bf16 rounding, and the KL holds it to exactly that start."""
     shape = {"adapter_mode": "merge_and_new", "lora": LORA | {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
     with tiny.grpo(any_sft) as plain, pay_tiny(tiny, any_sft, {"beta": 0.1}, **shape) as trainer:
         wanted = own_logits(plain)

@@ -1,4 +1,4 @@
-"""Generation against transformers' own and against arithmetic: tokens, log-probabilities, draws, and what may not matter."""
+"""Generation against transformers' own and against arithmetic: tokens, log-probabilities, draws, and what must not matter."""
 
 import collections
 import copy
@@ -37,7 +37,7 @@ def plain_tokenizer(settings):
 
 @pytest.fixture(scope="module")
 def reference(settings, plain_tokenizer):
-    """The model as transformers loads it, never prepared: what ours is compared with."""
+    """The model as transformers loads it, never prepared to decode: the standard of comparison."""
     return liven(load_base(settings, "none", plain_tokenizer)).eval()
 
 
@@ -60,7 +60,7 @@ def prompts(plain_tokenizer, tiny_data_dir):
 
 @pytest.fixture(scope="module")
 def tokenizer(reference, plain_tokenizer, prompts):
-    """Its end token is one that about half of the greedy completions come to, some early and some late."""
+    """About half of the greedy completions come to its end token, some early and some late."""
     endless = [greedy(reference, prompt, None) for prompt in prompts]
     counts = collections.Counter(token for ids in endless for token in set(ids))
     stop = next(token for token, count in sorted(counts.items()) if 4 <= count <= 6)

@@ -20,11 +20,11 @@ from posttrain.training.label_head import LabelHead
 
 
 def two_heads(load, tokenizer, temperature, dtype):
-    """The same policy with TRL's head, and with ours laid over it."""
+    """The same policy with TRL's head and with our head."""
     theirs = new_adapter(liven(load(dtype=dtype)), Lora(**LORA), tokenizer, seed=0)
     stir(theirs)
     add_fused_lm_head(theirs.get_base_model(), temperature=temperature, outputs=("log_probs", "entropy", "is_top1"))
-    ours = copy.deepcopy(theirs)  # a deep copy's bound forward would still be the original's
+    ours = copy.deepcopy(theirs)  # a deep copy keeps the forward that is bound to the original
     add_fused_lm_head(ours.get_base_model(), temperature=temperature, outputs=("log_probs", "entropy", "is_top1"))
     LabelHead(ours.get_base_model(), temperature, ("entropy", "is_top1"))
     return theirs, ours

@@ -50,7 +50,7 @@ def test_what_is_asked_for_and_cannot_be_is_refused(tiny_model_dir):
 
 @pytest.mark.parametrize(("compiled", "kernels"), [("true", "torch"), ("false", "auto")])
 def test_what_is_compiled_is_loaded_without_them(monkeypatch, tmp_path, tiny_model_dir, tiny_data_dir, compiled, kernels):
-    """The compiler fuses on its own."""
+    """torch.compile fuses these layers itself."""
     asked = []
 
     def load_base(settings, *_):
@@ -73,7 +73,7 @@ def test_what_is_compiled_is_loaded_without_them(monkeypatch, tmp_path, tiny_mod
     ],
 )
 def test_auto_on_a_gpu_says_why_it_fuses_nothing(monkeypatch, capsys, installed, config, said):
-    """A stand-in for a model on a GPU: what is asked of it is asked before any kernel is."""
+    """A stand-in for a model on a GPU. use_liger asks it all this before it touches a kernel."""
 
     class OnGpu:
         device = torch.device("cuda")

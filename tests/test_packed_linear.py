@@ -1,4 +1,4 @@
-"""Packed linear layers against plain ones: the same outputs, of the weights as they are, and plain layers again afterwards."""
+"""Packed linear layers against plain ones: the same outputs, from the present weights, and plain layers afterwards."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_all_of_it_again_is_nothing_to_do(place):
 
 
 def interrupt(folder, step):
-    """Make of a finished run what would be there had it been killed past this step; its manifest as it was."""
+    """Turn a finished run into one that was killed after this step. Returns its manifest before that."""
     whole = read_manifest(folder)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         if checkpoint.name != f"checkpoint-{step}":
@@ -176,7 +176,7 @@ def test_every_stage_runs_with_two_processes(place, monkeypatch):
 
 @pytest.mark.slow
 def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
-    """To the last bits of a sum: on NF4 weights whose bits must survive the way between processes."""
+    """They agree to the last bits of a sum. The bits of NF4 weights must survive the way between processes."""
     rows = ("data.num_dev=0", "trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
     sft = ("--config", CONFIGS / "sft_tiny.yaml", *rows, "trainer.max_steps=6", "quantization=nf4")
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -51,7 +51,7 @@ FOUR_STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 @pytest.mark.parametrize("form", ["nf4", "none"])
 def test_resumed_sft_equals_uninterrupted_sft(tiny, form):
-    """Dropout, shuffling and the schedule included."""
+    """That includes dropout, shuffling and the schedule."""
     lora = LORA | {"dropout": 0.1, "train_special_tokens": "always"}
     (one, _, losses), (two, _, again) = (
         how(tiny.sft_config(FOUR_STEPS, lora=lora, quantization=form)) for how in (straight, interrupted_and_resumed)
@@ -63,7 +63,7 @@ def test_resumed_sft_equals_uninterrupted_sft(tiny, form):
 
 @pytest.mark.parametrize("form", ["nf4", "none"])
 def test_resumed_grpo_equals_uninterrupted_grpo(tiny, any_sft, form):
-    """Its rollouts and its KL reference, which is the SFT policy and not the checkpoint's, included."""
+    """That includes rollouts and the KL reference, which is the SFT policy and not the checkpoint's."""
     (one, reference, losses), (two, reference_again, again) = (
         how(tiny.grpo_config(any_sft, FOUR_STEPS | {"beta": 0.05, "learning_rate": 1e-2}, quantization=form))
         for how in (straight, interrupted_and_resumed)
@@ -75,7 +75,7 @@ def test_resumed_grpo_equals_uninterrupted_grpo(tiny, any_sft, form):
 
 
 def sorted_values(tensors):
-    """By what a tensor is and where, whatever its adapter is called."""
+    """Tensors sorted by kind and place, whatever their adapter is called."""
     parts = {
         n: [part for part in n.split(".") if part not in ("ref", "default", "token_adapter", "modules_to_save")] for n in tensors
     }
@@ -83,7 +83,7 @@ def sorted_values(tensors):
 
 
 def test_upstream_writes_trainer_state_last(tiny):
-    """What `last_checkpoint` takes for the sign of a complete checkpoint."""
+    """`last_checkpoint` takes that file for the sign of a complete checkpoint."""
     with tiny.sft(FOUR_STEPS | {"max_steps": 2}) as trainer:
         trainer.train()
         files = {

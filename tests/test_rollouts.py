@@ -1,4 +1,4 @@
-"""What TRL gets from our rollouts, and how they are paid: groups in order, one prefill a group, draws by seed and step."""
+"""What TRL gets from our rollouts and pays for them: groups in order, one prefill a group, draws by seed and step."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def questions(tiny_data_dir):
 
 @pytest.fixture
 def trainer(tiny, sft):
-    """A real trainer, as what a rollout is called with."""
+    """A real trainer, which TRL passes to a rollout."""
     with tiny.grpo(sft) as trainer:
         yield trainer
 

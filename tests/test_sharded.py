@@ -42,7 +42,7 @@ def mesh():
 def sharded(mesh: DeviceMesh, *args, **kwargs) -> nn.Module:
     model = make(*args, **kwargs)
     lora_linear.fuse_adapters(model)
-    for name in ("up", "gate", "down"):  # in the place of decoder layers, as accelerate does it
+    for name in ("up", "gate", "down"):  # sharded one by one, as accelerate shards decoder layers
         fully_shard(model.base_model.model.get_submodule(name), mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_model(mesh, dtype, packed,
 
 
 def test_nothing_is_rounded_that_one_process_does_not_round(mesh, tiny_model_dir, monkeypatch):
-    """Under accelerate's own policy much is. That NF4's bits arrive takes two processes: tests/test_pipeline.py."""
+    """Under accelerate's own policy much is. Whether NF4's bits arrive takes two processes to see: tests/test_pipeline.py."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     sharding = SimpleNamespace(fsdp_plugin=plugin)

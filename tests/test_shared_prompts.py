@@ -20,7 +20,7 @@ from posttrain.training.shared_prompts import SharedPrompts
 
 
 class OwnPrompts:
-    """In the place of SharedPrompts: every row is run whole."""
+    """Replaces SharedPrompts and runs every row whole."""
 
     def __init__(self, model, ids, mask):
         self.model, self.width, self.prompts = model, ids.shape[1], ids
@@ -64,7 +64,7 @@ def test_prompts_are_shared_across_a_step_of_as_many_rows_and_the_step_is_the_sa
     assert len(results[0]) == 2
     for shared, apart in zip(*results, strict=True):
         assert relative(apart, shared) < 1e-5
-    if rows == 1:  # one prompt a micro-batch at most: none is held, and none shared
+    if rows == 1:  # at most one prompt in a micro-batch: none is held, and none is shared
         assert seen[0] == seen[1]
     elif not skip:
         assert seen == [2 * [2, *[rows] * (8 // rows)], 2 * [rows] * (8 // rows)]

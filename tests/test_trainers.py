@@ -1,4 +1,4 @@
-"""What the two trainers really do: precision, continuation, loss and advantages; and what upstream does where ours differs.
+"""What the two trainers really do: what they learn from, loss, advantages, KL; and what upstream does where ours differs.
 
 A test named `test_upstream_...` holds a behaviour of TRL, PEFT or transformers that an override in posttrain/training/trainers.py
 answers to. When one fails after an upgrade, the override may have become unnecessary, or may have to change.
@@ -43,7 +43,7 @@ def test_labels_are_the_completion_with_its_end_token_and_nothing_else(tiny, tok
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         learnt = labels != -100
         text = tokenizer.decode(ids[learnt])
-        content = text.removesuffix("<|im_end|>\n")  # the line break is the template's own, behind every turn
+        content = text.removesuffix("<|im_end|>\n")  # the template writes the line break after every turn
         assert content != text
         prompt = chat_ids(tokenizer, examples[content].prompt, add_generation_prompt=True)
         assert ids[: len(prompt)].tolist() == prompt
@@ -129,7 +129,7 @@ def test_padding_does_not_leak_into_a_row(tiny, fp32):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_packed_rows_do_not_see_each_other(tiny, fp32):
-    """Two questions in one row of 512 tokens score as they do apart, though SDPA is told of no borders but the positions."""
+    """Two questions in one row of 512 tokens score as they do apart, though only the positions tell SDPA of the border."""
     with tiny.sft({"packing": True, "per_device_train_batch_size": 1}, **fp32) as packed, tiny.sft(**fp32) as plain:
         for trainer in (packed, plain):
             stir(trainer.model)
@@ -324,7 +324,7 @@ def test_trls_own_engine_leaves_the_model_alone(tiny, any_sft, form):
 
 CONTINUOUS = {
     "use_transformers_continuous_batching": True,
-    # Left to itself it fills the memory of the machine.
+    # By default the cache fills the memory of the machine.
     "transformers_continuous_batching_config": {"page_size": 64, "num_blocks": 8, "max_batch_tokens": 1024},
 }
 
@@ -353,7 +353,7 @@ def test_upstream_generates_outside_autocast(tiny, sft):
 
 @pytest.mark.slow
 def test_a_model_learns_to_stop(tiny_model_dir, tiny_data_dir, tmp_path):
-    """Of completions that nearly all ran to the limit, none does after 60 steps."""
+    """At first nearly all completions run to the limit. After 60 steps none does."""
     lively = shutil.copytree(tiny_model_dir, tmp_path / "lively")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     with torch.no_grad():
