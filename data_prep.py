@@ -21,7 +21,8 @@ from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation.stats import train_test_overlap
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
-from posttrain.runs.manifest import git_state, read_manifest
+from posttrain.runs.data_sets import read_data_manifest
+from posttrain.runs.manifest import git_state
 from posttrain.tasks.examples import check_rows, few_shot_rows, refuse_too_many, special_tokens, to_example, without_repeats
 from posttrain.tasks.gsm8k import gives_away_its_test_set
 from posttrain.tasks.rows import SPLITS
@@ -117,7 +118,7 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
     """Whether the folder holds, undamaged, what these settings and this source give."""
     if not (folder / "manifest.json").is_file():
         return False
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     same = (manifest["config_sha256"], manifest["source_sha256"], manifest["grader"]) == (
         config_sha256(config),
         source.sha256,
@@ -132,7 +133,7 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
 
 def refuse_foreign(folder: Path) -> None:
     """Refuse a folder that data_prep.py did not write: it may hold the only copy of something, say of the source."""
-    ours = (folder / "manifest.json").is_file() and read_manifest(folder).get("stage") == "data"
+    ours = (folder / "manifest.json").is_file() and read_data_manifest(folder).get("stage") == "data"
     if folder.exists() and any(folder.iterdir()) and not ours:
         raise UserError(f"{folder} is not empty and holds no data set of data_prep.py: choose another output_dir")
 

@@ -14,6 +14,7 @@ bytes as without the interruption: batches are fixed by the questions, and every
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,20 @@ from posttrain.evaluation import stats
 from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.evaluation.predictions import Parts, judge, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
+from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import data_entry, parent_of, read_manifest
+from posttrain.runs.manifest import parent_of, read_manifest
 from posttrain.runs.process import num_processes, use_one_gpu
 from posttrain.tasks import gsm8k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What of the manifest stands in results.json: what was measured and with what, nothing of how the run went.
+PROVENANCE = (
+    "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty",
+    "versions", "hardware",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -79,8 +87,8 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     sha256 = adapters.adapter_sha256(folder)
     parent, chain = parent_of(folder, sha256)
     refuse_contaminated(chain, data)
-    begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else {}
-    if begun.get("adapter_sha256") not in (None, sha256):
+    begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else None
+    if begun and begun.adapter_sha256 not in (None, sha256):
         raise UserError(f"{folder} has changed since {config.run_dir} was begun with it: choose another run_dir")
     return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
 
@@ -133,7 +141,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     size = batch_size(config, prompts, policy, run)
     share = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
     todo = sum(len(batch) for _, batch in share)
-    with tqdm(total=todo, unit="question", desc=run.manifest.get("name"), disable=None) as bar:
+    with tqdm(total=todo, unit="question", desc=run.manifest.name, disable=None) as bar:
         for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
             parts.append(
                 judge(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
@@ -150,7 +158,7 @@ def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: R
     size = config.generation.batch_size
     if size == "auto":
         longest = max(map(len, prompts)) + config.generation.max_new_tokens
-        size = run.manifest.get("batch_size") or auto_batch_size(policy, longest, config.generation.samples, num_processes())
+        size = run.manifest.batch_size or auto_batch_size(policy, longest, config.generation.samples, num_processes())
     run.record(batch_size=size)
     return size
 
@@ -161,24 +169,18 @@ def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: R
 def write_results(folder: Path, predictions: list[Prediction]) -> None:
     """results.json and lm-eval's files, made of questions, predictions and manifest alone; the numbers on the console.
 
-    Nothing in results.json depends on how often the run was interrupted: its times and commands stay in the manifest.
+    Nothing in results.json depends on how often the run was interrupted: the manifest alone has the run's times and command.
     """
     manifest = read_manifest(folder)
     questions = list(read_rows(folder / "questions.jsonl"))
-    data = manifest["data"]
-    results = stats.summarize(questions, predictions, dataset=data["name"], limit=manifest["limit"], dataset_size=data["size"])
-    results["provenance"] = {key: manifest.get(key) for key in PROVENANCE}
+    data = manifest.data
+    results = stats.summarize(questions, predictions, dataset=data["name"], limit=manifest.limit, dataset_size=data["size"])
+    results["provenance"] = {key: getattr(manifest, key) for key in PROVENANCE}
     results["prompts_sha256"] = sha256_text("".join(question["prompt_sha256"] for question in questions))
-    seconds = {"seconds": manifest.get("generated_seconds", manifest["seconds"])}
-    write_lm_eval_files(folder / "lm_eval", questions, predictions, results, manifest | seconds, data.get("num_shots", 0))
+    told = dataclasses.replace(manifest, seconds=manifest.generated_seconds or manifest.seconds)
+    write_lm_eval_files(folder / "lm_eval", questions, predictions, results, told, data.get("num_shots", 0))
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    print(headline(manifest["name"], results))
-
-
-PROVENANCE = (
-    "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty",
-    "versions", "hardware",
-)  # fmt: skip
+    print(headline(manifest.name, results))
 
 
 def headline(name: str, results: dict[str, Any]) -> str:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import SftConfig
 from posttrain.errors import exit_on_user_error
+from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import data_entry, parent_of
+from posttrain.runs.manifest import parent_of
 from posttrain.runs.process import use_one_gpu
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def main() -> None:
 
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
+    from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
     from posttrain.training.examples import load_examples
 
@@ -56,8 +58,9 @@ def main() -> None:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
         trainer = make_trainer(config, run, model, tokenizer, train, dev)
+        run.record(global_batch=global_batch(trainer.args))
         trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
-        save_adapter(trainer, run, tokenizer, run.manifest["start_sha256"])
+        save_adapter(trainer, run, tokenizer, run.manifest.start_sha256)
     push_if_asked(config, run)
 
 

@@ -40,16 +40,16 @@ def main() -> None:
 def lm_eval_command(program: str, run_dir: Path, out: Path, batch_size: str) -> list[str]:
     """lm-eval's command. It runs in `out`, which holds its task and hides our evaluate.py from the library `evaluate`."""
     manifest = read_manifest(run_dir)
-    model = manifest["model"]
+    model = manifest.model
     tasks = (out / "task").resolve()
     tasks.mkdir(parents=True)
     (out / "posttrain_questions.jsonl").write_bytes((run_dir / "questions.jsonl").read_bytes())
     task = (ROOT / "bench" / "lm_eval" / "posttrain_gsm8k.yaml").read_text(encoding="utf-8")
-    limit = f"max_gen_toks: {manifest['generation']['max_new_tokens']}"
+    limit = f"max_gen_toks: {manifest.generation['max_new_tokens']}"
     (tasks / "posttrain_gsm8k.yaml").write_text(task.replace("max_gen_toks: 160", limit), encoding="utf-8")
     arguments = f"pretrained={Path(model['name_or_path']).resolve()},dtype={model['dtype']},add_bos_token=False"
     task_arguments = ["--include_path", str(tasks), "--tasks", "posttrain_gsm8k", "--log_samples", "--output_path", "out"]
-    device = "cuda" if manifest["hardware"]["gpu"] else "cpu"
+    device = "cuda" if manifest.hardware["gpu"] else "cpu"
     return [program, "--model", "hf", "--model_args", arguments, "--batch_size", batch_size, "--device", device, *task_arguments]
 
 

@@ -115,6 +115,12 @@ def tree(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None for path in Path(folder).rglob("*")}
 
 
+def retell(folder, **changes):
+    """Change what a manifest.json says."""
+    file = Path(folder, "manifest.json")
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
 def workplace(folder, model, *, data=None):
     """A folder as a user has it: models/tiny, and data/tiny if it is prepared already."""
     for name, source in (("models", model), ("data", data)):

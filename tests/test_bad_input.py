@@ -316,4 +316,4 @@ def test_an_engine_that_is_not_installed_is_told(place, script, key, no_cuda):
 def test_a_paged_optimizer_is_no_mistake(pipeline, no_cuda):
     """Another one takes its place, and the manifest says so."""
     manifest = read_manifest(pipeline / "runs" / "sft_tiny")
-    assert manifest["exit"] == "ok" and "paged_adamw_32bit" in manifest["notes"][0]
+    assert manifest.exit == "ok" and "paged_adamw_32bit" in manifest.notes[0]

@@ -431,8 +431,8 @@ def test_without_a_checkpoint_a_resumed_run_begins_again(tiny):
 def test_a_paged_optimizer_gives_way_without_cuda_and_the_run_says_so(tiny):
     with tiny.sft({"optim": "paged_adamw_32bit"}) as trainer:
         assert trainer.args.optim == "adamw_torch"
-        assert any("paged_adamw_32bit" in note and "adamw_torch" in note for note in trainer.run.manifest["notes"])
-        assert json.loads((trainer.run.folder / "manifest.json").read_text())["notes"] == trainer.run.manifest["notes"]
+        assert any("paged_adamw_32bit" in note and "adamw_torch" in note for note in trainer.run.manifest.notes)
+        assert json.loads((trainer.run.folder / "manifest.json").read_text())["notes"] == trainer.run.manifest.notes
 
 
 @pytest.mark.parametrize(

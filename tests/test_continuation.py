@@ -46,19 +46,19 @@ def test_training_that_changes_nothing_is_a_failed_run(tiny, sft):
         with pytest.raises(
             UserError, match=r"left every adapter weight as it was: .* check trainer.learning_rate, trainer.warmup"
         ):
-            save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest["start_sha256"])
+            save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest.start_sha256)
 
 
 def test_a_finished_run_has_another_hash_and_names_its_parent(tiny, any_sft):
     with pay_tiny(tiny, any_sft, {"beta": 0.04}) as trainer:
         trainer.train()
-        save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest["start_sha256"])
+        save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest.start_sha256)
         manifest = trainer.run.manifest
     folder = trainer.run.folder / "adapter"
-    assert manifest["adapter_sha256"] == adapter_sha256(folder) == live_adapter_sha256(trainer.model)
-    assert manifest["adapter_sha256"] != manifest["start_sha256"] == manifest["parent"]["adapter_sha256"]
+    assert manifest.adapter_sha256 == adapter_sha256(folder) == live_adapter_sha256(trainer.model)
+    assert manifest.adapter_sha256 != manifest.start_sha256 == manifest.parent["adapter_sha256"]
     assert not (folder / "ref").exists()  # the reference is the parent, and the pushed folder holds one adapter
-    assert manifest["train_seconds"] > 0
+    assert manifest.train_seconds > 0
 
 
 @pytest.mark.parametrize("form", ["nf4", "none"])
@@ -70,7 +70,7 @@ def test_rescaled_grpo_starts_at_the_sft_policy(tiny, any_sft, form):
         assert torch.equal(own_logits(trainer), own_logits(plain)) or form == "none"
         trainer.train()
         assert trainer.state.log_history[0]["kl"] == 0.0
-        save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest["start_sha256"])
+        save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest.start_sha256)
     resaved = load_file(trainer.run.folder / "adapter/adapter_model.safetensors")
     name = next(name for name in resaved if "lora_B" in name)
     assert torch.allclose(resaved[name], 2 * in_file(any_sft)[name], atol=3e-3)
@@ -93,7 +93,7 @@ def test_merged_and_new_grpo_starts_at_the_sft_policy(tiny, any_sft):
         with plain.model.disable_adapter():
             effect = (own_logits(plain) - wanted).norm()
         assert (own_logits(trainer) - wanted).norm() < 0.02 * effect
-        assert trainer.run.manifest["model"]["name_or_path"] == str(trainer.run.folder / "merged_base")
+        assert trainer.run.manifest.model["name_or_path"] == str(trainer.run.folder / "merged_base")
         trainer.train()
         assert trainer.state.log_history[0]["kl"] == 0.0
         assert count_trainable(trainer.model) == 2 * 2 * (64 + 64 + 64 + 32)  # two layers of rank 2, q 64 -> 64, v 64 -> 32

@@ -14,7 +14,7 @@ from posttrain.evaluation import predictions
 from posttrain.evaluation.predictions import judge
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
-from posttrain.runs.manifest import read_manifest
+from posttrain.runs.data_sets import read_data_manifest
 from posttrain.tasks import examples
 from posttrain.training import dev
 from posttrain.training.rollouts import reward_functions
@@ -163,7 +163,7 @@ def test_test_rows_in_the_training_file_are_refused(pipeline, tmp_path, script):
     data = shutil.copytree(pipeline / "data" / "tiny", tmp_path / "data" / "tiny")
     rows = [*read_jsonl(data / "train.jsonl", Example), *read_jsonl(data / "test.jsonl", Example)]
     write_jsonl(data / "train.jsonl", rows)
-    manifest = read_manifest(data)
+    manifest = read_data_manifest(data)
     manifest["files"]["train.jsonl"] = sha256_file(data / "train.jsonl")
     (data / "manifest.json").write_text(json.dumps(manifest))
     adapter = [f"adapter={pipeline / 'runs' / 'sft_tiny'}"] if script == "grpo_train" else []

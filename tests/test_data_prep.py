@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 
+import made_runs
 import pytest
 from scripts import CONFIGS, run, tree
 
@@ -16,7 +17,7 @@ from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
 from posttrain.evaluation.predictions import judge
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
-from posttrain.runs.manifest import data_entry, read_manifest
+from posttrain.runs.data_sets import data_entry, read_data_manifest
 from posttrain.tasks.generated import SEED_RANGES
 from posttrain.tasks.rows import SPLITS, normalised
 
@@ -49,7 +50,7 @@ def prepare(tmp_path, tiny_model_dir):
             return [row for split in splits or SPLITS for row in read_jsonl(self.folder / f"{split}.jsonl", Example)]
 
         def manifest(self):
-            return read_manifest(self.folder)
+            return read_data_manifest(self.folder)
 
     return Prepare()
 
@@ -182,7 +183,8 @@ def sampled(tmp_path, tiny_data_dir):
         for sample, text in enumerate(four)
     ]
     write_jsonl(folder / "predictions.jsonl", judged)
-    (folder / "manifest.json").write_text(json.dumps({"data": {"source": {"kind": "gsm_symbolic"}, "path": str(tiny_data_dir)}}))
+    data = {"source": {"kind": "gsm_symbolic"}, "path": str(tiny_data_dir)}
+    (folder / "manifest.json").write_text(json.dumps(made_runs.manifest("eval", "sampled", [], data=data)))
     return folder, asked
 
 

@@ -11,7 +11,7 @@ import time
 from datetime import datetime
 
 import pytest
-from scripts import CONFIGS, ROOT, run, start, tree, workplace
+from scripts import CONFIGS, ROOT, retell, run, start, tree, workplace
 
 import rewards
 from posttrain.evaluation import stats
@@ -69,9 +69,9 @@ def test_killed_ten_times_at_random_the_results_are_the_same_bytes(place, settin
             process.kill()
             process.join()
             kills.append(any(folder.glob("predictions.part*.jsonl")))
-            started |= {read_manifest(folder)["started"]} if (folder / "manifest.json").is_file() else set()
+            started |= {read_manifest(folder).started} if (folder / "manifest.json").is_file() else set()
         assert process.exitcode == 0 and contents(folder) == expected
-        assert read_manifest(folder)["exit"] == "ok" and started <= {read_manifest(folder)["started"]}
+        assert read_manifest(folder).exit == "ok" and started <= {read_manifest(folder).started}
         assert not list(folder.glob("*.partial")) and not list(folder.glob("predictions.part*"))
         assert [len(list(folder.glob(f"lm_eval/**/{kind}_*"))) for kind in ("results", "samples")] == [1, 1]
         if len(kills) >= 10:
@@ -98,7 +98,7 @@ def test_a_torn_line_is_generated_again(place):
         (folder / "results.json").unlink()
         (folder / "predictions.jsonl").unlink()
         (folder / "predictions.part0.jsonl").write_bytes(rows[:cut])
-        (folder / "manifest.json").write_text(json.dumps(read_manifest(folder) | {"exit": "running"}))
+        retell(folder, exit="running")
         evaluate(place, folder, *SAMPLED)
         assert contents(folder) == expected
 
@@ -119,7 +119,7 @@ def test_two_processes_go_on_where_one_was_killed(place):
     rows = (folder / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "predictions.jsonl").unlink()
     (folder / "predictions.part0.jsonl").write_bytes(b"".join(random.Random(0).sample(rows, 25)))
-    (folder / "manifest.json").write_text(json.dumps(read_manifest(folder) | {"exit": "running"}))
+    retell(folder, exit="running")
     late = begin(place, folder, GREEDY, RANK="1", WORLD_SIZE="2")
     time.sleep(0.3)
     first = begin(place, folder, GREEDY, RANK="0", WORLD_SIZE="2")
@@ -200,20 +200,20 @@ def test_provenance_names_what_was_measured(pipeline, tiny_model_dir):
     origin = results["provenance"]
     assert origin["model"]["name_or_path"] == "models/tiny" and origin["model"]["quantization"] == "nf4"
     assert origin["model"]["dtype"] == "bfloat16" and len(origin["model"]["fingerprint"]) == 16
-    assert origin["adapter_sha256"] == read_manifest(pipeline / "runs" / "grpo_tiny")["adapter_sha256"]
+    assert origin["adapter_sha256"] == read_manifest(pipeline / "runs" / "grpo_tiny").adapter_sha256
     assert [link["stage"] for link in origin["chain"]] == ["sft", "grpo"]
     assert origin["data"]["sha256"] == sha256_file(pipeline / "data" / "tiny" / "test.jsonl")
     assert origin["generation"] | {"max_new_tokens": 24, "temperature": 0.0, "samples": 1} == origin["generation"]
     assert {"seed", "engine", "batch_size", "commit", "dirty", "versions", "hardware"} <= origin.keys()
     assert not {"started", "finished", "seconds", "command", "name"} & origin.keys()  # they tell of the run: in the manifest
-    assert manifest["command"].startswith("python") and "eval_tiny.yaml" in manifest["command"] and manifest["seconds"] > 0
+    assert manifest.command.startswith("python") and "eval_tiny.yaml" in manifest.command and manifest.seconds > 0
 
 
 def test_lm_evals_files_stand_beside_ours(pipeline):
     folder = pipeline / "runs" / "eval_tiny_sft_tiny"
     manifest, rows = read_manifest(folder), judged(folder)
-    date = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%dT%H-%M-%S.000000")
-    place = folder / "lm_eval" / manifest["name"]
+    date = datetime.fromisoformat(manifest.started).strftime("%Y-%m-%dT%H-%M-%S.000000")
+    place = folder / "lm_eval" / manifest.name
     assert {path.name for path in place.iterdir()} == {f"results_{date}.json", f"samples_tiny_{date}.jsonl"}
     results = json.loads((place / f"results_{date}.json").read_text())
     assert results["results"]["tiny"]["exact_match,flexible-extract"] == results_of(folder)["accuracy"]["lenient"]["value"]
@@ -308,13 +308,9 @@ def test_a_run_its_adapter_and_its_copy_elsewhere_are_one_policy(trained):
     assert one == two == three != judged(trained / "runs" / "eval_tiny_base")
 
 
-def retell(folder, **changes):
-    (folder / "manifest.json").write_text(json.dumps(read_manifest(folder) | changes))
-
-
 def test_training_on_gsm_symbolic_forbids_a_score_on_gsm8k(trained):
-    symbolic = read_manifest(trained / "runs" / "sft_tiny")["data"] | {"source": {"kind": "gsm_symbolic"}}
-    link = read_manifest(trained / "runs" / "grpo_tiny")["chain"][0]
+    symbolic = read_manifest(trained / "runs" / "sft_tiny").data | {"source": {"kind": "gsm_symbolic"}}
+    link = read_manifest(trained / "runs" / "grpo_tiny").chain[0]
     retell(trained / "runs" / "grpo_tiny", chain=[link | {"data": symbolic}])  # two stages back
     before = tree(trained)
     asked = ("run_dir=runs/no", "adapter=runs/grpo_tiny", "generation.max_new_tokens=4")

@@ -34,7 +34,7 @@ def logged(folder, key):
 
 @pytest.mark.gpu
 def test_sft_has_the_losses_of_the_plain_layers(runs):
-    kernels = [read_manifest(runs / name)["model"]["kernels"] for name in ("sft_tiny", "plain")]
+    kernels = [read_manifest(runs / name).model["kernels"] for name in ("sft_tiny", "plain")]
     assert kernels == ["liger", "torch"]
     ours, plain = (logged(runs / name, "loss") for name in ("sft_tiny", "plain"))
     assert len(ours) == 6 and ours[-1] < ours[0]
@@ -44,7 +44,7 @@ def test_sft_has_the_losses_of_the_plain_layers(runs):
 @pytest.mark.gpu
 def test_the_sampler_and_the_trainer_of_grpo_agree(runs):
     folder = runs / "grpo_tiny"
-    assert read_manifest(folder)["model"]["kernels"] == "liger"
+    assert read_manifest(folder).model["kernels"] == "liger"
     assert all(0 < difference < 0.05 for difference in logged(folder, "rollout/logp_difference"))
     assert abs(logged(folder, "kl")[0]) < 1e-6  # the reference is the policy, by the same kernels
     assert len(list(read_rows(runs / "eval_tiny_grpo_tiny" / "predictions.jsonl"))) == 20

@@ -21,8 +21,9 @@ from posttrain.config.schema import Model, SftConfig, TrainData
 from posttrain.hub import card
 from posttrain.hub.push import weights_sha256
 from posttrain.records import sha256_file
+from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import open_run
-from posttrain.runs.manifest import data_entry, parent_of
+from posttrain.runs.manifest import parent_of
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary42"
 REPO = "me/llama-gsm8k"

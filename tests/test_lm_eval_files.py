@@ -9,6 +9,7 @@ import pytest
 
 from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.records import Prediction, read_jsonl, read_rows, sha256_text
+from posttrain.runs.manifest import read_manifest
 
 # lm-eval 0.4.13, lm_eval/result_schema.py: EvalResults (what a chat run of one task writes) and SampleResult
 RESULT_KEYS = {
@@ -37,8 +38,8 @@ def written(root, num_samples=1, limit=None, run=3):
         [*read_rows(folder / "questions.jsonl")],
         read_jsonl(folder / "predictions.jsonl", Prediction),
     )
-    results, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "manifest"))
-    paths = write_lm_eval_files(root / "lm_eval", questions, predictions, results, manifest)
+    results = json.loads((folder / "results.json").read_text())
+    paths = write_lm_eval_files(root / "lm_eval", questions, predictions, results, read_manifest(folder))
     return questions, predictions, results, *paths
 
 

@@ -37,7 +37,7 @@ def test_sft_starts_from_the_adapter_it_was_given_bit_for_bit(tiny, load, tokeni
 def test_grpo_starts_from_the_sft_adapter_bit_for_bit(tiny, any_sft, form, beta):
     with tiny.grpo(any_sft, {"beta": beta}, quantization=form) as trainer:
         assert dtypes(trainer.model) == {torch.float32}
-        assert live_adapter_sha256(trainer.model) == adapter_sha256(any_sft / "adapter") == trainer.run.manifest["start_sha256"]
+        assert live_adapter_sha256(trainer.model) == adapter_sha256(any_sft / "adapter") == trainer.run.manifest.start_sha256
         assert count_trainable(trainer.model) == sum(tensor.numel() for tensor in in_file(any_sft).values()) > 0
 
 

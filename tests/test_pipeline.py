@@ -1,13 +1,12 @@
 """data -> SFT -> GRPO -> evaluation -> report -> card, by the scripts themselves, on a model of two layers."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import CONFIGS, EVALUATIONS, ROOT, launched, run, tiny_pipeline, tree
+from scripts import CONFIGS, EVALUATIONS, ROOT, launched, retell, run, tiny_pipeline, tree
 
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
@@ -31,15 +30,15 @@ def test_every_stage_finishes_and_says_where_its_result_is(pipeline, tiny_model_
     assert "train 32 dev 4 test 8; 0 rejected" in said["data"].out and "wrote data/tiny" in said["data"].out
     for stage in ("sft", "grpo"):
         manifest = read_manifest(pipeline / "runs" / f"{stage}_tiny")
-        assert manifest["exit"] == "ok" and manifest["adapter_sha256"][:12] in said[stage].out
+        assert manifest.exit == "ok" and manifest.adapter_sha256[:12] in said[stage].out
     for name in EVALUATIONS:
         assert f"eval_tiny_{name}: " in said[name].out and " of 8 on tiny" in said[name].out
 
 
 def test_three_adapters_are_three(pipeline):
     sft, grpo = (read_manifest(pipeline / "runs" / name) for name in ("sft_tiny", "grpo_tiny"))
-    assert grpo["start_sha256"] == sft["adapter_sha256"] == grpo["parent"]["adapter_sha256"]  # GRPO goes on where SFT ended
-    assert len({sft["start_sha256"], sft["adapter_sha256"], grpo["adapter_sha256"]}) == 3
+    assert grpo.start_sha256 == sft.adapter_sha256 == grpo.parent["adapter_sha256"]  # GRPO goes on where SFT ended
+    assert len({sft.start_sha256, sft.adapter_sha256, grpo.adapter_sha256}) == 3
     texts = [(pipeline / "runs" / f"eval_tiny_{name}" / "predictions.jsonl").read_text() for name in EVALUATIONS]
     assert texts[0] != texts[1]
 
@@ -106,7 +105,7 @@ def interrupt(folder, step):
             shutil.rmtree(checkpoint)
     (folder / "checkpoints" / f"checkpoint-{step + 1}").mkdir()  # killed while it was written
     shutil.rmtree(folder / "adapter")
-    (folder / "manifest.json").write_text(json.dumps(whole | {"exit": "running", "adapter_sha256": None}))
+    retell(folder, exit="running", adapter_sha256=None)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # and while this was
     return whole
@@ -125,8 +124,8 @@ def test_a_resumed_run_ends_where_it_would_have(place, pipeline, name, script, s
     done = run(script, "--config", config, *more, "--resume", cwd=place)
     assert done.code == 0 and f"resuming from runs/{name}/checkpoints/checkpoint-{step}\n" in done.out, done
     resumed = read_manifest(folder)
-    assert (resumed["exit"], resumed["steps"], resumed["started"]) == ("ok", whole["steps"], whole["started"])
-    assert resumed["adapter_sha256"] == whole["adapter_sha256"]  # bit for bit
+    assert (resumed.exit, resumed.steps, resumed.started) == ("ok", whole.steps, whole.started)
+    assert resumed.adapter_sha256 == whole.adapter_sha256  # bit for bit
     logged = {row["step"]: row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row}  # the last row counts
     before = {row["step"]: row["loss"] for row in read_rows(pipeline / "runs" / name / "metrics.jsonl") if "loss" in row}
     assert logged == before
@@ -152,9 +151,9 @@ def test_every_stage_runs_with_two_processes(place, monkeypatch):
     said = launch("sft_train.py", "--config", CONFIGS / "sft_tiny.yaml", *more, *half)
     assert said.count("trainable parameters") == 1
     sft, one = read_manifest(place / "runs" / "sft2"), read_manifest(place / "runs" / "sft_tiny")
-    assert (
-        sft["exit"] == "ok" and sft["steps"] == 30 and sft["adapter_sha256"] not in (sft["start_sha256"], one["adapter_sha256"])
-    )
+    assert sft.exit == "ok" and sft.steps == 30 and sft.adapter_sha256 not in (sft.start_sha256, one.adapter_sha256)
+    assert (sft.num_processes, sft.launcher, one.num_processes) == (2, "torchrun", 1)
+    assert sft.global_batch == one.global_batch
     losses, alone = metrics(place / "runs" / "sft2", "loss"), metrics(place / "runs" / "sft_tiny", "loss")
     assert losses[0] == pytest.approx(alone[0], rel=0.02) and len(losses) == len(alone)  # the same rows in a step, halved
     assert tokens("sft2") == tokens("sft_tiny")
@@ -163,7 +162,7 @@ def test_every_stage_runs_with_two_processes(place, monkeypatch):
     said = launch("grpo_train.py", "--config", CONFIGS / "grpo_tiny.yaml", *more, *half)
     assert said.count("trainable parameters") == 1
     grpo = read_manifest(place / "runs" / "grpo2")
-    assert grpo["exit"] == "ok" and grpo["parent"]["adapter_sha256"] == sft["adapter_sha256"] != grpo["adapter_sha256"]
+    assert grpo.exit == "ok" and grpo.parent["adapter_sha256"] == sft.adapter_sha256 != grpo.adapter_sha256
     assert metrics(place / "runs" / "grpo2", "kl")[0] == 0.0
     samples = [row["step"] for row in read_rows(place / "runs" / "grpo2" / "samples.jsonl")]
     assert samples.count(1) == 16  # completions of both processes
@@ -192,4 +191,4 @@ def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     whole = interrupt(place / "runs" / "fsdp", 3)
     said = launched(*sharded, "--resume", cwd=place)
     assert [line for line in said.splitlines() if "resuming" in line] == ["resuming from runs/fsdp/checkpoints/checkpoint-3"]
-    assert read_manifest(place / "runs" / "fsdp")["adapter_sha256"] == whole["adapter_sha256"]
+    assert read_manifest(place / "runs" / "fsdp").adapter_sha256 == whole.adapter_sha256

@@ -102,7 +102,7 @@ def test_another_base_model_is_not_held_against_this_one(runs):
 
 def test_a_first_adapter_is_held_against_the_bare_model_of_its_quantization(runs):
     shutil.copytree(runs / "eval_base", runs / "eval_unpacked")
-    model = read_manifest(runs / "eval_base")["model"] | {"quantization": "none"}
+    model = read_manifest(runs / "eval_base").model | {"quantization": "none"}
     edit(runs / "eval_unpacked" / "manifest.json", name="unpacked", model=model)
     group = load(evals(runs, "base", "unpacked", "sft", "sft-long"))[0][0]
     assert [run.label for run in group.runs] == ["base", "unpacked", "sft", "sft-long"]

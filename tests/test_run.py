@@ -1,22 +1,25 @@
 """A run directory tells the truth: whose it is, what it holds, how it ended; and nobody writes over it."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 
 import pytest
-from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
+from scripts import CONFIGS, ROOT, retell, run, start, tiny_pipeline, tree, workplace
 from torch import distributed
 
 from posttrain.config.load import load
 from posttrain.config.schema import EvalConfig, SftConfig
 from posttrain.errors import AlreadyDone, UserError, exit_on_user_error
 from posttrain.evaluation.stats import wilson
+from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import _wait_for_main, check_machine, check_reusable, open_run
-from posttrain.runs.manifest import data_entry, parent_of, read_manifest
+from posttrain.runs.manifest import lineage, parent_of, read_manifest
 from posttrain.runs.process import use_one_gpu
 from posttrain.training import arguments
 
@@ -48,16 +51,74 @@ def finished(folder):
 def test_the_manifest_is_there_from_the_first_moment(folder):
     config = sft(folder, "seed=7")
     with open_run(config, "sft", str(folder), resume=False) as run:
-        during = read_manifest(folder)
+        during = json.loads((folder / "manifest.json").read_text())
         assert during.keys() >= CONTRACT and (during["exit"], during["finished"]) == ("running", None)
         run.record(model={"name_or_path": "x"})
-        assert read_manifest(folder)["model"] == {"name_or_path": "x"}
+        assert read_manifest(folder).model == {"name_or_path": "x"}
         run.append("metrics.jsonl", {"step": 1})
     after = read_manifest(folder)
-    assert (after["exit"], after["stage"], after["name"], after["seed"]) == ("ok", "sft", "one", 7)
-    assert after["finished"] >= after["started"] and after["versions"]["torch"] and after["hardware"]["num_cpus"] >= 1
+    assert (after.exit, after.stage, after.name, after.seed) == ("ok", "sft", "one", 7)
+    assert after.finished >= after.started and after.versions["torch"] and after.hardware["num_cpus"] >= 1
     assert load(folder / "config.yaml", [], SftConfig) == config
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+PUBLISHED = sorted((ROOT / "results").glob("**/manifest.json"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=[file.parent.name for file in PUBLISHED])
+def test_a_published_manifest_is_read_and_written_as_it_was(file):
+    """They lack fields that came later, and keep the order of theirs."""
+    assert json.dumps(read_manifest(file.parent).as_json()) == json.dumps(json.loads(file.read_text(encoding="utf-8")))
+
+
+def test_a_resumed_run_keeps_what_another_version_wrote(folder):
+    with pytest.raises(RuntimeError), open_run(sft(folder), "sft", str(folder), resume=False) as run:
+        run.record(steps=3)
+        raise RuntimeError
+    retell(folder, of_tomorrow={"x": 1})
+    with open_run(sft(folder), "sft", str(folder), resume=False):
+        pass
+    after = json.loads((folder / "manifest.json").read_text())
+    assert after["of_tomorrow"] == {"x": 1} and (after["steps"], after["exit"]) == (3, "ok")
+
+
+def test_a_run_records_only_what_a_manifest_has(folder):
+    with pytest.raises(TypeError, match="adapter_sha265"), open_run(sft(folder), "sft", str(folder), resume=False) as run:
+        run.record(adapter_sha265="a" * 64)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.manifest.exit = "ok"
+
+
+def test_what_was_not_recorded_is_not_in_the_file(folder):
+    """But for what every run has, and for an evaluation's limit, of which None says: all questions."""
+    with open_run(sft(folder), "sft", str(folder), resume=False) as run:
+        assert json.loads((folder / "manifest.json").read_text()).keys() == CONTRACT | {"num_processes", "launcher"}
+        run.record(limit=None, steps=0)
+        assert json.loads((folder / "manifest.json").read_text()).items() >= {"limit": None, "steps": 0}.items()
+
+
+def test_the_manifest_of_a_data_set_is_not_that_of_a_run(tiny_data_dir):
+    with pytest.raises(UserError, match=r"manifest\.json is not that of a run, it has no parent: give the run_dir"):
+        read_manifest(tiny_data_dir)
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, (1, "python")),
+        ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, (2, "torchrun")),
+        ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}, (2, "accelerate launch")),
+    ],
+)
+def test_the_manifest_says_how_many_processes_there_were_and_who_started_them(folder, monkeypatch, environment, told):
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_FULLGRAPH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with open_run(sft(folder), "sft", str(folder), resume=False):
+        pass
+    assert (read_manifest(folder).num_processes, read_manifest(folder).launcher) == told
 
 
 @pytest.mark.parametrize(
@@ -71,31 +132,31 @@ def test_the_manifest_is_there_from_the_first_moment(folder):
 def test_a_failure_is_written_down_and_goes_on_up(folder, error, told):
     with pytest.raises(type(error)), open_run(sft(folder), "sft", str(folder), resume=False):
         raise error
-    assert read_manifest(folder)["exit"] == told and read_manifest(folder)["finished"]
+    assert read_manifest(folder).exit == told and read_manifest(folder).finished
     with open_run(sft(folder), "sft", str(folder), resume=False):  # no checkpoint: it simply begins again
         pass
-    assert read_manifest(folder)["exit"] == "ok"
+    assert read_manifest(folder).exit == "ok"
 
 
 def test_the_first_start_and_the_time_of_every_attempt_count(folder):
     with pytest.raises(RuntimeError), open_run(sft(folder), "sft", str(folder), resume=False) as run:
-        first = read_manifest(folder)["started"]
+        first = read_manifest(folder).started
         run.record(seconds=0)
         time.sleep(1.1)  # more than the resolution of `started`
         raise RuntimeError
-    spent = read_manifest(folder)["seconds"]
+    spent = read_manifest(folder).seconds
     assert spent >= 1
     with open_run(sft(folder), "sft", str(folder), resume=True):
         time.sleep(0.2)
     after = read_manifest(folder)
-    assert after["started"] == first and after["seconds"] >= spent + 0.1
+    assert after.started == first and after.seconds >= spent + 0.1
 
 
 def test_a_note_is_said_and_kept_once(folder, capsys):
     with open_run(sft(folder), "sft", str(folder), resume=False) as run:
         for _ in range(2):
             run.note("trainer.optim x is y here")
-    assert read_manifest(folder)["notes"] == ["trainer.optim x is y here"]
+    assert read_manifest(folder).notes == ["trainer.optim x is y here"]
     assert "note: trainer.optim x is y here" in capsys.readouterr().err
 
 
@@ -109,7 +170,7 @@ def test_only_the_main_process_writes(folder, monkeypatch):
                 run.record(model="x")
                 run.note("said by the other one")
                 run.append("metrics.jsonl", {})
-                assert run.manifest["config_sha256"]  # what names the tracker's run
+                assert run.manifest.config_sha256  # what names the tracker's run
         assert tree(folder) == before
 
 
@@ -186,16 +247,15 @@ def test_killed_as_it_opened_it_opens_again(folder, left):
         (folder / name).write_text("")
     with open_run(sft(folder), "sft", str(folder), resume=False):
         pass
-    assert read_manifest(folder)["exit"] == "ok"
+    assert read_manifest(folder).exit == "ok"
 
 
 def test_data_that_has_changed_is_other_data(finished, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_text("{}\n")
-    manifest = read_manifest(finished)
     entry = {"path": str(data), "split": "train", "sha256": "0" * 64}
-    (finished / "manifest.json").write_text(json.dumps(manifest | {"data": entry}))
+    retell(finished, data=entry)
     with pytest.raises(UserError, match=r"over another .*train\.jsonl, which has changed since"):
         check_reusable(sft(finished), finished, resume=True)
 
@@ -207,7 +267,7 @@ def test_an_adapter_that_was_trained_again_is_another_adapter(finished, tmp_path
         run.record(parent=parent)
     with pytest.raises(AlreadyDone):
         check_reusable(sft(child), child, resume=False)
-    (finished / "manifest.json").write_text(json.dumps(read_manifest(finished) | {"adapter_sha256": "b" * 64}))
+    retell(finished, adapter_sha256="b" * 64)
     with pytest.raises(UserError, match="over another .*adapter, which has changed since"):
         check_reusable(sft(child), child, resume=False)
 
@@ -232,7 +292,7 @@ def test_a_second_process_is_turned_away_and_the_first_goes_on(place, capfd):
         assert second.exitcode == 2
         assert tree(place) == before
         first.record(model="still mine")
-    assert read_manifest(config.run_dir)["exit"] == "ok" and read_manifest(config.run_dir)["model"] == "still mine"
+    assert read_manifest(config.run_dir).exit == "ok" and read_manifest(config.run_dir).model == "still mine"
 
 
 def test_a_run_that_ends_between_the_look_and_the_lock_is_not_begun_again(folder, monkeypatch):
@@ -244,7 +304,7 @@ def test_a_run_that_ends_between_the_look_and_the_lock_is_not_begun_again(folder
     monkeypatch.setattr("posttrain.runs.directory.check_machine", meanwhile)  # called after the directory was looked at
     with pytest.raises(AlreadyDone), open_run(sft(folder), "sft", str(folder), resume=False):
         pass
-    assert read_manifest(folder)["exit"] == "ok"
+    assert read_manifest(folder).exit == "ok"
 
 
 def test_the_lock_dies_with_its_process(folder):
@@ -259,10 +319,10 @@ def test_the_lock_dies_with_its_process(folder):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert read_manifest(folder)["exit"] == "running"
+    assert read_manifest(folder).exit == "running"
     with open_run(sft(folder), "sft", str(folder), resume=False):
         pass
-    assert read_manifest(folder)["exit"] == "ok"
+    assert read_manifest(folder).exit == "ok"
 
 
 # --- where it comes from ----------------------------------------------------------------------------------------------
@@ -275,20 +335,27 @@ def pipeline(tmp_path_factory, tiny_model_dir):
     return folder / "runs"
 
 
-def test_a_reader_can_print_the_chain_from_manifests_alone(pipeline):
-    link, printed = pipeline / "eval_tiny_grpo_tiny", []
-    while link:
-        manifest = read_manifest(link)
-        printed.insert(0, (manifest["stage"], manifest["adapter_sha256"]))
-        link = manifest["parent"] and pipeline.parent / manifest["parent"]["run_dir"]
-    hashes = [read_manifest(pipeline / name)["adapter_sha256"] for name in ("sft_tiny", "grpo_tiny")]
+def test_a_reader_can_print_the_chain_from_manifests_alone(pipeline, monkeypatch):
+    monkeypatch.chdir(pipeline.parent)  # where the scripts ran, and what the manifests' paths begin at
+    printed = [(manifest.stage, manifest.adapter_sha256) for _, manifest in lineage(pipeline / "eval_tiny_grpo_tiny")]
+    hashes = [read_manifest(pipeline / name).adapter_sha256 for name in ("sft_tiny", "grpo_tiny")]
     assert printed == [("sft", hashes[0]), ("grpo", hashes[1]), ("eval", hashes[1])]
-    chain = read_manifest(pipeline / "eval_tiny_grpo_tiny")["chain"]
+    chain = read_manifest(pipeline / "eval_tiny_grpo_tiny").chain
     assert [(row["stage"], row["name"], row["adapter_sha256"]) for row in chain] == [
         ("sft", "sft_tiny", hashes[0]),
         ("grpo", "grpo_tiny", hashes[1]),
     ]
-    assert read_manifest(pipeline / "eval_tiny_base")["chain"] == [] and read_manifest(pipeline / "sft_tiny")["parent"] is None
+    assert read_manifest(pipeline / "eval_tiny_base").chain == [] and read_manifest(pipeline / "sft_tiny").parent is None
+
+
+def test_runs_that_were_moved_together_still_know_each_other(pipeline, tmp_path):
+    moved = shutil.copytree(pipeline, tmp_path / "moved")
+    names = [folder.name for folder, _ in lineage(moved / "eval_tiny_grpo_tiny")]
+    assert names == ["sft_tiny", "grpo_tiny", "eval_tiny_grpo_tiny"]
+    retell(moved / "sft_tiny", adapter_sha256="f" * 64)  # trained again: GRPO did not come from this one
+    assert [folder.name for folder, _ in lineage(moved / "eval_tiny_grpo_tiny")] == names[1:]
+    shutil.rmtree(moved / "grpo_tiny")
+    assert [folder.name for folder, _ in lineage(moved / "eval_tiny_grpo_tiny")] == names[2:]
 
 
 def test_a_checkpoint_is_of_the_run_that_made_it(pipeline):
@@ -347,7 +414,7 @@ def test_every_script_that_loads_a_model_uses_one_gpu(monkeypatch, tmp_path, tin
 
 
 def test_a_paged_optimizer_is_replaced_and_noted(pipeline):
-    (note,) = read_manifest(pipeline / "sft_tiny")["notes"]
+    (note,) = read_manifest(pipeline / "sft_tiny").notes
     assert "paged_adamw_32bit" in note and "adamw_torch" in note
 
 
@@ -362,9 +429,9 @@ def test_wandb_without_a_key_goes_offline(folder, monkeypatch, tmp_path):
             assert arguments.tracking(config, run) == ["wandb"]
             run.save()
             raise RuntimeError
-        (note,) = read_manifest(folder)["notes"]
+        (note,) = read_manifest(folder).notes
         assert "logged offline" in note and os.environ["WANDB_MODE"] == "offline"
-        assert os.environ["WANDB_RUN_ID"] == read_manifest(folder)["wandb_run_id"]
+        assert os.environ["WANDB_RUN_ID"] == read_manifest(folder).wandb_run_id
         monkeypatch.delenv("WANDB_MODE")
 
 

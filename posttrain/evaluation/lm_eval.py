@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.evaluation.stats import Question, group_samples
 from posttrain.records import Prediction, sha256_text, write_atomic, write_jsonl
+from posttrain.runs.manifest import Manifest
 
 METRIC = "exact_match"
 FILTERS = {"strict-match": "strict", "flexible-extract": "lenient"}
@@ -28,7 +29,7 @@ def write_lm_eval_files(
     questions: Sequence[Question],
     predictions: Sequence[Prediction],
     results: Mapping[str, Any],
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     num_fewshot: int = 0,
 ) -> tuple[Path, Path]:
     """Write `<folder>/<model>/results_<date>.json` and `samples_<task>_<date>.jsonl`; returns both paths.
@@ -37,7 +38,7 @@ def write_lm_eval_files(
     """
     task = re.sub(r"\W", "_", results["dataset"]) or "questions"
     place = Path(folder, re.sub(r'["<>:/|\\?*\[\]]+', "__", _model_name(manifest)))
-    date = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%dT%H-%M-%S.%f")
+    date = datetime.fromisoformat(manifest.started).strftime("%Y-%m-%dT%H-%M-%S.%f")
     place.mkdir(parents=True, exist_ok=True)
     rows = list(sample_rows(questions, predictions, generation_kwargs(manifest)))
     hashes = sha256_text("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows))
@@ -48,8 +49,8 @@ def write_lm_eval_files(
     return files
 
 
-def generation_kwargs(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    generation = manifest["generation"]
+def generation_kwargs(manifest: Manifest) -> dict[str, Any]:
+    generation = manifest.generation
     sampled = {"temperature": generation["temperature"], "top_p": generation["top_p"]}
     greedy = not generation["temperature"]
     return {
@@ -112,10 +113,10 @@ def _filtered(prediction: Prediction, rule: str) -> str:
     return prediction.value
 
 
-def aggregated(task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int) -> dict[str, Any]:
+def aggregated(task: str, results: Mapping[str, Any], manifest: Manifest, num_fewshot: int) -> dict[str, Any]:
     """The results file without `task_hashes`."""
     size = results["dataset_size"] or results["n"]
-    started = datetime.fromisoformat(manifest["started"])
+    started = datetime.fromisoformat(manifest.started)
     name = _model_name(manifest)
     return {
         "results": {task: _task_metrics(task, results)},
@@ -126,16 +127,16 @@ def aggregated(task: str, results: Mapping[str, Any], manifest: Mapping[str, Any
         "higher_is_better": {task: {METRIC: True}},
         "n-samples": {task: {"original": size, "effective": results["n"]}},
         "config": _run_config(results, manifest),
-        "git_hash": manifest["commit"],
+        "git_hash": manifest.commit,
         "date": started.timestamp(),
-        "pretty_env_info": json.dumps({**manifest["hardware"], **manifest["versions"]}),
-        "transformers_version": manifest["versions"].get("transformers", "N/A"),
+        "pretty_env_info": json.dumps({**manifest.hardware, **manifest.versions}),
+        "transformers_version": manifest.versions.get("transformers", "N/A"),
         "lm_eval_version": None,
         "upper_git_hash": None,
-        "model_source": manifest["engine"],
+        "model_source": manifest.engine,
         "model_name": name,
         "model_name_sanitized": re.sub(r'["<>:/|\\?*\[\]]+', "__", name),
-        "total_evaluation_time_seconds": str(manifest["seconds"]),
+        "total_evaluation_time_seconds": str(manifest.seconds),
         "posttrain": {key: value for key, value in results.items() if key not in NOT_TOLD},
     }
 
@@ -149,34 +150,34 @@ def _task_metrics(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _task_config(task: str, results: Mapping[str, Any], manifest: Mapping[str, Any], num_fewshot: int) -> dict[str, Any]:
+def _task_config(task: str, results: Mapping[str, Any], manifest: Manifest, num_fewshot: int) -> dict[str, Any]:
     return {
         "task": task,
-        "dataset_path": manifest["data"]["path"],
-        "dataset_name": manifest["data"]["name"],
-        "test_split": manifest["data"]["split"],
+        "dataset_path": manifest.data["path"],
+        "dataset_name": manifest.data["name"],
+        "test_split": manifest.data["split"],
         "output_type": "generate_until",
         "generation_kwargs": generation_kwargs(manifest),
         "repeats": results["num_samples"],
         "num_fewshot": num_fewshot,
         "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [{"name": name} for name in FILTERS],
-        "metadata": {"grader": results["grader"], "data_sha256": manifest["data"]["sha256"]},
+        "metadata": {"grader": results["grader"], "data_sha256": manifest.data["sha256"]},
     }
 
 
-def _run_config(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    model, seed = manifest["model"], manifest["seed"]
-    adapter = {"peft": manifest["adapter_sha256"]} if manifest["adapter_sha256"] else {}
+def _run_config(results: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    model, seed = manifest.model, manifest.seed
+    adapter = {"peft": manifest.adapter_sha256} if manifest.adapter_sha256 else {}
     return {
-        "model": manifest["engine"],
+        "model": manifest.engine,
         "model_args": {"pretrained": model["name_or_path"], "dtype": model["dtype"], **adapter}
         | {"revision": model["revision"] or "main", "quantization": model["quantization"]},
         "model_dtype": model["dtype"],
         "model_revision": model["revision"] or "main",
-        "batch_size": manifest.get("batch_size"),
+        "batch_size": manifest.batch_size,
         "batch_sizes": [],
-        "device": manifest["hardware"]["gpu"] or "cpu",
+        "device": manifest.hardware["gpu"] or "cpu",
         "use_cache": None,
         "limit": results["limit"],
         "bootstrap_iters": results["intervals"]["bootstrap_resamples"],
@@ -185,6 +186,6 @@ def _run_config(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict
     }
 
 
-def _model_name(manifest: Mapping[str, Any]) -> str:
+def _model_name(manifest: Manifest) -> str:
     """lm-eval names a run after its adapter, else after its base."""
-    return str(manifest["name"] if manifest["adapter_sha256"] else manifest["model"]["name_or_path"])
+    return manifest.name if manifest.adapter_sha256 else str(manifest.model["name_or_path"])

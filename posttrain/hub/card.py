@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.records import read_rows
-from posttrain.runs.manifest import read_manifest
+from posttrain.runs.manifest import Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
 
 # By the name of the base. Qwen2.5-3B and -72B have licences of their own, so they are left out.
@@ -58,7 +58,7 @@ class Evaluation:
     """One evaluation run. `label` says what was evaluated: this adapter, an earlier one of its chain, or the base."""
 
     label: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     results: dict[str, Any]
     dataset_id: str | None  # on the Hub
     is_gsm8k: bool  # all of its test questions
@@ -74,7 +74,7 @@ class Release:
 
     repo_id: str
     run_dir: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     settings: dict[str, Any]  # config.yaml
     base: Base
     evaluations: tuple[Evaluation, ...]
@@ -112,7 +112,7 @@ def secrets() -> list[str]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_evaluation(folder: Path, run: dict[str, Any], base_name: str) -> Evaluation:
+def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     """An evaluation run of the adapter, of one it grew from, or of the base.
 
     Raises:
@@ -121,35 +121,26 @@ def read_evaluation(folder: Path, run: dict[str, Any], base_name: str) -> Evalua
     if not (folder / "results.json").is_file() or not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} holds no finished evaluation: run evaluate.py with run_dir={folder}")
     manifest, results = read_manifest(folder), json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    if manifest["exit"] != "ok":
-        raise UserError(f"{folder} is not finished ({manifest['exit']}): the same evaluate.py command goes on with it")
-    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run["chain"]}
-    labels[run["adapter_sha256"]] = "this adapter"
-    label = labels.get(manifest["adapter_sha256"])
-    if manifest["adapter_sha256"] is None and manifest["model"]["name_or_path"] == base_name:
+    if manifest.exit != "ok":
+        raise UserError(f"{folder} is not finished ({manifest.exit}): the same evaluate.py command goes on with it")
+    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
+    labels[run.adapter_sha256] = "this adapter"
+    label = labels.get(manifest.adapter_sha256)
+    if manifest.adapter_sha256 is None and manifest.model["name_or_path"] == base_name:
         label = "base"
     if label is None:
         raise UserError(f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR")
-    data = manifest["data"]
+    data = manifest.data
     rows = read_rows(folder / "questions.jsonl")
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
     dataset_id = gsm8k.HUB_ID if is_gsm8k else data.get("source", {}).get("repo_id")
     return Evaluation(label, manifest, results, dataset_id, is_gsm8k)
 
 
-def lineage(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Manifests from the first training run to this one, as far back as their directories are still there."""
-    parent = Path((manifest.get("parent") or {}).get("run_dir", ""))
-    if manifest.get("parent") and (parent / "manifest.json").is_file():
-        return [*lineage(parent, read_manifest(parent)), manifest]
-    return [manifest]
-
-
 def datasets(release: Release) -> list[str]:
     """Hub ids of what the chain was trained on."""
     ids: list[str] = []
-    for link in (*release.manifest["chain"], release.manifest):
-        data = link.get("data") or {}
+    for data in (*(link.get("data") or {} for link in release.manifest.chain), release.manifest.data):
         ids += filter(None, [data.get("source", {}).get("repo_id") or (gsm8k.HUB_ID if gsm8k.is_gsm8k(data) else None)])
     return list(dict.fromkeys(ids))
 
@@ -189,7 +180,7 @@ def metadata(release: Release) -> str:
         license=base.license,
         language="en",
         datasets=datasets(release) or None,
-        tags=["lora", release.manifest["stage"], "trl", "math", *of_gsm8k],
+        tags=["lora", release.manifest.stage, "trl", "math", *of_gsm8k],
         pipeline_tag="text-generation",
         model_name=release.name,
         eval_results=[legacy_result(evaluation) for evaluation in scored(release)] or None,
@@ -207,7 +198,7 @@ def scored(release: Release) -> list[Evaluation]:
 def legacy_result(evaluation: Evaluation) -> Any:
     from huggingface_hub import EvalResult
 
-    data = evaluation.manifest["data"]
+    data = evaluation.manifest.data
     return EvalResult(
         task_type="text-generation",
         dataset_type=evaluation.dataset_id or "",
@@ -230,9 +221,9 @@ def eval_results_yaml(evaluation: Evaluation) -> str:
         dataset_id=gsm8k.HUB_ID,
         task_id="gsm8k",
         value=round(accuracy["value"], 6),
-        date=evaluation.manifest["finished"][:10],
+        date=f"{evaluation.manifest.finished:.10}",
         notes=f"{decoding(evaluation)}, n {evaluation.results['n']}, 95% Wilson interval {low:.4f}-{high:.4f}, "
-        f"strict (after ####) {strict['value']:.4f}, base {evaluation.manifest['model']['quantization']}",
+        f"strict (after ####) {strict['value']:.4f}, base {evaluation.manifest.model['quantization']}",
     )
     text = io.StringIO()
     yaml = YAML()
@@ -244,9 +235,9 @@ def eval_results_yaml(evaluation: Evaluation) -> str:
 def introduction(release: Release) -> str:
     base = release.base
     name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{PurePath(base.name).name}`"
-    chain = [link["stage"].upper() for link in (*release.manifest["chain"], release.manifest)]
+    chain = [stage.upper() for stage in (*(link["stage"] for link in release.manifest.chain), release.manifest.stage)]
     lines = [
-        f"A LoRA adapter that makes {name} solve grade-school maths problems step by step: {STAGES[release.manifest['stage']]}.",
+        f"A LoRA adapter that makes {name} solve grade-school maths problems step by step: {STAGES[release.manifest.stage]}.",
         f"Chain: {' -> '.join(['base', *chain])}.",
     ]
     if base.merged:
@@ -273,7 +264,7 @@ def results_table(evaluations: tuple[Evaluation, ...]) -> str:
 
 
 def result_row(evaluation: Evaluation) -> list[str]:
-    results, data = evaluation.results, evaluation.manifest["data"]
+    results, data = evaluation.results, evaluation.manifest.data
     subset = f", {results['subset']}" if results["subset"] else ""
     return [
         evaluation.label,
@@ -283,7 +274,7 @@ def result_row(evaluation: Evaluation) -> list[str]:
         with_interval(results["accuracy"]["strict"]),
         f"{results['truncated']['value']:.1%}",
         decoding(evaluation),
-        evaluation.manifest["model"]["quantization"],
+        evaluation.manifest.model["quantization"],
     ]
 
 
@@ -293,7 +284,7 @@ def with_interval(rate: dict[str, Any]) -> str:
 
 
 def decoding(evaluation: Evaluation) -> str:
-    generation = evaluation.manifest["generation"]
+    generation = evaluation.manifest.generation
     if generation["temperature"] == 0:
         return f"greedy, at most {generation['max_new_tokens']} tokens"
     return f"mean of {generation['samples']} samples at temperature {generation['temperature']}"
@@ -301,7 +292,7 @@ def decoding(evaluation: Evaluation) -> str:
 
 def prompt_format(release: Release) -> str:
     """The messages of a training question, if the data set is still there; a test question has no place in a card."""
-    file = Path(release.manifest["data"]["path"], "train.jsonl")
+    file = Path(release.manifest.data["path"], "train.jsonl")
     lines = [
         "The chat format is that of `chat_template.jinja`; the tokenizer's end token is the one that ends an answer. "
         "The answer is the number after `####`.",
@@ -348,23 +339,25 @@ def reproduction(release: Release) -> str:
     """Commands from the first training run to this one and its evaluation, and on what it ran."""
     manifest = release.manifest
     evaluated = [evaluation.manifest for evaluation in release.evaluations if evaluation.is_of_this_adapter]
-    commands = "\n".join(portable(run["command"]) for run in (*lineage(release.run_dir, manifest), *evaluated))
-    links = portable([*manifest["chain"], manifest])
+    trained = [run for _, run in lineage(release.run_dir)]
+    commands = "\n".join(portable(run.command) for run in (*trained, *evaluated))
+    made = {"stage": manifest.stage, "name": manifest.name, "adapter_sha256": manifest.adapter_sha256}
+    links = portable([*manifest.chain, made])
     chain = "\n".join(f"- {link['stage']} `{link['name']}`: adapter `{link['adapter_sha256'][:12]}`" for link in links)
     settings = release.settings
     chosen = {key: portable(settings[key]) for key in ("lora", "rewards", "trainer") if settings.get(key)}
-    dirty = " with uncommitted changes" if manifest["dirty"] else ""
+    dirty = " with uncommitted changes" if manifest.dirty else ""
     return (
         f"```\n{commands}\n```\n\n"
-        f"Commit `{manifest['commit']}`{dirty}; seed {manifest['seed']}; {machine(manifest)}; "
-        f"{manifest['seconds'] / 60:,.1f} minutes. `training_manifest.json` has the rest.\n\n"
+        f"Commit `{manifest.commit}`{dirty}; seed {manifest.seed}; {machine(manifest)}; "
+        f"{manifest.seconds / 60:,.1f} minutes. `training_manifest.json` has the rest.\n\n"
         f"{chain}\n\n"
         f"```json\n{json.dumps(chosen, indent=1)}\n```"
     )
 
 
-def machine(manifest: dict[str, Any]) -> str:
-    hardware, versions = manifest["hardware"], manifest["versions"]
+def machine(manifest: Manifest) -> str:
+    hardware, versions = manifest.hardware, manifest.versions
     cores = f"{hardware['num_cpus']} cores of {hardware['cpu']}"
     packages = [f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft") if name in versions]
     return ", ".join([f"{hardware['num_gpus']} x {hardware['gpu']}" if hardware["gpu"] else cores, *packages])

@@ -12,6 +12,7 @@ The token comes from `hf auth login` or HF_TOKEN. Exit codes: 0 pushed, 2 someth
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -33,17 +34,12 @@ from posttrain.hub.card import (
     without_secrets,
 )
 from posttrain.models.chat import looks_local
-from posttrain.runs.manifest import read_manifest
+from posttrain.runs.manifest import Manifest, read_manifest
 
 WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-MANIFEST_KEYS = (
-    "stage", "name", "command", "commit", "dirty", "versions", "hardware", "seed", "started", "finished", "seconds",
-    "exit", "config_sha256", "data", "model", "parent", "chain", "start_sha256", "adapter_sha256", "steps",
-    "train_seconds", "notes",
-)  # fmt: skip
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
 
@@ -132,7 +128,7 @@ def push(request: Request) -> str:
     refuse_private_text(files)
     if (release.base.license or "").startswith("llama") and not release.name.lower().startswith("llama"):
         print("note: the Llama licence asks for a name that begins with Llama (section 1.b.i)", file=sys.stderr)
-    message = portable(f"{release.manifest['name']}: adapter {release.manifest['adapter_sha256'][:12]}")
+    message = portable(f"{release.manifest.name}: adapter {release.manifest.adapter_sha256:.12}")
     try:
         return upload(files, request.repo_id, request.private, message)
     except PushFailed:
@@ -163,15 +159,15 @@ def read_release(request: Request) -> Release:
     return Release(request.repo_id, run_dir, manifest, settings, base, evaluations)
 
 
-def check_finished(run_dir: Path, manifest: dict[str, Any]) -> None:
-    if manifest["stage"] not in ("sft", "grpo"):
-        raise UserError(f"{run_dir} is a run of stage {manifest['stage']}: only adapters are pushed")
-    if manifest["exit"] != "ok":
-        raise UserError(f"{run_dir} is not finished ({manifest['exit']}): finish it with --resume, then push")
+def check_finished(run_dir: Path, manifest: Manifest) -> None:
+    if manifest.stage not in ("sft", "grpo"):
+        raise UserError(f"{run_dir} is a run of stage {manifest.stage}: only adapters are pushed")
+    if manifest.exit != "ok":
+        raise UserError(f"{run_dir} is not finished ({manifest.exit}): finish it with --resume, then push")
     for name in (WEIGHTS, CONFIG):
         if not (run_dir / "adapter" / name).is_file():
             raise UserError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
-    if weights_sha256(run_dir / "adapter" / WEIGHTS) != manifest["adapter_sha256"]:
+    if weights_sha256(run_dir / "adapter" / WEIGHTS) != manifest.adapter_sha256:
         raise UserError(f"{run_dir}/adapter holds other weights than the run finished with: train it again")
 
 
@@ -195,7 +191,7 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
-def read_base(run_dir: Path, manifest: dict[str, Any], model: dict[str, Any], base_model: str | None) -> Base:
+def read_base(run_dir: Path, manifest: Manifest, model: dict[str, Any], base_model: str | None) -> Base:
     """The base, and the merged one on top of it if this run or one before it used adapter_mode merge_and_new."""
     folder = run_dir / "merged_base" if (run_dir / "merged_base").is_dir() else Path(model["name_or_path"])
     merged = folder if folder.name == "merged_base" else None
@@ -205,7 +201,7 @@ def read_base(run_dir: Path, manifest: dict[str, Any], model: dict[str, Any], ba
     hub_id = base_model if looks_local(name) else name
     if base_model not in (None, hub_id):
         raise UserError(f"--base-model {base_model}: the run was trained on {hub_id}; leave the option out")
-    return Base(name, hub_id, model["revision"], manifest["model"]["quantization"], merged)
+    return Base(name, hub_id, model["revision"], manifest.model["quantization"], merged)
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -237,8 +233,9 @@ def adapter_config(file: Path, base: Base) -> Path | bytes:
     return file if values["base_model_name_or_path"] == name else to_json(values | {"base_model_name_or_path": name})
 
 
-def public_manifest(manifest: dict[str, Any]) -> bytes:
-    return to_json(portable({key: manifest[key] for key in MANIFEST_KEYS if key in manifest}))
+def public_manifest(manifest: Manifest) -> bytes:
+    """All that `Manifest` names but the tracker's run; a key that it does not name stays here, for nobody has looked at it."""
+    return to_json(portable(dataclasses.replace(manifest, wandb_run_id="", extra={}).as_json()))
 
 
 def to_json(values: dict[str, Any]) -> bytes:

@@ -78,8 +78,8 @@ def markdown_report(groups: Sequence[Group], trainings: Sequence[TrainingRun], p
 
 def _command(run: TrainingRun | EvalRun) -> str:
     manifest = run.manifest
-    commit = f"commit {(manifest['commit'] or 'unknown')[:10]}{' with changes' if manifest['dirty'] else ''}"
-    return f"- {run.label}: `{manifest['command']}` ({commit})\n"
+    commit = f"commit {(manifest.commit or 'unknown')[:10]}{' with changes' if manifest.dirty else ''}"
+    return f"- {run.label}: `{manifest.command}` ({commit})\n"
 
 
 def _write_pngs(groups: Sequence[Group], trainings: Sequence[TrainingRun], folder: Path) -> list[str]:

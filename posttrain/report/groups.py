@@ -14,7 +14,7 @@ from typing import Any
 from posttrain.errors import UserError
 from posttrain.evaluation import stats
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
-from posttrain.runs.manifest import read_manifest
+from posttrain.runs.manifest import Manifest, lineage, read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}
 
@@ -22,12 +22,12 @@ STAGES = {"sft": "SFT", "grpo": "GRPO"}
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     metrics: list[dict[str, Any]]
 
     @property
     def label(self) -> str:
-        return str(self.manifest["name"])
+        return self.manifest.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +36,23 @@ class EvalRun:
 
     path: Path
     label: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     results: dict[str, Any]
     questions: list[dict[str, Any]]
     predictions: list[Prediction]
 
     @property
     def base(self) -> str:
-        return str(self.manifest["model"]["name_or_path"])
+        return str(self.manifest.model["name_or_path"])
 
     @property
     def quantization(self) -> str:
-        return str(self.manifest["model"]["quantization"])
+        return str(self.manifest.model["quantization"])
 
     @property
     def chain(self) -> list[dict[str, Any]]:
         """The training stages that lead to the adapter, oldest first; empty for the bare model."""
-        return [link for link in self.manifest["chain"] if link["stage"] not in ("base", "eval")]
+        return [link for link in self.manifest.chain if link["stage"] not in ("base", "eval")]
 
     @property
     def stage(self) -> str:
@@ -94,7 +94,7 @@ class Group:
         run, earlier = self.runs[index], range(index)
         of_base = [i for i in earlier if self.runs[i].base == run.base]
         parent = run.chain[-2]["adapter_sha256"] if len(run.chain) > 1 else None
-        of_parent = [i for i in earlier if self.runs[i].manifest["adapter_sha256"] == parent and i in of_base]
+        of_parent = [i for i in earlier if self.runs[i].manifest.adapter_sha256 == parent and i in of_base]
         alike = [i for i in of_parent if self.runs[i].quantization == run.quantization]
         return max(alike or of_parent or of_base, default=None)
 
@@ -136,39 +136,29 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
             the predictions beside them, or no run at all.
     """
     manifests = {Path(path): _manifest(Path(path)) for path in paths}
-    evaluated = {path: m for path, m in manifests.items() if m["stage"] == "eval"}
-    trained = {path: m for path, m in manifests.items() if m["stage"] in ("sft", "grpo")}
-    for path, manifest in [*trained.items(), *evaluated.items()]:
-        for place, found in _ancestors(path, manifest):
-            if place.resolve() not in {known.resolve() for known in trained}:
-                trained[place] = found
+    evaluated = {path: m for path, m in manifests.items() if m.stage == "eval"}
+    trained = {path: m for path, m in manifests.items() if m.stage in ("sft", "grpo")}
+    for path in [*trained, *evaluated]:
+        for place, manifest in lineage(path):
+            if manifest.stage != "eval" and place.resolve() not in {known.resolve() for known in trained}:
+                trained[place] = manifest
     if not evaluated and not trained:
         raise UserError("no evaluation and no training run among these directories: run evaluate.py first")
     names = [_name(manifest) for manifest in evaluated.values()]
     runs = [_eval_run(path, manifest, names) for path, manifest in evaluated.items()]
     trainings = [TrainingRun(path, manifest, _metrics(path)) for path, manifest in trained.items()]
-    return _grouped(runs), sorted(trainings, key=lambda run: len(run.manifest["chain"]))
+    return _grouped(runs), sorted(trainings, key=lambda run: len(run.manifest.chain))
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> Manifest:
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path} is no run directory (no manifest.json): give folders that the scripts made")
     return read_manifest(path)
 
 
-def _ancestors(path: Path, manifest: Mapping[str, Any]) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """The training runs that an adapter came from, if they are still where it says, or beside this run."""
-    while parent := manifest["parent"]:
-        places = (Path(parent["run_dir"]), path.parent / Path(parent["run_dir"]).name)
-        path = next((place for place in places if (place / "manifest.json").is_file()), Path())
-        if path == Path() or (manifest := read_manifest(path))["adapter_sha256"] != parent["adapter_sha256"]:
-            return
-        yield path, dict(manifest)
-
-
-def _eval_run(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> EvalRun:
-    if manifest["exit"] != "ok":
-        raise UserError(f"{path} is not finished ({manifest['exit']}): the command that began it continues it")
+def _eval_run(path: Path, manifest: Manifest, names: Sequence[str]) -> EvalRun:
+    if manifest.exit != "ok":
+        raise UserError(f"{path} is not finished ({manifest.exit}): the command that began it continues it")
     if not (path / "results.json").is_file():
         raise UserError(f"{path} has no results.json: evaluate.py --regrade writes it")
     label = _name(manifest) if names.count(_name(manifest)) == 1 else f"{_name(manifest)} ({path.name})"
@@ -179,9 +169,9 @@ def _eval_run(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> Eva
     return EvalRun(path, label, manifest, results, questions, predictions)
 
 
-def _name(manifest: Mapping[str, Any]) -> str:
+def _name(manifest: Manifest) -> str:
     """A run is named after its folder unless its config names it; then `eval_` would start every label."""
-    return str(manifest["name"]).removeprefix("eval_")
+    return manifest.name.removeprefix("eval_")
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[Prediction]]:

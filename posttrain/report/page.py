@@ -19,6 +19,7 @@ from posttrain.report.charts import Chart
 from posttrain.report.figures import result_charts, training_charts
 from posttrain.report.groups import EvalRun, Group, TrainingRun
 from posttrain.report.tables import ARROW
+from posttrain.runs.manifest import Manifest
 
 MAX_SAMPLES_SHOWN = 8  # per question and run; every number uses all of them
 
@@ -108,7 +109,7 @@ def _group(group: Group, trainings: Sequence[TrainingRun]) -> str:
 
 
 def _training(run: TrainingRun, plots: Sequence[Chart]) -> str:
-    state = "" if run.manifest["exit"] == "ok" else f' <span class="quiet">({escape(run.manifest["exit"])})</span>'
+    state = "" if run.manifest.exit == "ok" else f' <span class="quiet">({escape(run.manifest.exit)})</span>'
     body = "".join(map(figure, plots)) or '<p class="quiet">Nothing logged yet.</p>'
     title = f"<summary>{escape(run.label)}{state}</summary>"
     return f'<details class="training" open>{title}<div class="figures small">{body}</div></details>'
@@ -138,35 +139,35 @@ def _origins(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -> Itera
         facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in provenance(run.manifest).items())
         config = run.path / "config.yaml"
         text = f"<pre>{escape(config.read_text(encoding='utf-8'))}</pre>" if config.is_file() else ""
-        summary = f"{escape(run.label)}<span>{escape(run.manifest['stage'])}, {escape(run.path.name)}</span>"
+        summary = f"{escape(run.label)}<span>{escape(run.manifest.stage)}, {escape(run.path.name)}</span>"
         yield f"<details><summary>{summary}</summary><dl>{facts}</dl>{text}</details>"
 
 
-def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+def provenance(manifest: Manifest) -> dict[str, str]:
     """What a reader needs to make a run again, one line each; what the manifest lacks is left out."""
-    links = [f"{link['stage']} {link['name']} {_short(link['adapter_sha256'])}" for link in manifest["chain"]]
-    dirty = ", with uncommitted changes" if manifest["dirty"] else ""
+    links = [f"{link['stage']} {link['name']} {_short(link['adapter_sha256'])}" for link in manifest.chain]
+    dirty = ", with uncommitted changes" if manifest.dirty else ""
     facts = {
-        "command": manifest["command"],
-        "commit": f"{manifest['commit']}{dirty}" if manifest["commit"] else "",
-        "model": _said(manifest.get("model")),
-        "adapter": _short(manifest["adapter_sha256"]),
+        "command": manifest.command,
+        "commit": f"{manifest.commit}{dirty}" if manifest.commit else "",
+        "model": _said(manifest.model),
+        "adapter": _short(manifest.adapter_sha256),
         "chain": f" {ARROW} ".join(links),
-        "engine": manifest.get("engine", ""),
-        "generation": _said(manifest.get("generation")),
-        "data": _said(manifest.get("data")),
-        "seed": str(manifest["seed"]),
-        "hardware": _said(manifest["hardware"]),
-        "versions": _said(manifest["versions"]),
-        "time": f"{manifest['started']} to {manifest['finished']}, {manifest['seconds']:,.0f} s",
-        "exit": manifest["exit"],
-        "notes": "; ".join(manifest["notes"]),
+        "engine": manifest.engine,
+        "generation": _said(manifest.generation),
+        "data": _said(manifest.data),
+        "seed": str(manifest.seed),
+        "hardware": _said(manifest.hardware),
+        "versions": _said(manifest.versions),
+        "time": f"{manifest.started} to {manifest.finished}, {manifest.seconds:,.0f} s",
+        "exit": manifest.exit,
+        "notes": "; ".join(manifest.notes),
     }
     return {name: text for name, text in facts.items() if text}
 
 
-def _said(values: Mapping[str, Any] | None) -> str:
-    known = {key: value for key, value in (values or {}).items() if value not in (None, "", {}, [])}
+def _said(values: Mapping[str, Any]) -> str:
+    known = {key: value for key, value in values.items() if value not in (None, "", {}, [])}
     said = (f"{key} ({_said(value)})" if isinstance(value, dict) else f"{key} {value}" for key, value in known.items())
     return ", ".join(said)
 

@@ -33,7 +33,7 @@ def _result_row(group: Group, index: int, ks: Sequence[int], trainings: Sequence
     row += [(f"{results['completion_tokens']['mean']:.0f}", "")]
     row += _difference(group, index)
     row += [_share(results.get(name, {}).get(str(k))) for k in ks for name in ("pass_at_k", "maj_at_k")]
-    return [*row, *_cells([_train_seconds(run, trainings), f"{run.manifest['seconds']:,.0f}"])]
+    return [*row, *_cells([_train_seconds(run, trainings), f"{run.manifest.seconds:,.0f}"])]
 
 
 def _difference(group: Group, index: int) -> list[Cell]:
@@ -47,7 +47,7 @@ def _difference(group: Group, index: int) -> list[Cell]:
 def _train_seconds(run: EvalRun, trainings: Sequence[TrainingRun]) -> str:
     """Seconds of the training run that made this adapter, without the stages before it."""
     adapter = run.chain[-1]["adapter_sha256"] if run.chain else None
-    made = [t.manifest["seconds"] for t in trainings if adapter and t.manifest["adapter_sha256"] == adapter]
+    made = [t.manifest.seconds for t in trainings if adapter and t.manifest.adapter_sha256 == adapter]
     return f"{made[-1]:,.0f}" if made else ""
 
 
@@ -86,15 +86,15 @@ def notes(group: Group, trainings: Sequence[TrainingRun]) -> list[str]:
         lines.append("No paired tests: questions.jsonl and predictions.jsonl are not among the files.")
     lines += _settings_that_differ(group)
     adapters = {link["adapter_sha256"] for run in group.runs for link in run.chain}
-    parents = [run for run in trainings if run.manifest["adapter_sha256"] in adapters]
-    lines += [f"{run.label}: {note}" for run in parents for note in run.manifest["notes"]]
-    lines += [f"{run.label}: {note}" for run in group.runs for note in run.manifest["notes"]]
+    parents = [run for run in trainings if run.manifest.adapter_sha256 in adapters]
+    lines += [f"{run.label}: {note}" for run in parents for note in run.manifest.notes]
+    lines += [f"{run.label}: {note}" for run in group.runs for note in run.manifest.notes]
     return list(dict.fromkeys(lines))
 
 
 def _settings_that_differ(group: Group) -> Iterator[str]:
     for key in ("quantization", "dtype"):
-        values = {run.label: str(run.manifest["model"][key]) for run in group.runs}
+        values = {run.label: str(run.manifest.model[key]) for run in group.runs}
         if len(set(values.values())) > 1:
             said = ", ".join(f"{label} {value}" for label, value in values.items())
             yield f"The {key} of the base weights differs, and is part of each result: {said}."

@@ -9,6 +9,7 @@ It is created first, locked while in use, refused when it belongs to other setti
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -24,18 +25,18 @@ from posttrain.config.load import config_sha256, dump
 from posttrain.config.schema import Settings
 from posttrain.errors import AlreadyDone, UserError
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
-from posttrain.runs.manifest import _opening, _utc, read_manifest
+from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
 from posttrain.runs.process import is_main_process, is_sharded
 
 
 class Run:
     """An open run directory. Only the main process writes to it."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], lock: FileLock | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, lock: FileLock | None) -> None:
         self.folder = folder
         self.manifest = manifest
         self._lock = lock
-        self._started = time.time() - manifest["seconds"]  # an interrupted run's time counts
+        self._started = time.time() - manifest.seconds  # the time of an interrupted attempt counts
 
     @property
     def is_main(self) -> bool:
@@ -49,9 +50,8 @@ class Run:
         """Say in one line, and record, a setting that could not be honoured as written."""
         if self.is_main:
             print(f"note: {text}", file=sys.stderr)
-            if text not in self.manifest["notes"]:
-                self.manifest["notes"].append(text)
-                self.save()
+            if text not in self.manifest.notes:
+                self.record(notes=[*self.manifest.notes, text])
 
     @property
     def seconds(self) -> float:
@@ -59,7 +59,8 @@ class Run:
         return round(time.time() - self._started, 1)
 
     def record(self, **fields: Any) -> None:
-        self.manifest.update(fields, seconds=self.seconds)
+        """Write fields of `Manifest`; another name is an error at once."""
+        self.manifest = dataclasses.replace(self.manifest, **{**fields, "seconds": self.seconds})
         self.save()
 
     def append(self, file: str, row: dict[str, Any]) -> None:
@@ -69,10 +70,10 @@ class Run:
 
     def save(self) -> None:
         if self.is_main:
-            write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(self.folder / "manifest.json", json.dumps(self.manifest.as_json(), indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, status: str = "ok") -> None:
-        self.record(exit=status, finished=_utc())
+        self.record(exit=status, finished=utc())
         if self._lock:
             self._lock.release()
 
@@ -104,10 +105,7 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
         lock = _locked(folder, config, resume)
     else:
         _wait_for_main(folder)
-    before = read_manifest(folder) if (folder / "manifest.json").is_file() else {}
-    first = {"started": _utc(), "seconds": 0.0} | {key: before[key] for key in ("started", "seconds") if key in before}
-    origin: dict[str, Any] = {"parent": None, "chain": [], "adapter_sha256": None}
-    run = Run(folder, {**origin, **before, **_opening(config, stage, folder), **first}, lock)
+    run = Run(folder, opening_manifest(config, stage, folder), lock)
     if run.is_main:
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_torn_tail(folder / name)
@@ -147,12 +145,12 @@ def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not empty and holds no run: choose another run_dir")
     before = read_manifest(folder)
-    if before["config_sha256"] != config_sha256(config):
+    if before.config_sha256 != config_sha256(config):
         raise UserError(f"{folder} belongs to a run with other settings ({_changed(config, folder)}): choose another run_dir")
     if changed := _changed_input(before):
         raise UserError(f"{folder} belongs to a run over another {changed}, which has changed since: choose another run_dir")
-    if before["exit"] == "ok":
-        raise AlreadyDone(f"{folder} already holds this run, finished {before['finished']}: nothing to do")
+    if before.exit == "ok":
+        raise AlreadyDone(f"{folder} already holds this run, finished {before.finished}: nothing to do")
     if not resume and any(folder.glob("checkpoints/checkpoint-*")):
         raise UserError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")
 
@@ -166,14 +164,14 @@ def _changed(config: Settings, folder: Path) -> str:
     return "; ".join(changed[:4]) or "those of another version of this project"
 
 
-def _changed_input(manifest: dict[str, Any]) -> Path | None:
+def _changed_input(manifest: Manifest) -> Path | None:
     """What the run read that is no longer what it was: its data, or the adapter of the run it starts from."""
-    data, parent = manifest.get("data"), manifest.get("parent")
+    data, parent = manifest.data, manifest.parent
     if data and (file := Path(data["path"], f"{data['split']}.jsonl")).is_file() and sha256_file(file) != data["sha256"]:
         return file
     if parent and Path(parent["run_dir"], "manifest.json").is_file():
         run_dir = Path(parent["run_dir"])
-        return run_dir / "adapter" if read_manifest(run_dir)["adapter_sha256"] != parent["adapter_sha256"] else None
+        return run_dir / "adapter" if read_manifest(run_dir).adapter_sha256 != parent["adapter_sha256"] else None
     return None
 
 

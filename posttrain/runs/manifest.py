@@ -1,7 +1,12 @@
-"""What a manifest says."""
+"""What a run says of itself in manifest.json: `Manifest`, how it is opened and read, and the runs that it came from.
+
+`Manifest` stands here and not in records.py: a run opens it from its settings, from git and from the machine, which the
+ground floor does not know, and every reader of a manifest is above this room.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -9,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,82 +22,145 @@ from typing import Any
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import Settings
 from posttrain.errors import UserError
-from posttrain.records import sha256_file
+from posttrain.runs.process import launcher, num_processes
 
 PACKAGES = (
     "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
     "liger-kernel", "reasoning-gym", "vllm",
 )  # fmt: skip
-
-
 ROOT = Path(__file__).resolve().parents[2]
 
+Entry = dict[str, Any]
 
-def _opening(config: Settings, stage: str, folder: Path) -> dict[str, Any]:
-    return {
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json of a training or evaluation run, its fields in the order of the file.
+
+    A field with a default is in the file once something else was recorded for it: published manifests lack the newer ones,
+    and a run has none of another stage. To published runs the names are a promise: add fields, never rename one.
+    """
+
+    parent: Entry | None  # run_dir and adapter_sha256 of the run whose adapter this one began with, or evaluated
+    chain: list[Entry]  # stage, name, adapter_sha256 and data of each training run up to that adapter, oldest first
+    adapter_sha256: str | None  # what training made, or what was evaluated
+    stage: str
+    name: str
+    command: str
+    commit: str | None
+    dirty: bool
+    versions: dict[str, str]
+    hardware: Entry
+    num_processes: int | None = None
+    launcher: str = ""
+    seed: int | None
+    finished: str | None
+    exit: str  # `running`, `ok`, or `failed: ` and the error
+    config_sha256: str
+    notes: list[str]  # settings that could not be honoured as written
+    started: str
+    seconds: float  # those of interrupted attempts included
+    data: Entry = dataclasses.field(default_factory=dict)  # what `data_sets.data_entry` says
+    limit: int | None = 0  # an evaluation's, where None is every question; 0 for all other runs
+    model: Entry = dataclasses.field(default_factory=dict)  # the base as it was loaded
+
+    special_tokens: Entry = dataclasses.field(default_factory=dict)
+    start_sha256: str = ""  # the adapter before the first step
+    global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
+    wandb_run_id: str = ""
+    peak_gib: float | None = None
+    steps: int | None = None
+    train_seconds: float | None = None
+
+    engine: str = ""
+    generation: Entry = dataclasses.field(default_factory=dict)
+    batch_size: int | None = None
+    generated_seconds: float | None = None
+
+    extra: Entry = dataclasses.field(default_factory=dict)  # keys of the file that are none of these, written as they were read
+
+    def as_json(self) -> Entry:
+        """What stands in manifest.json."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        return {name: value for name, value in values.items() if name not in UNSAID or value != UNSAID[name]} | self.extra
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Manifest) if field.name != "extra")
+# What each field that may be left out of the file holds then.
+UNSAID = {
+    field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    for field in dataclasses.fields(Manifest)
+    if (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+}
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """The manifest of a run, of this version or an earlier one.
+
+    Raises:
+        UserError: manifest.json is not that of a run.
+    """
+    values = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    if lacking := [name for name in FIELDS if name not in UNSAID and name not in values]:
+        raise UserError(f"{folder}/manifest.json is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
+    known = {name: values.pop(name) for name in FIELDS if name in values}
+    return Manifest(**known, extra=values)
+
+
+def opening_manifest(config: Settings, stage: str, folder: Path) -> Manifest:
+    """The manifest of a run as it opens: of an earlier attempt stands what this one does not say anew."""
+    said: Entry = {
         "stage": stage,
         "name": getattr(config, "name", None) or folder.name,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         **git_state(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
         "hardware": hardware(),
+        "num_processes": num_processes(),
+        "launcher": launcher(),
         "seed": getattr(config, "seed", None),
         "finished": None,
         "exit": "running",
         "config_sha256": config_sha256(config),
         "notes": [],
     }
+    if (folder / "manifest.json").is_file():
+        return dataclasses.replace(read_manifest(folder), **said)
+    return Manifest(parent=None, chain=[], adapter_sha256=None, started=utc(), seconds=0.0, **said)
 
 
-def read_manifest(folder: Path | str) -> dict[str, Any]:
-    return json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+# --- where a run comes from -------------------------------------------------------------------------------------------
 
 
-def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[Entry, list[Entry]]:
     """The `parent` entry for a run that starts from this adapter, and the chain that leads to it."""
     parent = {"run_dir": str(adapter_folder.parent), "adapter_sha256": adapter_sha256}
     above = (adapter_folder.parent, adapter_folder.parent.parent)  # of adapter/, of checkpoints/checkpoint-5/
     run_dir = next((folder for folder in above if (folder / "manifest.json").is_file()), None)
     if run_dir is None:
         return parent, [{"stage": "adapter", "name": str(adapter_folder), "adapter_sha256": adapter_sha256}]
-    manifest = read_manifest(run_dir)
-    link = {
-        "stage": manifest["stage"],
-        "name": manifest["name"],
-        "adapter_sha256": adapter_sha256,
-        "data": manifest.get("data"),
-    }
-    return parent, [*manifest["chain"], link]
+    made = read_manifest(run_dir)
+    link = {"stage": made.stage, "name": made.name, "adapter_sha256": adapter_sha256, "data": made.data or None}
+    return parent, [*made.chain, link]
 
 
-def data_entry(path: Path | str, split: str) -> dict[str, Any]:
-    """What the manifest says of the data.
+def lineage(run_dir: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Folder and manifest of every run from the first training run to this one, as far back as their folders are there.
 
-    Raises:
-        UserError: the data set is not prepared, or not as data_prep.py left it; the text has the command that prepares it.
+    A folder is looked for where `parent` says, then beside this run: run directories are moved together. A run whose
+    adapter has become another one since is not where this run comes from.
     """
-    file, command = Path(path, f"{split}.jsonl"), f"python data_prep.py --config {_data_config(path)}"
-    if not file.is_file() or not Path(path, "manifest.json").is_file():
-        raise UserError(f"no {split} examples at {file}: prepare them with `{command}`")
-    manifest, sha256 = read_manifest(path), sha256_file(file)
-    if manifest["files"].get(file.name) != sha256:
-        raise UserError(f"{file} is not what {path}/manifest.json says it is: prepare it again with `{command}`")
-    return {
-        "name": manifest["name"],
-        "path": str(path),
-        "split": split,
-        "sha256": sha256,
-        "source": manifest["source"],
-        "num_shots": manifest.get("prompt", {}).get("num_shots", 0),
-    }
+    manifest = read_manifest(run_dir)
+    if parent := manifest.parent:
+        named = Path(parent["run_dir"])
+        places = (place for place in (named, run_dir.parent / named.name) if (place / "manifest.json").is_file())
+        found = next(places, None)
+        if found and read_manifest(found).adapter_sha256 == parent["adapter_sha256"]:
+            yield from lineage(found)
+    yield run_dir, manifest
 
 
-def _data_config(path: Path | str) -> str:
-    """The YAML in configs/ that writes this folder."""
-    for candidate in sorted((ROOT / "configs").glob("data_*.yaml")):
-        if f"output_dir: {Path(path)}\n" in candidate.read_text(encoding="utf-8"):
-            return f"configs/{candidate.name}"
-    return "configs/data_<name>.yaml"
+# --- what a run runs on -----------------------------------------------------------------------------------------------
 
 
 def git_state() -> dict[str, Any]:
@@ -130,5 +199,5 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _utc() -> str:
+def utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

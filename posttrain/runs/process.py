@@ -23,6 +23,13 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launcher() -> str:
+    """What started the processes of this run. `accelerate launch` itself starts several of them through torchrun."""
+    if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in os.environ:  # of its variables one that transformers never sets
+        return "accelerate launch with FSDP" if is_sharded() else "accelerate launch"
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+
+
 def use_one_gpu() -> None:
     """Without a launcher a process takes the first GPU that it sees. TRL's trainers refuse to begin when they see several.
 

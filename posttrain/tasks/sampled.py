@@ -31,7 +31,7 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
             kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), sample.completion.strip())
     solutions = [(questions[name]["question"], text) for name, texts in kept.items() for text in texts.values()]
     if source.with_gold:
-        solutions += gold_solutions(Path(read_manifest(run_dir)["data"]["path"]))
+        solutions += gold_solutions(Path(read_manifest(run_dir).data["path"]))
     for number, (question, text) in enumerate(solutions, 1):
         yield Row(str(run_dir), number, "train", question, text)
 
@@ -45,5 +45,5 @@ def gold_solutions(folder: Path) -> list[tuple[str, str]]:
 
 def sampled_source(source: RejectionSampledSource) -> dict[str, Any]:
     """The source of the sampled questions, which a model trained on the samples has seen."""
-    found: dict[str, Any] = read_manifest(source.run_dir)["data"]["source"]
+    found: dict[str, Any] = read_manifest(source.run_dir).data["source"]
     return found

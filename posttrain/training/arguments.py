@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from posttrain.config.schema import TrainConfig
 from posttrain.errors import UserError
 from posttrain.models.base import device
@@ -40,6 +42,11 @@ def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
     return trainer | set_here
 
 
+def global_batch(args: TrainingArguments) -> int:
+    """Rows of SFT, or completions of GRPO, that one optimizer step is made of, over all processes."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
 def tracking(config: TrainConfig, run: Run) -> list[str]:
     """The trackers for TRL, set up so that a resumed run continues its curve."""
     if config.tracking == "wandb":
@@ -48,8 +55,8 @@ def tracking(config: TrainConfig, run: Run) -> list[str]:
             run.note(
                 "tracking wandb: no WANDB_API_KEY and no login, so this run is logged offline; `wandb sync` uploads it later"
             )
-        run_id = run.manifest.setdefault("wandb_run_id", run.folder.name + "-" + run.manifest["config_sha256"][:8])
-        os.environ |= {"WANDB_RUN_ID": run_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.folder)}
+        run.record(wandb_run_id=run.manifest.wandb_run_id or f"{run.folder.name}-{run.manifest.config_sha256[:8]}")
+        os.environ |= {"WANDB_RUN_ID": run.manifest.wandb_run_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.folder)}
         os.environ.setdefault("WANDB_PROJECT", "posttrain")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
     return [] if config.tracking == "none" else [config.tracking]
