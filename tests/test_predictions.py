@@ -127,6 +127,22 @@ def test_rows_of_an_older_grader_are_judged_again(tmp_path):
     assert parts.gather(ASKED, NUM_SAMPLES) == WHOLE
 
 
+def test_a_completion_is_graded_once(tmp_path, monkeypatch):
+    graded = []
+
+    def counted(completion, gold):
+        graded.append((completion, gold))
+        return rewards.grade(completion, gold)
+
+    monkeypatch.setattr("posttrain.evaluation.predictions.grade", counted)
+    parts = generate(tmp_path)
+    assert parts.gather(ASKED, NUM_SAMPLES) == WHOLE and len(graded) == len(WHOLE)
+    assert sorted(graded) == sorted((row.completion, ASKED[int(row.id[1:])].answer) for row in WHOLE)
+    older = replace(WHOLE[0], grader="0", correct=not WHOLE[0].correct)
+    write_jsonl(tmp_path / "predictions.jsonl", [older, *WHOLE[1:]])
+    assert parts.gather(ASKED, NUM_SAMPLES) == WHOLE and len(graded) == len(WHOLE) + 1  # the one of another grader
+
+
 def test_killed_after_gathering_nothing_is_generated_again(tmp_path):
     generate(tmp_path).gather(ASKED, NUM_SAMPLES)
     parts = Parts(tmp_path)

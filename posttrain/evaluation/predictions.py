@@ -44,6 +44,11 @@ def regraded(prediction: Prediction, example: Example) -> Prediction:
     return judge(example, prediction.sample, prediction.completion, prediction.finish, prediction.num_tokens)
 
 
+def up_to_date(prediction: Prediction, example: Example) -> Prediction:
+    """Graded again where the verdict is another grader's: this one would only repeat its own."""
+    return prediction if prediction.grader == GRADER_VERSION else regraded(prediction, example)
+
+
 class Parts:
     """The part files of one run directory."""
 
@@ -82,7 +87,7 @@ class Parts:
     def gather(self, asked: Sequence[Example], num_samples: int) -> list[Prediction]:
         """Write predictions.jsonl, in the order of the questions and in the verdict of one grader, and drop the parts."""
         rows = self.wait(len(asked) * num_samples)
-        ordered = [regraded(rows[example.id, sample], example) for example in asked for sample in range(num_samples)]
+        ordered = [up_to_date(rows[example.id, sample], example) for example in asked for sample in range(num_samples)]
         write_jsonl(self.folder / GATHERED, ordered)
         for file in self.folder.glob(PARTS):
             file.unlink()
