@@ -24,7 +24,7 @@ from posttrain.config.schema import EvalConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation import stats
 from posttrain.evaluation.lm_eval import write_lm_eval_files
-from posttrain.evaluation.predictions import Parts, judge, regraded
+from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
@@ -64,7 +64,7 @@ def main() -> None:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
         policy = load_policy(config, adapter, tokenizer, run)
         write_questions(asked, tokenizer, run)
-        parts = Parts(run.folder)
+        parts = PartFiles(run.folder)
         predict(config, asked, policy, tokenizer, parts, run)
         if run.is_main:
             predictions = parts.gather(asked, config.generation.samples)
@@ -127,7 +127,7 @@ def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: Any, parts: Parts, run: Run) -> None:
+def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: Any, parts: PartFiles, run: Run) -> None:
     """Generate this process's share of what is missing, batch by batch."""
     from tqdm import tqdm
 
@@ -144,7 +144,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     with tqdm(total=todo, unit="question", desc=run.manifest.name, disable=None) as bar:
         for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
             parts.append(
-                judge(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
+                grade_completion(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
                 for i, samples in zip(indices, completions, strict=True)
                 for sample, one in enumerate(samples)
             )

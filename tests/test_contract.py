@@ -11,7 +11,7 @@ from tiny_training import Tiny
 import rewards
 from posttrain.config.schema import Model, Rewards
 from posttrain.evaluation import predictions
-from posttrain.evaluation.predictions import judge
+from posttrain.evaluation.predictions import grade_completion
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
@@ -117,7 +117,8 @@ def test_a_verdict_is_a_reward():
     """The texts are those that graders get wrong, plain and as chat messages."""
     texts, golds = [row[0] for row in VERDICTS], [row[1] for row in VERDICTS]
     judged = [
-        judge(Example("q", "test", "?", [], [], gold, 1), 0, text, "stop", 1) for text, gold in zip(texts, golds, strict=True)
+        grade_completion(Example("q", "test", "?", [], [], gold, 1), 0, text, "stop", 1)
+        for text, gold in zip(texts, golds, strict=True)
     ]
     assert [row.correct for row in judged] == [row[2] for row in VERDICTS]
     for completions in (texts, [[{"role": "assistant", "content": text}] for text in texts]):
@@ -133,11 +134,11 @@ def test_another_grader_would_show_in_every_stage(monkeypatch):
         return rewards.Grade("0", "none", 0, correct=text == "wrong", strict=False, format_ok=False)
 
     asked = Example("q", "test", "?", [], [], "5", 1)
-    assert judge(asked, 0, "#### 5", "stop", 1).correct and rewards.correctness_reward(["#### 5"], ["5"]) == [1.0]
+    assert grade_completion(asked, 0, "#### 5", "stop", 1).correct and rewards.correctness_reward(["#### 5"], ["5"]) == [1.0]
     for module in (rewards, predictions, examples):
         monkeypatch.setattr(module, "grade", contrary)
     assert rewards.correctness_reward(["#### 5", "wrong"], ["5", "5"]) == [0.0, 1.0]
-    assert [judge(asked, 0, text, "stop", 1).correct for text in ("#### 5", "wrong")] == [False, True]
+    assert [grade_completion(asked, 0, text, "stop", 1).correct for text in ("#### 5", "wrong")] == [False, True]
     assert "does not grade itself" in examples.gold_problem("#### 5")
 
 
@@ -146,7 +147,7 @@ def test_what_grpo_was_paid_is_what_evaluation_would_have_said(pipeline):
     samples = list(read_rows(pipeline / "runs" / "grpo_tiny" / "samples.jsonl"))
     assert len(samples) == 32  # two steps of sixteen
     for sample in samples:
-        verdict = judge(golds[sample["question"]], 0, sample["completion"], "stop", 1)
+        verdict = grade_completion(golds[sample["question"]], 0, sample["completion"], "stop", 1)
         assert sample["rewards"]["correctness_reward"] == float(verdict.correct)
         assert sample["rewards"]["format_reward"] == pytest.approx(0.2 * verdict.format_ok)
         assert (sample["value"], sample["gold"]) == (verdict.value, golds[sample["question"]].answer)

@@ -15,7 +15,7 @@ import rewards
 from posttrain.config.load import load
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
-from posttrain.evaluation.predictions import judge
+from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.data_sets import data_entry, read_data_manifest
 from posttrain.tasks.generated import SEED_RANGES
@@ -79,7 +79,7 @@ def check_contract(rows):
         (completion,) = row.completion
         assert row.prompt[-1]["role"] == "user" and row.question.strip() in row.prompt[-1]["content"]
         assert completion["role"] == "assistant"
-        verdict = judge(row, 0, completion["content"], "stop", 1)
+        verdict = grade_completion(row, 0, completion["content"], "stop", 1)
         assert verdict.correct and verdict.strict and verdict.value == row.answer == rewards.canonical_number(row.answer)
 
 
@@ -178,7 +178,7 @@ def sampled(tmp_path, tiny_data_dir):
     folder.mkdir()
     write_jsonl(folder / "questions.jsonl", [{"id": row.id, "split": row.split, "question": row.question} for row in asked])
     judged = [
-        judge(row, sample, text.format(a=row.answer), "stop", 5)
+        grade_completion(row, sample, text.format(a=row.answer), "stop", 5)
         for row, four in zip(asked, said, strict=True)
         for sample, text in enumerate(four)
     ]

@@ -15,7 +15,7 @@ from scripts import CONFIGS, ROOT, retell, run, start, tree, workplace
 
 import rewards
 from posttrain.evaluation import stats
-from posttrain.evaluation.predictions import judge
+from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.manifest import read_manifest
 
@@ -147,7 +147,8 @@ def test_every_number_follows_from_the_rows(place):
     assert [row["id"] for row in questions] == [row.id for row in asked]
     assert [(row.id, row.sample) for row in rows] == [(row.id, sample) for row in asked for sample in (0, 1)]
     assert all(
-        row == judge(example, row.sample, row.completion, row.finish, row.num_tokens) for example, row in paired(asked, rows)
+        row == grade_completion(example, row.sample, row.completion, row.finish, row.num_tokens)
+        for example, row in paired(asked, rows)
     )
     counted = stats.summarize(questions, rows, dataset="tiny", limit=40, dataset_size=len(read_train(place)))
     assert {key: results[key] for key in counted} == json.loads(json.dumps(counted))

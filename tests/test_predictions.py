@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import rewards
-from posttrain.evaluation.predictions import Parts, judge, regraded
+from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, write_jsonl
 
 NUM_SAMPLES = 2
@@ -16,7 +16,7 @@ BATCHES = [[6, 2], [0, 1], [5, 4], [3]]
 
 def answers(batch):
     """The rows of one batch; what stands in them follows from question and sample alone."""
-    return [judge(ASKED[i], s, f"Zoë 🦆\n#### {i + s}", "stop", 9) for i in batch for s in range(NUM_SAMPLES)]
+    return [grade_completion(ASKED[i], s, f"Zoë 🦆\n#### {i + s}", "stop", 9) for i in batch for s in range(NUM_SAMPLES)]
 
 
 WHOLE = [row for i in range(len(ASKED)) for row in answers([i])]
@@ -33,7 +33,7 @@ def process(monkeypatch):
 
 def generate(folder, batches=None):
     """One process: its share of what is missing, or only the first batches of it."""
-    parts = Parts(folder)
+    parts = PartFiles(folder)
     for _, batch in parts.pending(BATCHES, ASKED, NUM_SAMPLES)[:batches]:
         parts.append(answers(batch))
     return parts
@@ -41,7 +41,7 @@ def generate(folder, batches=None):
 
 def test_a_verdict_is_the_graders():
     verdict = rewards.grade("so 3\n#### 4", "4")
-    row = judge(ASKED[4], 1, "so 3\n#### 4", "length", 5)
+    row = grade_completion(ASKED[4], 1, "so 3\n#### 4", "length", 5)
     assert all(getattr(row, name) == getattr(verdict, name) for name in type(verdict).__dataclass_fields__)
     assert (row.id, row.sample, row.finish, row.num_tokens, row.grader) == ("q4", 1, "length", 5, rewards.GRADER_VERSION)
     tampered = replace(row, correct=False, strict=False, value="9", method="none", num_markers=8, format_ok=False, grader="0")
@@ -61,7 +61,7 @@ def test_torn_at_any_byte_nothing_is_lost_or_doubled(tmp_path):
     ends = [i + 1 for i, byte in enumerate(content) if byte == 10]
     for cut in sorted({*range(0, len(content), 11), *ends, *(end - 1 for end in ends)}):
         part.write_bytes(content[:cut])
-        parts = Parts(tmp_path)
+        parts = PartFiles(tmp_path)
         assert part.read_bytes() == content[: max([0, *(end for end in ends if end <= cut)])]
         todo = [batch for _, batch in parts.pending(BATCHES, ASKED, NUM_SAMPLES)]
         assert todo == BATCHES[sum(cut >= ends[4 * n - 1] for n in (1, 2)) :]  # a batch is four rows, all or none
@@ -77,12 +77,12 @@ def test_processes_share_the_work_however_late_they_start(tmp_path, process, num
     """Each looks at what is there when it starts, and by then another may be done: no batch may fall between them."""
     for index in range(num_processes):
         process(index, num_processes)
-        parts = Parts(tmp_path)
+        parts = PartFiles(tmp_path)
         numbers = [number for number, _ in parts.pending(BATCHES, ASKED, NUM_SAMPLES)]
         assert numbers == list(range(index, len(BATCHES), num_processes))
         generate(tmp_path)
     process(0, num_processes)
-    assert Parts(tmp_path).gather(ASKED, NUM_SAMPLES) == WHOLE
+    assert PartFiles(tmp_path).gather(ASKED, NUM_SAMPLES) == WHOLE
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
@@ -90,7 +90,7 @@ def test_another_number_of_processes_goes_on(tmp_path, process, before, after):
     for index in range(before):
         process(index, before)
         generate(tmp_path, batches=1)
-    done = len(Parts(tmp_path).rows())
+    done = len(PartFiles(tmp_path).rows())
     assert 0 < done < len(WHOLE)
     for index in range(after):
         process(index, after)
@@ -98,14 +98,14 @@ def test_another_number_of_processes_goes_on(tmp_path, process, before, after):
     process(0, after)
     rows = sum(len(file.read_bytes().splitlines()) for file in tmp_path.glob("predictions.part*"))
     assert rows == len(WHOLE)  # nothing was generated twice
-    assert Parts(tmp_path).gather(ASKED, NUM_SAMPLES) == WHOLE
+    assert PartFiles(tmp_path).gather(ASKED, NUM_SAMPLES) == WHOLE
 
 
 def test_the_main_process_waits_for_the_others(tmp_path, process):
     process(0, 2)
     parts = generate(tmp_path)
     process(1, 2)
-    other = Parts(tmp_path)
+    other = PartFiles(tmp_path)
     share = other.pending(BATCHES, ASKED, NUM_SAMPLES)
 
     class Clock:
@@ -121,7 +121,7 @@ def test_the_main_process_waits_for_the_others(tmp_path, process):
 
 
 def test_rows_of_an_older_grader_are_judged_again(tmp_path):
-    parts = Parts(tmp_path)
+    parts = PartFiles(tmp_path)
     parts.append([replace(row, grader="0", correct=not row.correct) for row in answers(BATCHES[0])])
     generate(tmp_path)
     assert parts.gather(ASKED, NUM_SAMPLES) == WHOLE
@@ -145,11 +145,11 @@ def test_a_completion_is_graded_once(tmp_path, monkeypatch):
 
 def test_killed_after_gathering_nothing_is_generated_again(tmp_path):
     generate(tmp_path).gather(ASKED, NUM_SAMPLES)
-    parts = Parts(tmp_path)
+    parts = PartFiles(tmp_path)
     assert parts.pending(BATCHES, ASKED, NUM_SAMPLES) == [] and parts.gather(ASKED, NUM_SAMPLES) == WHOLE
 
 
 def test_more_samples_than_before_are_missing_samples(tmp_path):
     write_jsonl(tmp_path / "predictions.part0.jsonl", [row for row in WHOLE if row.sample == 0])
-    assert len(Parts(tmp_path).pending(BATCHES, ASKED, 1)) == 0
-    assert len(Parts(tmp_path).pending(BATCHES, ASKED, NUM_SAMPLES)) == len(BATCHES)
+    assert len(PartFiles(tmp_path).pending(BATCHES, ASKED, 1)) == 0
+    assert len(PartFiles(tmp_path).pending(BATCHES, ASKED, NUM_SAMPLES)) == len(BATCHES)

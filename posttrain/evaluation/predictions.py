@@ -21,7 +21,7 @@ PARTS = "predictions.part*.jsonl"
 GATHERED = "predictions.jsonl"
 
 
-def judge(example: Example, sample: int, completion: str, finish: str, num_tokens: int) -> Prediction:
+def grade_completion(example: Example, sample: int, completion: str, finish: str, num_tokens: int) -> Prediction:
     """A completion and its verdict: the one place where evaluation calls the grader."""
     verdict = grade(completion, example.answer)
     return Prediction(
@@ -41,7 +41,7 @@ def judge(example: Example, sample: int, completion: str, finish: str, num_token
 
 
 def regraded(prediction: Prediction, example: Example) -> Prediction:
-    return judge(example, prediction.sample, prediction.completion, prediction.finish, prediction.num_tokens)
+    return grade_completion(example, prediction.sample, prediction.completion, prediction.finish, prediction.num_tokens)
 
 
 def up_to_date(prediction: Prediction, example: Example) -> Prediction:
@@ -49,7 +49,7 @@ def up_to_date(prediction: Prediction, example: Example) -> Prediction:
     return prediction if prediction.grader == GRADER_VERSION else regraded(prediction, example)
 
 
-class Parts:
+class PartFiles:
     """The part files of one run directory."""
 
     def __init__(self, folder: Path) -> None:
