@@ -14,7 +14,6 @@ bytes as without the interruption: batches are fixed by the questions, and every
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation import stats
-from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.data_sets import data_entry
@@ -167,7 +165,7 @@ def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: R
 
 
 def write_results(folder: Path, predictions: list[Prediction]) -> None:
-    """results.json and lm-eval's files, made of questions, predictions and manifest alone; the numbers on the console.
+    """results.json, made of questions, predictions and manifest alone; the numbers on the console.
 
     Nothing in results.json depends on how often the run was interrupted: the manifest alone has the run's times and command.
     """
@@ -177,8 +175,6 @@ def write_results(folder: Path, predictions: list[Prediction]) -> None:
     results = stats.summarize(questions, predictions, dataset=data["name"], limit=manifest.limit, dataset_size=data["size"])
     results["provenance"] = {key: getattr(manifest, key) for key in PROVENANCE}
     results["prompts_sha256"] = sha256_text("".join(question["prompt_sha256"] for question in questions))
-    told = dataclasses.replace(manifest, seconds=manifest.generated_seconds or manifest.seconds)
-    write_lm_eval_files(folder / "lm_eval", questions, predictions, results, told, data.get("num_shots", 0))
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(headline(manifest.name, results))
 

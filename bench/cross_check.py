@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--lm-eval", default="lm_eval")
     parser.add_argument("--batch-size", default="16")
     args = parser.parse_args()
-    out = args.run_dir / "cross_check"  # lm_eval/ holds our own results in their layout
+    out = args.run_dir / "cross_check"  # lm_eval/ may hold our own results in their layout
     if not list(out.glob("**/samples_*.jsonl")):
         subprocess.run(lm_eval_command(args.lm_eval, args.run_dir, out, args.batch_size), cwd=out, check=True)
     compare(args.run_dir, sorted(out.glob("**/samples_*.jsonl"))[-1])

@@ -47,7 +47,13 @@ KEEPERS = {
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "reasoning_gym"}
-COMMANDS = (*SCRIPTS, "posttrain.report.__main__", "posttrain.hub.__main__", "posttrain.bundled_model")
+COMMANDS = (
+    *SCRIPTS,
+    "posttrain.report.__main__",
+    "posttrain.hub.__main__",
+    "posttrain.evaluation.lm_eval",
+    "posttrain.bundled_model",
+)
 
 
 def module_name(file: Path) -> str:

@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 from datetime import datetime
+from pathlib import Path
 
 import made_runs
 import pytest
+from scripts import ROOT, retell, run, tree
 
 from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.records import Prediction, read_jsonl, read_rows, sha256_text
-from posttrain.runs.manifest import read_manifest
 
 # lm-eval 0.4.13, lm_eval/result_schema.py: EvalResults (what a chat run of one task writes) and SampleResult
 RESULT_KEYS = {
@@ -34,18 +36,15 @@ SAMPLE_KEYS = {
 
 def written(root, num_samples=1, limit=None, run=3):
     folder = made_runs.make_runs(root, num_questions=40, num_samples=num_samples, limit=limit, training=False)[run]
-    questions, predictions = (
-        [*read_rows(folder / "questions.jsonl")],
-        read_jsonl(folder / "predictions.jsonl", Prediction),
-    )
+    questions = [*read_rows(folder / "questions.jsonl")]
+    predictions = read_jsonl(folder / "predictions.jsonl", Prediction)
     results = json.loads((folder / "results.json").read_text())
-    paths = write_lm_eval_files(root / "lm_eval", questions, predictions, results, read_manifest(folder))
-    return questions, predictions, results, *paths
+    return questions, predictions, results, *write_lm_eval_files(folder)
 
 
 def test_keys_and_names_are_lm_evals(tmp_path):
     *_, results_file, samples_file = written(tmp_path, limit=40)
-    assert results_file.relative_to(tmp_path).as_posix() == "lm_eval/grpo/results_2026-11-24T08-00-00.000000.json"
+    assert results_file.relative_to(tmp_path).as_posix() == "eval_grpo/lm_eval/grpo/results_2026-11-24T08-00-00.000000.json"
     assert samples_file.name == "samples_gsm8k_2026-11-24T08-00-00.000000.jsonl"
     results = json.loads(results_file.read_text())
     assert results.keys() >= RESULT_KEYS and results.keys() - RESULT_KEYS == {"posttrain"}
@@ -86,3 +85,42 @@ def test_filtered_answers_agree_with_the_scores(tmp_path, run):
 def test_same_run_same_bytes(tmp_path):
     first, second = (written(tmp_path / name)[-2:] for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def command(*arguments):
+    return run("posttrain.evaluation.lm_eval", *arguments)
+
+
+def test_the_command_writes_the_files_into_the_run(tmp_path):
+    folder = made_runs.make_runs(tmp_path, num_questions=5, training=False)[3]
+    before = tree(folder)
+    done = command(folder)
+    assert done.code == 0 and before.items() <= tree(folder).items()
+    files = [Path(line) for line in done.out.splitlines()]
+    assert files == sorted(path for path in (folder / "lm_eval").rglob("*") if path.is_file()) and len(files) == 2
+
+
+def test_a_published_run_has_compressed_predictions(tmp_path):
+    folder = shutil.copytree(ROOT / "results" / "smollm2-135m" / "eval_sft", tmp_path / "eval_sft")
+    results_file, samples_file = write_lm_eval_files(folder)
+    accuracy = json.loads((folder / "results.json").read_text())["accuracy"]["strict"]["value"]
+    assert json.loads(results_file.read_text())["results"]["gsm8k"]["exact_match,strict-match"] == accuracy
+    assert sum(1 for _ in read_rows(samples_file)) == 2 * 1319
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda run: (run / "manifest.json").unlink(), "holds no run"),
+        (lambda run: retell(run, exit="running"), r"is not finished (running): the same evaluate.py command goes on with it"),
+        (lambda run: retell(run, stage="sft"), "is a run of stage sft"),
+        (lambda run: (run / "predictions.jsonl").unlink(), "keeps only its numbers"),
+    ],
+)
+def test_without_a_finished_evaluation_the_reason_is_one_line(tmp_path, change, told):
+    folder = made_runs.make_runs(tmp_path, num_questions=5, training=False)[3]
+    change(folder)
+    before = tree(folder)
+    done = command(folder)
+    assert done.code == 2 and told in done.err and len(done.err.splitlines()) == 1
+    assert tree(folder) == before

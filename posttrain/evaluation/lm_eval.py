@@ -1,12 +1,15 @@
-"""An evaluation in lm-evaluation-harness's own layout, so that whatever reads its files reads ours.
+"""A finished evaluation in lm-evaluation-harness's own layout, for programs that read that.
 
-The keys are those of lm-eval 0.4.13 (`result_schema.py`, `loggers/evaluation_tracker.py`). `strict-match` is
-our strict, `flexible-extract` our lenient. Two things are ours, and say so: the verdicts come from this
-project's grader (`versions` has its number), and a key `posttrain` holds what lm-eval does not record.
+    python -m posttrain.evaluation.lm_eval runs/eval_gsm8k      # writes into runs/eval_gsm8k/lm_eval/
+
+The keys are those of lm-eval 0.4.13 (`result_schema.py`, `loggers/evaluation_tracker.py`). `strict-match` is our strict
+accuracy, `flexible-extract` our lenient one. Two things differ from a run of lm-eval, and the files say so: the verdicts are
+those of this project's grader (`versions` has its number), and the key `posttrain` holds what lm-eval does not record.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,39 +17,64 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation.stats import Question, group_samples
-from posttrain.records import Prediction, sha256_text, write_atomic, write_jsonl
-from posttrain.runs.manifest import Manifest
+from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
+from posttrain.runs.manifest import Manifest, read_manifest
 
 METRIC = "exact_match"
 FILTERS = {"strict-match": "strict", "flexible-extract": "lenient"}
 INVALID = "[invalid]"  # what lm-eval's regex filter gives where nothing matched
-NOT_TOLD = ("accuracy", "provenance")  # parts of results.json that lm-eval's own keys hold already
+IN_LM_EVALS_KEYS = ("accuracy", "provenance")  # of results.json: what lm-eval's own keys hold
 
 
-def write_lm_eval_files(
-    folder: Path | str,
-    questions: Sequence[Question],
-    predictions: Sequence[Prediction],
-    results: Mapping[str, Any],
-    manifest: Manifest,
-    num_fewshot: int = 0,
-) -> tuple[Path, Path]:
-    """Write `<folder>/<model>/results_<date>.json` and `samples_<task>_<date>.jsonl`; returns both paths.
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m posttrain.evaluation.lm_eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", type=Path, help="a finished run of evaluate.py")
+    for file in write_lm_eval_files(parser.parse_args().run_dir):
+        print(file)
 
-    `results` is stats.summarize's, `manifest` the evaluation's. Same arguments, same bytes.
+
+def write_lm_eval_files(run_dir: Path) -> tuple[Path, Path]:
+    """Write `<run_dir>/lm_eval/<model>/results_<date>.json` and `samples_<task>_<date>.jsonl`; returns both paths.
+
+    The same evaluation gives the same bytes.
+
+    Raises:
+        UserError: the folder holds no evaluation, an unfinished one, or only its numbers.
     """
+    manifest = check_finished(run_dir)
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    questions = list(read_rows(run_dir / "questions.jsonl"))
+    predictions = read_jsonl(run_dir / "predictions.jsonl", Prediction)
     task = re.sub(r"\W", "_", results["dataset"]) or "questions"
-    place = Path(folder, re.sub(r'["<>:/|\\?*\[\]]+', "__", _model_name(manifest)))
+    place = run_dir / "lm_eval" / _sanitized(_model_name(manifest))
     date = datetime.fromisoformat(manifest.started).strftime("%Y-%m-%dT%H-%M-%S.%f")
     place.mkdir(parents=True, exist_ok=True)
     rows = list(sample_rows(questions, predictions, generation_kwargs(manifest)))
     hashes = sha256_text("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows))
-    summary = aggregated(task, results, manifest, num_fewshot) | {"task_hashes": {task: hashes}}
+    summary = aggregated(task, results, manifest) | {"task_hashes": {task: hashes}}
     files = place / f"results_{date}.json", place / f"samples_{task}_{date}.jsonl"
     write_atomic(files[0], json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     write_jsonl(files[1], rows)
     return files
+
+
+def check_finished(run_dir: Path) -> Manifest:
+    if not (run_dir / "manifest.json").is_file():
+        raise UserError(f"{run_dir} holds no run: give the run_dir of an evaluation")
+    manifest = read_manifest(run_dir)
+    if manifest.stage != "eval":
+        raise UserError(f"{run_dir} is a run of stage {manifest.stage}: give the run_dir of an evaluation")
+    if manifest.exit != "ok":
+        raise UserError(f"{run_dir} is not finished ({manifest.exit}): the same evaluate.py command goes on with it")
+    if not all(holds_rows(run_dir / name) for name in ("questions.jsonl", "predictions.jsonl")):
+        raise UserError(f"{run_dir} keeps only its numbers: questions.jsonl and predictions.jsonl are wanted as well")
+    return manifest
 
 
 def generation_kwargs(manifest: Manifest) -> dict[str, Any]:
@@ -113,15 +141,15 @@ def _filtered(prediction: Prediction, rule: str) -> str:
     return prediction.value
 
 
-def aggregated(task: str, results: Mapping[str, Any], manifest: Manifest, num_fewshot: int) -> dict[str, Any]:
+def aggregated(task: str, results: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     """The results file without `task_hashes`."""
     size = results["dataset_size"] or results["n"]
     started = datetime.fromisoformat(manifest.started)
-    name = _model_name(manifest)
+    name, num_fewshot = _model_name(manifest), _num_fewshot(manifest)
     return {
         "results": {task: _task_metrics(task, results)},
         "group_subtasks": {task: []},
-        "configs": {task: _task_config(task, results, manifest, num_fewshot)},
+        "configs": {task: _task_config(task, results, manifest)},
         "versions": {task: f"posttrain grader {results['grader']}"},
         "n-shot": {task: num_fewshot},
         "higher_is_better": {task: {METRIC: True}},
@@ -135,9 +163,9 @@ def aggregated(task: str, results: Mapping[str, Any], manifest: Manifest, num_fe
         "upper_git_hash": None,
         "model_source": manifest.engine,
         "model_name": name,
-        "model_name_sanitized": re.sub(r'["<>:/|\\?*\[\]]+', "__", name),
-        "total_evaluation_time_seconds": str(manifest.seconds),
-        "posttrain": {key: value for key, value in results.items() if key not in NOT_TOLD},
+        "model_name_sanitized": _sanitized(name),
+        "total_evaluation_time_seconds": str(manifest.generated_seconds or manifest.seconds),
+        "posttrain": {key: value for key, value in results.items() if key not in IN_LM_EVALS_KEYS},
     }
 
 
@@ -150,7 +178,7 @@ def _task_metrics(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _task_config(task: str, results: Mapping[str, Any], manifest: Manifest, num_fewshot: int) -> dict[str, Any]:
+def _task_config(task: str, results: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     return {
         "task": task,
         "dataset_path": manifest.data["path"],
@@ -159,7 +187,7 @@ def _task_config(task: str, results: Mapping[str, Any], manifest: Manifest, num_
         "output_type": "generate_until",
         "generation_kwargs": generation_kwargs(manifest),
         "repeats": results["num_samples"],
-        "num_fewshot": num_fewshot,
+        "num_fewshot": _num_fewshot(manifest),
         "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [{"name": name} for name in FILTERS],
         "metadata": {"grader": results["grader"], "data_sha256": manifest.data["sha256"]},
@@ -189,3 +217,16 @@ def _run_config(results: Mapping[str, Any], manifest: Manifest) -> dict[str, Any
 def _model_name(manifest: Manifest) -> str:
     """lm-eval names a run after its adapter, else after its base."""
     return manifest.name if manifest.adapter_sha256 else str(manifest.model["name_or_path"])
+
+
+def _sanitized(name: str) -> str:
+    """The name as lm-eval makes a folder of it."""
+    return re.sub(r'["<>:/|\\?*\[\]]+', "__", name)
+
+
+def _num_fewshot(manifest: Manifest) -> int:
+    return int(manifest.data.get("num_shots", 0))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
