@@ -181,10 +181,9 @@ def write_results(folder: Path, predictions: list[Prediction]) -> None:
 
 def headline(name: str, results: dict[str, Any]) -> str:
     lenient, strict = results["accuracy"]["lenient"], results["accuracy"]["strict"]
-    low, high = lenient["wilson"]
     subset = f" ({results['subset']})" if results["subset"] else ""
     return (
-        f"{name}: {lenient['value']:.2%} [{low:.2%}, {high:.2%}] of {results['n']} on {results['dataset']}{subset}; "
+        f"{name}: {stats.with_interval(lenient)} of {results['n']} on {results['dataset']}{subset}; "
         f"strict {strict['value']:.2%}, format {results['format_ok']['value']:.2%}, truncated {results['truncated']['value']:.2%}"
     )
 

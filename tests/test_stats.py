@@ -455,6 +455,15 @@ def test_p_is_never_printed_as_zero():
     ]
 
 
+@pytest.mark.parametrize("hits", [0, 1, 601, 1318, 1319])
+def test_a_rate_is_printed_alike_everywhere(hits):
+    rate = stats.rate((str(i), i < hits) for i in range(1319))
+    low, high = stats.wilson(hits, 1319)
+    assert stats.with_interval(rate) == f"{hits / 1319:.2%} [{low:.2%}, {high:.2%}]"
+    assert stats.percents(rate) == tuple(f"{share:.2%}".removesuffix("%") for share in (hits / 1319, low, high))
+    assert stats.interval({"value": 0.5, "bootstrap": [0.4, 0.6]}) == (0.4, 0.6)
+
+
 # ---- contamination ----
 
 

@@ -221,6 +221,24 @@ def rate(hits: Iterable[tuple[str, bool]]) -> dict[str, Any]:
     return {"k": k, "n": n, "value": k / n, "wilson": list(wilson(successes, num_questions))}
 
 
+def interval(rate: Mapping[str, Any]) -> tuple[float, float]:
+    """The 95 % interval of a rate: Wilson's, or the bootstrap's where there is only that one, as for pass@k."""
+    low, high = rate.get("wilson") or rate["bootstrap"]
+    return low, high
+
+
+def percents(rate: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Value, low and high as every text prints them: percent with two decimals, the unit left to the text."""
+    value, low, high = (f"{100 * share:.2f}" for share in (rate["value"], *interval(rate)))
+    return value, low, high
+
+
+def with_interval(rate: Mapping[str, Any]) -> str:
+    """`45.56% [42.89%, 48.26%]`"""
+    value, low, high = percents(rate)
+    return f"{value}% [{low}%, {high}%]"
+
+
 def group_samples(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[list[Prediction]]:
     """Predictions by question, in question order, samples in order.
 

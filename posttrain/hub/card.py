@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from posttrain.errors import UserError
+from posttrain.evaluation import stats
 from posttrain.records import read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
@@ -270,17 +271,12 @@ def result_row(evaluation: Evaluation) -> list[str]:
         evaluation.label,
         f"{data['name']} ({data['split']}{subset})",
         f"{results['n']:,}",
-        with_interval(results["accuracy"]["lenient"]),
-        with_interval(results["accuracy"]["strict"]),
+        stats.with_interval(results["accuracy"]["lenient"]),
+        stats.with_interval(results["accuracy"]["strict"]),
         f"{results['truncated']['value']:.1%}",
         decoding(evaluation),
         evaluation.manifest.model["quantization"],
     ]
-
-
-def with_interval(rate: dict[str, Any]) -> str:
-    low, high = rate["wilson"]
-    return f"{rate['value']:.2%} [{low:.2%}, {high:.2%}]"
 
 
 def decoding(evaluation: Evaluation) -> str:

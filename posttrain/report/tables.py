@@ -109,8 +109,8 @@ def _share(rate: Mapping[str, Any] | None, interval: bool = True) -> Cell:
         return ("", "")
     if not interval:
         return (f"{100 * rate['value']:.1f} %", "")
-    low, high = rate.get("wilson") or rate["bootstrap"]
-    return (f"{100 * rate['value']:.2f} %", f"{100 * low:.2f} to {100 * high:.2f}")
+    value, low, high = stats.percents(rate)
+    return (f"{value} %", f"{low} to {high}")
 
 
 def _points(result: Mapping[str, Any]) -> str:
