@@ -40,7 +40,7 @@ KEEPERS = {
     "liger_kernel": set(),  # transformers applies it
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
-    "matplotlib": {"report"},
+    "matplotlib": set(),  # bench/growth.py draws with it
     "huggingface_hub": {"hub", "models", "tasks", "training"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers

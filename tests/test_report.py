@@ -271,6 +271,13 @@ def test_a_training_run_alone_makes_a_report(runs, tmp_path):
 # ---- what is written ----
 
 
+def test_the_style_sheet_has_a_colour_for_every_class(original):
+    page = report.html_page(*load(evals(original)))
+    wanted = [f"s{i}" for i in range(charts.NUM_COLORS)]
+    assert re.findall(r"--(s\d+): light-dark\(#\w{6}, #\w{6}\)", page) == wanted
+    assert re.findall(r"\.(s\d+) \{ --c: var\(--\1\) \}", page) == wanted
+
+
 def test_same_input_same_bytes_and_the_runs_untouched(original, tmp_path):
     def contents(folder):
         return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -281,9 +288,8 @@ def test_same_input_same_bytes_and_the_runs_untouched(original, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert contents(original) == before
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert {"accuracy.png", "accuracy_by_steps.png", "training_grpo.png", "training_sft-long.png"} < names
-    for plot in re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "a" / "report.md").read_text()):
-        assert (tmp_path / "a" / plot).read_bytes().startswith(b"\x89PNG")
+    assert names == {"report.md", "report.html"}
+    assert {*re.findall(r"\]\((.*?)\)", (tmp_path / "a" / "report.md").read_text())} == {"report.html"}
 
 
 def test_readme_changes_only_between_its_markers(original, tmp_path):

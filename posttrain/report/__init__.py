@@ -3,21 +3,20 @@
     python -m posttrain.report runs/eval_base runs/eval_sft runs/eval_grpo --out report
     python -m posttrain.report --update-readme results/README.md results/smollm2-135m/eval_*
 
-Pure: it reads the run directories it is given (and the training runs that their adapters came from), writes
-report.md, report.html and PNGs, and for the same input the same bytes.
+The report reads the run directories that it is given and the training runs that their adapters came from, never changes them,
+and writes report.md and report.html: for the same input the same bytes. Every number in it is computed in evaluation/; what is
+written between a README's markers is published, so a changed cell is a changed result.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from posttrain.errors import UserError
 from posttrain.records import write_atomic
-from posttrain.report import charts, tables
-from posttrain.report.figures import result_charts, training_charts
+from posttrain.report import tables
 from posttrain.report.groups import EvalRun, Group, TrainingRun, load
 from posttrain.report.page import html_page, page_title
 
@@ -25,12 +24,11 @@ MARKERS = ("<!-- results:start -->", "<!-- results:end -->")
 
 
 def write_report(paths: Iterable[Path | str], out: Path | str) -> Path:
-    """Write report.md, report.html and the PNGs into `out`; returns the path of report.html."""
+    """Write report.md and report.html into `out`; returns the path of report.html."""
     groups, trainings = load(paths)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    plots = _write_pngs(groups, trainings, folder)
-    write_atomic(folder / "report.md", markdown_report(groups, trainings, plots))
+    write_atomic(folder / "report.md", markdown_report(groups, trainings))
     write_atomic(folder / "report.html", html_page(groups, trainings))
     return folder / "report.html"
 
@@ -63,14 +61,13 @@ def update_readme(readme: Path, paths: Iterable[Path | str]) -> None:
     write_atomic(readme, f"{before}{start}\n{summary}{end}{after}")
 
 
-def markdown_report(groups: Sequence[Group], trainings: Sequence[TrainingRun], plots: Sequence[str]) -> str:
-    parts = [f"# {page_title(groups, trainings)}\n"]
+def markdown_report(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -> str:
+    parts = [f"# {page_title(groups, trainings)}\n", "Charts, curves and every completion: [report.html](report.html).\n"]
     for group in groups:
         parts.append(f"## {_summary(group, trainings, len(group.runs))}")
         if group.comparisons:
             parts += ["### Paired tests\n", tables.markdown(tables.pair_table(group))]
         parts.append("".join(f"- {line}\n" for line in tables.notes(group, trainings)))
-    parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})\n" for plot in plots]
     runs: list[TrainingRun | EvalRun] = [*trainings, *(run for group in groups for run in group.runs)]
     parts += ["## Commands\n", "".join(map(_command, runs))]
     return "\n".join(parts)
@@ -80,19 +77,6 @@ def _command(run: TrainingRun | EvalRun) -> str:
     manifest = run.manifest
     commit = f"commit {(manifest.commit or 'unknown')[:10]}{' with changes' if manifest.dirty else ''}"
     return f"- {run.label}: `{manifest.command}` ({commit})\n"
-
-
-def _write_pngs(groups: Sequence[Group], trainings: Sequence[TrainingRun], folder: Path) -> list[str]:
-    names = []
-    for index, group in enumerate(groups):
-        for chart in result_charts(group):
-            names.append(f"{chart.name}{f'_{index + 1}' if index else ''}.png")
-            charts.png([chart], folder / names[-1])
-    for run in trainings:
-        if plots := training_charts(run):
-            names.append("training_" + re.sub(r"[^\w.-]+", "_", run.label) + ".png")
-            charts.png(plots, folder / names[-1], columns=3)
-    return names
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""The report's plots: one description, two drawings (inline SVG that follows the page's theme, and PNG).
+"""The report's plots: what a chart shows, and how it is drawn as inline SVG that follows the page's theme.
 
-A chart is data only. Colours in the SVG are class names (`s0`, `s1`, ...) that the page's style sheet fills
-in for light and dark; the PNG uses the light ones.
+A chart is data only. The SVG names its colours as classes (`s0`, `s1`, ...); the page's style sheet gives each of them a
+colour for light and one for dark.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any, Literal
 
-# The light theme's series colours, in the order of the classes s0, s1, ... told apart by lightness as
-# well as by hue. The page's style sheet holds the same list and a dark one.
-COLORS = ("#8a919c", "#bf7f1f", "#2b7f86", "#5158ad", "#a3527a", "#64883a", "#b4523c", "#3a78b5")
+NUM_COLORS = 8  # classes s0 to s7 of the page's style sheet; its colours differ in lightness as well as in hue
 SMOOTH_ABOVE = 40  # logged points from which a curve gets a running mean
 PERCENT_STEPS = (0.05, 0.1, 0.2, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0)
 
@@ -229,7 +226,7 @@ def _describe(chart: Chart, where: str, values: Iterable[tuple[str, Point]]) -> 
 
 
 def _group(color: int, parts: Sequence[str], title: str = "") -> str:
-    return f'<g class="s{color % len(COLORS)}">{title}{"".join(parts)}</g>'
+    return f'<g class="s{color % NUM_COLORS}">{title}{"".join(parts)}</g>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -251,84 +248,3 @@ def _path(places: Sequence[tuple[float, float]], kind: str, closed: bool = False
 
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-# ---- PNG ----
-
-
-def png(charts: Sequence[Chart], path: Path, columns: int = 1) -> None:
-    """The charts as small multiples in one picture. Same input, same bytes for one version of matplotlib."""
-    from matplotlib.figure import Figure
-
-    rows = math.ceil(len(charts) / columns)
-    size = (7.2, 0.55 * len(charts[0].categories) + 1.4) if charts[0].kind == "bars" else (7.2, 4.2)
-    figure = Figure(figsize=size if columns == 1 else (4.2 * columns, 2.7 * rows), dpi=144, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, chart in zip(axes, charts, strict=False):
-        {"bars": _bars_png, "dots": _dots_png, "lines": _lines_png}[chart.kind](axis, chart)
-        _dress(axis, chart)
-    for axis in axes[len(charts) :]:
-        axis.set_visible(False)
-    figure.savefig(path, metadata={"Software": None})
-
-
-def _bars_png(axis: Any, chart: Chart) -> None:
-    outer, *inner = chart.series
-    places = range(len(chart.categories))
-    colors = [COLORS[i % len(COLORS)] for i in places]
-    axis.barh(places, [p.y for p in outer.points], color=colors, height=0.55, alpha=0.55, label=outer.label)
-    for series in inner:
-        axis.barh(places, [p.y for p in series.points], color=colors, height=0.2, label=series.label)
-    _errorbar(axis, [p.y for p in outer.points], list(places), outer.points, "xerr", "#1c1e21")
-    for i, point in enumerate(outer.points):
-        where = point.high if point.high is not None else point.y
-        text = value(point.y, chart.percent)
-        axis.annotate(text, (where, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
-    axis.set_yticks(places, chart.categories)
-    axis.set_xticks(y_ticks(chart), [number(t, chart.percent) for t in y_ticks(chart)])
-    axis.margins(x=0.16)
-    axis.invert_yaxis()
-
-
-def _dots_png(axis: Any, chart: Chart) -> None:
-    for j, series in enumerate(chart.series):
-        shift = (j - (len(chart.series) - 1) / 2) * 0.09
-        xs, color = [p.x + shift for p in series.points], COLORS[series.color % len(COLORS)]
-        axis.plot(xs, [p.y for p in series.points], color=color, linewidth=1, alpha=0.5)
-        axis.plot(xs, [p.y for p in series.points], "o", color=color, markersize=4, label=series.label)
-        _errorbar(axis, xs, [p.y for p in series.points], series.points, "yerr", color)
-    axis.set_xticks(range(len(chart.categories)), chart.categories)
-    axis.set_yticks(y_ticks(chart), [number(t, chart.percent) for t in y_ticks(chart)])
-
-
-def _lines_png(axis: Any, chart: Chart) -> None:
-    for series in chart.series:
-        color, xs = COLORS[series.color % len(COLORS)], [p.x for p in series.points]
-        smooth = len(series.points) > SMOOTH_ABOVE
-        axis.plot(xs, [p.y for p in series.points], color=color, linewidth=1.4, alpha=0.3 if smooth else 1)
-        curve = running_mean(series.points) if smooth else series.points
-        axis.plot(xs, [p.y for p in curve], color=color, linewidth=1.4, label=series.label)
-        if all(p.low is not None for p in series.points):
-            axis.fill_between(xs, [p.low for p in series.points], [p.high for p in series.points], color=color, alpha=0.15)
-    axis.set_yticks(y_ticks(chart), [number(t, chart.percent) for t in y_ticks(chart)])
-
-
-def _errorbar(axis: Any, xs: Sequence[float], ys: Sequence[float], points: Sequence[Point], which: str, color: str) -> None:
-    known = [i for i, p in enumerate(points) if p.low is not None and p.high is not None]
-    below = [points[i].y - (points[i].low or 0.0) for i in known]
-    above = [(points[i].high or 0.0) - points[i].y for i in known]
-    at = ([xs[i] for i in known], [ys[i] for i in known])
-    axis.errorbar(*at, **{which: [below, above]}, fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
-
-
-def _dress(axis: Any, chart: Chart) -> None:
-    axis.set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
-    axis.set_xlabel(chart.x_label, fontsize=9)
-    axis.tick_params(labelsize=8.5, length=0)
-    axis.grid(axis="x" if chart.kind == "bars" else "y", color="#e4e2dc", linewidth=0.8)
-    axis.set_axisbelow(True)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    if len(chart.series) > 1:
-        axis.legend(fontsize=8, edgecolor="none", framealpha=0.85)

@@ -129,7 +129,7 @@ def _key(chart: Chart, series: charts.Series) -> str:
     if chart.kind == "lines" and len(chart.series) == 1:
         return f'<b class="last" title="last value">{escape(last)}</b>'
     value = f" <b>{escape(last)}</b>" if chart.kind == "lines" else ""
-    return f'<span class="key s{series.color % len(charts.COLORS)}">{escape(series.label)}{value}</span>'
+    return f'<span class="key s{series.color % charts.NUM_COLORS}">{escape(series.label)}{value}</span>'
 
 
 def _origins(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -> Iterator[str]:
