@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import made_runs
@@ -19,7 +20,7 @@ from ruamel.yaml import YAML
 
 from posttrain.config.schema import Model, SftConfig, TrainData
 from posttrain.hub import card
-from posttrain.hub.push import weights_sha256
+from posttrain.hub.push import Request, read_release, weights_sha256
 from posttrain.records import sha256_file
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import open_run
@@ -318,6 +319,40 @@ def assert_same_policy(logits, base_dir, adapter_dir):
     model = PolicyCopy(adapters.load_adapter(base, adapter_dir, trainable=False)).refresh()
     ours, published = model(torch.tensor([prompt])).logits[0, -1].float(), torch.tensor(logits)
     assert (published - ours).abs().mean() < 0.1 * (published - alone).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "unsaid"),
+    [
+        ({}, [f'from_pretrained("{BASE}", dtype=torch.bfloat16)'], ["BitsAndBytes", "revision="]),
+        ({"quantization": "nf4"}, ["AutoTokenizer, BitsAndBytesConfig", 'quant_type="nf4"', "quantization_config=nf4)"], []),
+        ({"revision": "abc"}, [f'from_pretrained("{BASE}", revision="abc", dtype='], []),
+        ({"hub_id": None, "revision": "abc"}, ['from_pretrained("PATH_OF_THE_BASE", dtype='], ["abc"]),
+        ({"merged": Path("m"), "quantization": "nf4"}, ['snapshot_download(adapter) + "/merged_base", dtype='], ["BitsAnd"]),
+    ],
+    ids=["16 bits", "NF4", "a revision", "a folder", "merged"],
+)
+def test_the_cards_python_fits_the_base(runs, changes, said, unsaid):
+    release = read_release(Request(runs / "grpo_run", REPO))
+    text = card.model_card(replace(release, base=replace(release.base, **changes)))
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "the card", "exec")
+    assert all(part in code for part in said) and not any(part in code for part in unsaid)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, ""), ({"num_processes": 2, "launcher": "torchrun"}, "2 processes by torchrun, ")]
+)
+def test_the_card_says_of_how_many_processes_a_run_was(runs, changes, said):
+    release = read_release(Request(runs / "grpo_run", REPO))
+    text = card.model_card(replace(release, manifest=replace(release.manifest, **changes)))
+    assert re.findall(r"cores of .*?, (.*)torch \d", text) == [said]
+
+
+def test_what_a_run_says_is_never_taken_for_the_template(runs):
+    release = read_release(Request(runs / "grpo_run", REPO))
+    text = card.model_card(replace(release, manifest=replace(release.manifest, name="{{ seed }} {% if %} {# #} <b>")))
+    assert "\n- grpo `{{ seed }} {% if %} {# #} <b>`: adapter `" in text
 
 
 def test_a_base_from_a_folder_is_named_only_when_its_id_is_given(runs, server, tmp_path):

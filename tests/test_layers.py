@@ -41,6 +41,7 @@ KEEPERS = {
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
     "matplotlib": set(),  # bench/growth.py draws with it
+    "jinja2": {"hub"},
     "huggingface_hub": {"hub", "models", "tasks", "training"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -35,9 +36,6 @@ STAGES = {
 }
 
 
-COLUMNS = ("model", "data set", "n", "accuracy", "strict", "truncated", "decoding", "base")
-
-
 @dataclass(frozen=True, slots=True)
 class Base:
     """The model that the adapter belongs to."""
@@ -47,6 +45,20 @@ class Base:
     revision: str | None
     quantization: str
     merged: Path | None  # the folder of a base that has an earlier adapter folded in
+
+    @property
+    def folder(self) -> str:
+        """What a base from a disk is called where its path must not be told."""
+        return PurePath(self.name).name
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a reader has to pack it as training did. A merged base was trained on, and is pushed, in 16 bits."""
+        return self.quantization != "none" and not self.merged
+
+    @property
+    def is_llama(self) -> bool:
+        return (self.license or "").startswith("llama")
 
     @property
     def license(self) -> str | None:
@@ -150,22 +162,29 @@ def datasets(release: Release) -> list[str]:
 
 
 def model_card(release: Release) -> str:
-    """README.md of the repository: metadata as the Hub reads it, then Markdown."""
-    from huggingface_hub import ModelCard
+    """README.md of the repository: card.md.jinja, filled in.
 
-    sections = [
-        f"# {release.name}",
-        introduction(release),
-        "## Results",
-        results_table(release.evaluations),
-        "## Prompt format",
-        prompt_format(release),
-        "## How to load it",
-        loading(release),
-        "## How it was made",
-        reproduction(release),
-    ]
-    text = f"---\n{metadata(release)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    `ModelCard.from_template` would leave a hole where the template names what is not there; here that is an error.
+    """
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
+    template = files("posttrain.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        release=release,
+        base=release.base,
+        manifest=release.manifest,
+        metadata=metadata(release),
+        stage=STAGES[release.manifest.stage],
+        stages=[link["stage"].upper() for link in links(release)],
+        rows=[[cell.replace("|", "/") for cell in result_row(evaluation)] for evaluation in release.evaluations],
+        prompt=example_prompt(release),
+        commands=commands(release),
+        machine=machine(release.manifest),
+        links=portable(links(release)),
+        settings=settings(release),
+    )
     return str(ModelCard(text))  # parses the metadata again, so that what is wrong shows before anything is sent
 
 
@@ -233,37 +252,6 @@ def eval_results_yaml(evaluation: Evaluation) -> str:
     return text.getvalue()
 
 
-def introduction(release: Release) -> str:
-    base = release.base
-    name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{PurePath(base.name).name}`"
-    chain = [stage.upper() for stage in (*(link["stage"] for link in release.manifest.chain), release.manifest.stage)]
-    lines = [
-        f"A LoRA adapter that makes {name} solve grade-school maths problems step by step: {STAGES[release.manifest.stage]}.",
-        f"Chain: {' -> '.join(['base', *chain])}.",
-    ]
-    if base.merged:
-        lines.append(
-            "It does not fit the original base: the adapter before it was folded into the base, in 16 bits, and this "
-            "one was trained on the result, which is in the folder `merged_base`."
-        )
-    if not base.hub_id:
-        lines.append("The base was loaded from a folder, so this card cannot link to it.")
-    if (base.license or "").startswith("llama"):
-        lines.append("Built with Llama.")  # the licence asks for this line (Llama 3.2 Community License, 1.b.i)
-    return "\n".join(lines)
-
-
-def results_table(evaluations: tuple[Evaluation, ...]) -> str:
-    if not evaluations:
-        return "Not evaluated when it was pushed."
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *map(result_row, evaluations)]
-    legend = (
-        "Accuracy counts a right answer however it is stated; strict, only one that stands after `####`. "
-        "In brackets the 95 % Wilson interval, at n = questions."
-    )
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows) + f"\n\n{legend}"
-
-
 def result_row(evaluation: Evaluation) -> list[str]:
     results, data = evaluation.results, evaluation.manifest.data
     subset = f", {results['subset']}" if results["subset"] else ""
@@ -286,74 +274,34 @@ def decoding(evaluation: Evaluation) -> str:
     return f"mean of {generation['samples']} samples at temperature {generation['temperature']}"
 
 
-def prompt_format(release: Release) -> str:
+def example_prompt(release: Release) -> str:
     """The messages of a training question, if the data set is still there; a test question has no place in a card."""
     file = Path(release.manifest.data["path"], "train.jsonl")
-    lines = [
-        "The chat format is that of `chat_template.jinja`; the tokenizer's end token is the one that ends an answer. "
-        "The answer is the number after `####`.",
-    ]
-    if file.is_file() and (row := next(read_rows(file), None)):
-        lines.append(f"```json\n{json.dumps(row['prompt'], indent=1, ensure_ascii=False)}\n```")
-    return "\n\n".join(lines)
+    row = next(read_rows(file), None) if file.is_file() else None
+    return json.dumps(row["prompt"], indent=1, ensure_ascii=False) if row else ""
 
 
-def loading(release: Release) -> str:
-    base = release.base
-    revision = f', revision="{base.revision}"' if base.revision and base.hub_id and not base.merged else ""
-    name = f'"{base.hub_id or "PATH_OF_THE_BASE"}"'
-    imports, extra, setup = ["AutoModelForCausalLM", "AutoTokenizer"], "", ""
-    if base.merged:
-        name = 'snapshot_download(adapter) + "/merged_base"'
-        setup = "from huggingface_hub import snapshot_download\n"
-    elif base.quantization != "none":
-        imports.append("BitsAndBytesConfig")
-        extra = ", quantization_config=nf4"
-    nf4 = (
-        'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
-        "                         bnb_4bit_compute_dtype=torch.bfloat16)  # the base as it was in training\n"
-    )
-    return (
-        "```python\n"
-        f"import torch\n{setup}from peft import PeftModel\nfrom transformers import {', '.join(imports)}\n\n"
-        f'adapter = "{release.repo_id}"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
-        f"{nf4 if extra else ''}"
-        f"base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype=torch.bfloat16{extra})\n"
-        "model = PeftModel.from_pretrained(base, adapter)\n\n"
-        'messages = [{"role": "user", "content": "..."}]  # see the prompt format above\n'
-        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,\n"
-        '                                       return_tensors="pt")\n'
-        "output = model.generate(**inputs.to(model.device), max_new_tokens=512, do_sample=False,\n"
-        "                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n'
-        "```"
-    )
-
-
-def reproduction(release: Release) -> str:
-    """Commands from the first training run to this one and its evaluation, and on what it ran."""
-    manifest = release.manifest
+def commands(release: Release) -> list[str]:
+    """From the first training run to this one and its evaluations."""
+    trained = [manifest for _, manifest in lineage(release.run_dir)]
     evaluated = [evaluation.manifest for evaluation in release.evaluations if evaluation.is_of_this_adapter]
-    trained = [run for _, run in lineage(release.run_dir)]
-    commands = "\n".join(portable(run.command) for run in (*trained, *evaluated))
-    made = {"stage": manifest.stage, "name": manifest.name, "adapter_sha256": manifest.adapter_sha256}
-    links = portable([*manifest.chain, made])
-    chain = "\n".join(f"- {link['stage']} `{link['name']}`: adapter `{link['adapter_sha256'][:12]}`" for link in links)
-    settings = release.settings
-    chosen = {key: portable(settings[key]) for key in ("lora", "rewards", "trainer") if settings.get(key)}
-    dirty = " with uncommitted changes" if manifest.dirty else ""
-    return (
-        f"```\n{commands}\n```\n\n"
-        f"Commit `{manifest.commit}`{dirty}; seed {manifest.seed}; {machine(manifest)}; "
-        f"{manifest.seconds / 60:,.1f} minutes. `training_manifest.json` has the rest.\n\n"
-        f"{chain}\n\n"
-        f"```json\n{json.dumps(chosen, indent=1)}\n```"
-    )
+    return [portable(manifest.command) for manifest in (*trained, *evaluated)]
+
+
+def links(release: Release) -> list[dict[str, Any]]:
+    """The training runs that made the adapter, the one that is pushed at the end."""
+    manifest = release.manifest
+    return [*manifest.chain, {"stage": manifest.stage, "name": manifest.name, "adapter_sha256": manifest.adapter_sha256}]
+
+
+def settings(release: Release) -> str:
+    chosen = {key: portable(release.settings[key]) for key in ("lora", "rewards", "trainer") if release.settings.get(key)}
+    return json.dumps(chosen, indent=1)
 
 
 def machine(manifest: Manifest) -> str:
     hardware, versions = manifest.hardware, manifest.versions
     cores = f"{hardware['num_cpus']} cores of {hardware['cpu']}"
+    several = [f"{count} processes by {manifest.launcher}"] if (count := manifest.num_processes or 1) > 1 else []
     packages = [f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft") if name in versions]
-    return ", ".join([f"{hardware['num_gpus']} x {hardware['gpu']}" if hardware["gpu"] else cores, *packages])
+    return ", ".join([f"{hardware['num_gpus']} x {hardware['gpu']}" if hardware["gpu"] else cores, *several, *packages])

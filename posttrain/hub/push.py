@@ -24,6 +24,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.hub.card import (
+    STAGES,
     Base,
     Release,
     eval_results_yaml,
@@ -126,7 +127,7 @@ def push(request: Request) -> str:
         )
     files = all_files(release)
     refuse_private_text(files)
-    if (release.base.license or "").startswith("llama") and not release.name.lower().startswith("llama"):
+    if release.base.is_llama and not release.name.lower().startswith("llama"):
         print("note: the Llama licence asks for a name that begins with Llama (section 1.b.i)", file=sys.stderr)
     message = portable(f"{release.manifest.name}: adapter {release.manifest.adapter_sha256:.12}")
     try:
@@ -160,7 +161,7 @@ def read_release(request: Request) -> Release:
 
 
 def check_finished(run_dir: Path, manifest: Manifest) -> None:
-    if manifest.stage not in ("sft", "grpo"):
+    if manifest.stage not in STAGES:
         raise UserError(f"{run_dir} is a run of stage {manifest.stage}: only adapters are pushed")
     if manifest.exit != "ok":
         raise UserError(f"{run_dir} is not finished ({manifest.exit}): finish it with --resume, then push")

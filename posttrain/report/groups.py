@@ -137,7 +137,7 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Group], list[TrainingRun]]:
     """
     manifests = {Path(path): _manifest(Path(path)) for path in paths}
     evaluated = {path: m for path, m in manifests.items() if m.stage == "eval"}
-    trained = {path: m for path, m in manifests.items() if m.stage in ("sft", "grpo")}
+    trained = {path: m for path, m in manifests.items() if m.stage in STAGES}
     for path in [*trained, *evaluated]:
         for place, manifest in lineage(path):
             if manifest.stage != "eval" and place.resolve() not in {known.resolve() for known in trained}:
