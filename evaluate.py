@@ -8,8 +8,8 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml evaluate.py --config ...     # several GPUs
     torchrun --nproc_per_node 2 evaluate.py --config ...                                     # several processes on CPUs
 
-Predictions are written as they come. Interrupted at any moment, the same command goes on, and its results are the same
-bytes as without the interruption: batches are fixed by the questions, and every draw by seed, batch, row and step.
+Predictions are written as they come. After an interruption at any moment the same command goes on, and its results are the
+same bytes as without it: the questions fix the batches, and seed, batch, row and step fix every draw.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     """The adapter's folder, and what the manifest says of it.
 
     Raises:
-        UserError: there is none, it belongs to another base, it has seen the questions, or the run was begun with another.
+        UserError: there is none, it belongs to another base, its training saw the questions, or the run began with another.
     """
     if not config.adapter:
         return None, {}
@@ -111,7 +111,7 @@ def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> No
 
 
 def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
-    """What was asked, as the model saw it: with it and predictions.jsonl every number can be computed again."""
+    """The questions as the model saw them: with them and predictions.jsonl every number can be computed again."""
     if not run.is_main:
         return
     rows = []
@@ -150,7 +150,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
 
 
 def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: Run) -> int:
-    """Chosen once a run and kept in its manifest: with another batch size some logits would round differently."""
+    """The batch size, chosen once and kept in the manifest: with another one some logits would round differently."""
     from posttrain.generation.engines import auto_batch_size
 
     size = config.generation.batch_size

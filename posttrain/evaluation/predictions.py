@@ -1,8 +1,8 @@
 """Predictions of one evaluation as they come: part files, one for each process, that survive a kill at any byte.
 
-A batch counts when all of its rows are whole. What a kill tore is cut off, its batch generated again with the same result,
-and `gather` puts one copy of every row into predictions.jsonl in the order of the questions. A batch belongs to a process
-by its number alone: processes that start at different moments, or go on after a kill, leave none out.
+A batch counts once all of its rows are whole. A row that a kill tore is cut off, and its batch is generated again with the
+same result. `gather` puts one copy of every row into predictions.jsonl in the order of the questions. The number of a batch
+alone says which process it belongs to, so processes that start at different moments, or go on after a kill, leave none out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def regraded(prediction: Prediction, example: Example) -> Prediction:
 
 
 def up_to_date(prediction: Prediction, example: Example) -> Prediction:
-    """Graded again where the verdict is another grader's: this one would only repeat its own."""
+    """The row with a verdict of this grader; only another grader's row has to be graded again for it."""
     return prediction if prediction.grader == GRADER_VERSION else regraded(prediction, example)
 
 
@@ -85,7 +85,7 @@ class PartFiles:
         return rows
 
     def gather(self, asked: Sequence[Example], num_samples: int) -> list[Prediction]:
-        """Write predictions.jsonl, in the order of the questions and in the verdict of one grader, and drop the parts."""
+        """Write predictions.jsonl in the order of the questions, every verdict by this grader, and drop the part files."""
         rows = self.wait(len(asked) * num_samples)
         ordered = [up_to_date(rows[example.id, sample], example) for example in asked for sample in range(num_samples)]
         write_jsonl(self.folder / GATHERED, ordered)

@@ -80,7 +80,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def majority(samples: Sequence[Prediction]) -> tuple[Prediction, bool]:
     """The sample whose value wins the vote, and whether the vote was tied. Ties go to the value seen first.
 
-    Completions without a value do not vote; only if none has a value is the winner one without.
+    A completion without a value does not vote, and wins only where no completion has one.
     """
     votes = Counter(sample.value for sample in samples if sample.value is not None)
     if not votes:

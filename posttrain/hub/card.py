@@ -28,7 +28,7 @@ LICENSES = {
     r"smollm": "apache-2.0",
     r"qwen2\.5(?!.*-(3b|72b))|qwen3": "apache-2.0",
 }
-# /home/me/x, ~/x, ../x and file:///x, as they stand in a command or in a note; not a URL, not an owner/name.
+# A path as it stands in a command or in a note: /home/me/x, ~/x, ../x, file:///x. A URL or an owner/name is none.
 LOCAL_PATH = re.compile(r"""(?<![\w:/.<])(?:file:/*|~\w*|(?:\.\./)*\.\.)?/[^\s'"`,;:=]+""")
 STAGES = {
     "sft": "supervised fine-tuning on worked solutions, with the loss on the solution only",
@@ -119,7 +119,7 @@ def secrets() -> list[str]:
     from huggingface_hub import get_token
 
     named = [value for name, value in os.environ.items() if re.search(r"(TOKEN|SECRET|PASSWORD|KEY)$", name)]
-    return [text for text in {*named, get_token() or ""} if len(text) >= 8]  # shorter is "false", or "1"
+    return [text for text in {*named, get_token() or ""} if len(text) >= 8]  # a shorter value is `false` or `1`
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     """An evaluation run of the adapter, of one it grew from, or of the base.
 
     Raises:
-        UserError: it is none, is not finished, or is of something else.
+        UserError: the folder holds no evaluation, an unfinished one, or one of something else.
     """
     if not (folder / "results.json").is_file() or not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} holds no finished evaluation: run evaluate.py with run_dir={folder}")

@@ -49,7 +49,7 @@ Files = dict[str, Path | bytes]  # path in the repository -> a file of the run, 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of this module; as text, the command that asks for it."""
+    """What to push and how. As text it is the command that asks for it."""
 
     run_dir: Path
     repo_id: str
@@ -102,7 +102,7 @@ def from_command_line() -> Request:
 
 
 def push_or_explain(run_dir: Path, repo_id: str, private: bool) -> None:
-    """Push at the end of training. Whatever goes wrong is told with the command to use later; nothing is raised."""
+    """Push at the end of training. Nothing is raised: what went wrong is told, with the command to use later."""
     request = Request(run_dir, repo_id, private, with_base=(run_dir / "merged_base").is_dir())
     try:
         print(f"pushed to {push(Request(run_dir, repo_id, private))}")
@@ -173,7 +173,7 @@ def check_finished(run_dir: Path, manifest: Manifest) -> None:
 
 
 def weights_sha256(file: Path) -> str:
-    """The hash of adapters.adapter_sha256, without the seconds that importing torch takes; adapters here are fp32."""
+    """The hash of adapters.adapter_sha256 without importing torch, which takes seconds; adapters here are fp32."""
     from safetensors import safe_open
 
     digest = hashlib.sha256()
@@ -193,7 +193,10 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def read_base(run_dir: Path, manifest: Manifest, model: dict[str, Any], base_model: str | None) -> Base:
-    """The base, and the merged one on top of it if this run or one before it used adapter_mode merge_and_new."""
+    """The base, and the merged one on top of it if this run or one before it used adapter_mode merge_and_new.
+
+    The loop follows bases, not adapters as `lineage` does: a new adapter on a merged base has no parent and yet that base.
+    """
     folder = run_dir / "merged_base" if (run_dir / "merged_base").is_dir() else Path(model["name_or_path"])
     merged = folder if folder.name == "merged_base" else None
     while Path(model["name_or_path"]).name == "merged_base":
@@ -228,14 +231,14 @@ def named(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def adapter_config(file: Path, base: Base) -> Path | bytes:
-    """The adapter's configuration; where it names a folder of this disk, the base's Hub id instead, or nothing."""
+    """The adapter's configuration. Where it names a folder of this disk, the base's Hub id stands instead, or null."""
     values = json.loads(file.read_text(encoding="utf-8"))
     name = None if base.merged else base.hub_id
     return file if values["base_model_name_or_path"] == name else to_json(values | {"base_model_name_or_path": name})
 
 
 def public_manifest(manifest: Manifest) -> bytes:
-    """All that `Manifest` names but the tracker's run; a key that it does not name stays here, for nobody has looked at it."""
+    """The manifest without the tracker's run, and without keys that `Manifest` does not know: nobody has judged those."""
     return to_json(portable(dataclasses.replace(manifest, wandb_run_id="", extra={}).as_json()))
 
 
@@ -244,7 +247,7 @@ def to_json(values: dict[str, Any]) -> bytes:
 
 
 def refuse_private_text(files: Files) -> None:
-    """A last look at what is sent: no secret in any text, and no path below the home but for words of a vocabulary."""
+    """A last look at what is sent: no text holds a secret, and none but a vocabulary holds a path below the home."""
     home = f"{Path.home()}/"
     for name, content in files.items():
         if name.endswith(".safetensors"):
@@ -281,7 +284,8 @@ def explained(error: Exception, repo_id: str) -> PushFailed:
     """What an upload raised, in one line with its remedy."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
-    # httpx's, or httpx2's since release 2: the parent of HfHubHTTPError and of every failure to get an answer at all.
+    # The HTTP client's own class (httpx2's since huggingface_hub 2): the parent of HfHubHTTPError and of every failure to get
+    # an answer.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # isort: skip
 
     for cause in causes(error):
@@ -302,7 +306,7 @@ def explained(error: Exception, repo_id: str) -> PushFailed:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from: huggingface_hub wraps that of a file in a RuntimeError."""
+    """An error and what it was raised from: huggingface_hub wraps the error of a single file in a RuntimeError."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -36,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """`bars`: one bar a category, a second series drawn inside it. `dots`: categories with intervals, joined.
+    """`bars`: one bar for each category, a second series drawn inside it. `dots`: categories with intervals, joined.
     `lines`: numeric x, a band where points have an interval.
     """
 

@@ -89,7 +89,8 @@ class Group:
     def before(self, index: int) -> int | None:
         """The row to hold a run against: the evaluation of its parent, which for a first adapter is the bare model.
 
-        Of several bare models the one of the same quantization; where the parent was not evaluated, the row above.
+        Of several bare models it is the one of the same quantization. Where the parent was not evaluated, it is the last row
+        above of the same base.
         """
         run, earlier = self.runs[index], range(index)
         of_base = [i for i in earlier if self.runs[i].base == run.base]
@@ -197,7 +198,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 def _grouped(runs: Iterable[EvalRun]) -> list[Group]:
     groups: dict[Any, list[EvalRun]] = {}
-    for run in sorted(runs, key=lambda run: len(run.chain)):  # stable: else the order of the command line
+    for run in sorted(runs, key=lambda run: len(run.chain)):  # stable: equals keep the command line's order
         asked = json.dumps([[q["id"], q["question"], q["answer"]] for q in run.questions])
         results = run.results
         key = (results["dataset"], results["subset"], results["n"], hashlib.sha256(asked.encode()).digest())

@@ -57,7 +57,7 @@ def page_title(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -> str
 
 
 def _fill(parts: Mapping[str, str]) -> str:
-    """The template, its places filled in one pass, so that nothing a model wrote can name a place."""
+    """The template with its places filled in one pass: a place that a model's text names is not filled."""
     template = files("posttrain.report").joinpath("page.html").read_text(encoding="utf-8")
     script, style = (re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.S)[0] for tag in ("script", "style"))
     policy = (
@@ -69,7 +69,7 @@ def _fill(parts: Mapping[str, str]) -> str:
 
 
 def _csp_hash(text: str) -> str:
-    """Only this very text runs: an injected script would not, even if escaping failed."""
+    """What the page's policy allows: this very text and no other, so an injected script does not run even if escaping fails."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -223,13 +223,13 @@ def _prompts(run: EvalRun) -> dict[str, Any]:
 
 
 def _common_prefix(texts: Sequence[str]) -> str:
-    low, high = min(texts), max(texts)  # in this order, what the two extremes share all share
+    low, high = min(texts), max(texts)  # what the first and the last in sorted order share, all share
     length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return low[:length]
 
 
 def _sample(p: Prediction) -> list[Any]:
-    """[completion, tokens, flags, value, method, markers, answer start, end]; the page names these places."""
+    """[completion, tokens, flags, value, method, markers, answer start, end]; the page's script reads them by position."""
     flags = p.correct | p.strict << 1 | p.format_ok << 2 | (p.finish == "length") << 3
     span = [_utf16_offset(p.completion, place) for place in locate_answer(p) or (-1, -1)]
     return [p.completion, p.num_tokens, flags, p.value, p.method, p.num_markers, *span]
@@ -247,8 +247,8 @@ _CUES = {"marker": re.compile("####"), "phrase": re.compile("(?i)answer"), "boxe
 def locate_answer(prediction: Prediction) -> tuple[int, int] | None:
     """Where in the completion the extracted value stands, as (start, end), or None.
 
-    It looks for the value that the grader recorded and never decides what the answer is: behind the first
-    marker, the last phrase or the last box that it follows, else at its last mention.
+    The grader has decided what the answer is; this looks only for the value that it recorded: behind the first marker, the
+    last phrase or the last box that the value follows, else at its last mention.
     """
     if prediction.value is None or not (spans := list(_mentions(prediction.completion, prediction.value))):
         return None

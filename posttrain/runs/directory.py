@@ -4,7 +4,7 @@
     manifest.json   who, what, where, with what     samples.jsonl   completions with their rewards
     adapter/        what is pushed                  checkpoints/    what a resumed run needs
 
-It is created first, locked while in use, refused when it belongs to other settings, and never deleted by the program.
+The program creates it first, locks it while in use, refuses it to other settings, and never deletes it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
 
 
 def _wait_for_main(folder: Path, seconds: float = 300) -> None:
-    """Until the main process has opened the run: a file written before that would make its directory look taken."""
+    """Wait until the main process has opened the run: a file written before would make the directory look taken."""
     give_up = time.monotonic() + seconds
     while not (folder / "manifest.json").is_file():
         if time.monotonic() > give_up:
@@ -165,7 +165,7 @@ def _changed(config: Settings, folder: Path) -> str:
 
 
 def _changed_input(manifest: Manifest) -> Path | None:
-    """What the run read that is no longer what it was: its data, or the adapter of the run it starts from."""
+    """The input that has changed since the run read it: its data, or the adapter that it starts from."""
     data, parent = manifest.data, manifest.parent
     if data and (file := Path(data["path"], f"{data['split']}.jsonl")).is_file() and sha256_file(file) != data["sha256"]:
         return file
@@ -184,7 +184,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 def check_machine(config: Settings) -> None:
     """Refuse what this machine cannot do, before the run directory is made and anything is loaded.
 
-    A paged optimizer is no such setting: training/arguments.py replaces it, and the manifest gets a note.
+    A paged optimizer is not refused: training/arguments.py puts another one in its place and notes it in the manifest.
     """
     for need in config.needs():
         if not _machine_has(need.what):

@@ -15,7 +15,7 @@ def process_index() -> int:
 
 
 def is_sharded() -> bool:
-    """Whether `accelerate launch` was asked for FSDP: no process then holds a whole model while it trains."""
+    """Whether `accelerate launch` was asked for FSDP. Then no process holds a whole model while it trains."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
@@ -25,15 +25,15 @@ def num_processes() -> int:
 
 def launcher() -> str:
     """What started the processes of this run. `accelerate launch` itself starts several of them through torchrun."""
-    if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in os.environ:  # of its variables one that transformers never sets
+    if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in os.environ:  # accelerate sets it, transformers never does
         return "accelerate launch with FSDP" if is_sharded() else "accelerate launch"
     return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
 
 
 def use_one_gpu() -> None:
-    """Without a launcher a process takes the first GPU that it sees. TRL's trainers refuse to begin when they see several.
+    """Without a launcher a process takes the first GPU that it sees, for TRL's trainers refuse to begin when they see several.
 
-    Before anything is imported: bitsandbytes asks CUDA for the GPUs, and what it hears then stands.
+    It has to run before bitsandbytes is imported, which asks CUDA for the GPUs: CUDA reads the variable that once.
     """
     if "LOCAL_RANK" in os.environ:
         return
