@@ -64,7 +64,7 @@ class Manifest:
     limit: int | None = 0  # an evaluation's, where None is every question; 0 for all other runs
     model: Entry = dataclasses.field(default_factory=dict)  # the base as it was loaded
 
-    special_tokens: Entry = dataclasses.field(default_factory=dict)
+    special_tokens: list[Entry] | None = None  # one for each that the template emits; none before they are looked at
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
     wandb_run_id: str = ""
