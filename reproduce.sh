@@ -63,11 +63,11 @@ publish() {  # what a row stands on: settings, manifest, curves, every predictio
         local to=results/$MODEL/$(basename "$from")
         case $to in */pass_rate*) continue ;; esac
         mkdir -p "$to"
-        for file in config.yaml manifest.json results.json metrics.jsonl; do
+        for file in config.yaml manifest.json results.json; do
             [ ! -f "$from/$file" ] || cp "$from/$file" "$to/"
         done
         case $to in */eval_pass8_*) continue ;; esac
-        for file in questions predictions; do
+        for file in questions predictions metrics; do
             [ ! -f "$from/$file.jsonl" ] || gzip -9nc "$from/$file.jsonl" >"$to/$file.jsonl.gz"
         done
     done
