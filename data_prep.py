@@ -4,8 +4,8 @@
     python data_prep.py --config configs/data_gsm8k_local.yaml source.path=my_folder
     python data_prep.py --config configs/data_demo.yaml                  # offline word problems
 
-Writes <output_dir>/{train,dev,test}.jsonl, rejected.jsonl and manifest.json. The prompt is built here, once, and stored:
-SFT, GRPO and evaluation read the same messages. Every gold solution is graded before it is written and must be right.
+It writes <output_dir>/{train,dev,test}.jsonl, rejected.jsonl and manifest.json. It builds the prompt once and stores it: SFT,
+GRPO and evaluation read the same messages. It grades every gold solution before it writes it, and each must be right.
 A second run with the same settings and the same source changes nothing and says so.
 """
 
@@ -20,12 +20,7 @@ from posttrain.config.load import config_sha256, from_command_line
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation.stats import train_test_overlap
-from posttrain.records import (
-    Example,
-    sha256_file,
-    write_atomic,
-    write_jsonl,
-)
+from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.manifest import git_state, read_manifest
 from posttrain.tasks.examples import check_rows, few_shot_rows, refuse_too_many, special_tokens, to_example, without_repeats
 from posttrain.tasks.gsm8k import gives_away_its_test_set
@@ -86,14 +81,14 @@ def describe(
 
 
 def ngram_overlap(examples: list[Example]) -> dict[str, int]:
-    """How many test questions share 13 words in a row with one of train or dev; equal questions are gone by now."""
+    """How many test questions share 13 words in a row with one of train or dev. Equal questions are dropped before this."""
     seen = [example.question for example in examples if example.split != "test"]
     overlap = train_test_overlap(seen, [example.question for example in examples if example.split == "test"])
     return {"ngram": overlap["ngram"], "test_questions": overlap["k"]}
 
 
 def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -> dict[str, Any]:
-    """Percentiles of prompt and whole lengths in the real tokenizer's tokens, and the share over `max_length`."""
+    """Percentiles of the lengths of prompts and whole rows in the tokenizer's tokens, and the share over `max_length`."""
     from tqdm import tqdm
 
     from posttrain.models.chat import chat_ids
@@ -119,7 +114,7 @@ def percentiles(lengths: list[int]) -> dict[str, int]:
 
 
 def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
-    """The folder holds what these settings and this source give, undamaged."""
+    """Whether the folder holds, undamaged, what these settings and this source give."""
     if not (folder / "manifest.json").is_file():
         return False
     manifest = read_manifest(folder)
@@ -136,14 +131,14 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """A folder that data_prep.py did not write may hold the only copy of something, say of the source itself."""
+    """Refuse a folder that data_prep.py did not write: it may hold the only copy of something, say of the source."""
     ours = (folder / "manifest.json").is_file() and read_manifest(folder).get("stage") == "data"
     if folder.exists() and any(folder.iterdir()) and not ours:
         raise UserError(f"{folder} is not empty and holds no data set of data_prep.py: choose another output_dir")
 
 
 def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
-    """The files' hashes come last: until then, and after a kill, no stage takes the folder for a data set."""
+    """Write the files and last their hashes: until then, and after a kill, no stage takes the folder for a data set."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": {}}, indent=2) + "\n")
     for split in SPLITS:

@@ -42,9 +42,9 @@ def main() -> None:
     examples = read_jsonl(Path(config.data.path, f"{config.data.split}.jsonl"), Example)
     asked = examples[: config.data.limit]
     if args.dry_run:
-        from posttrain.training.dry_run import show_eval_plan
+        from posttrain.training.dry_run import show_eval_dry_run
 
-        return show_eval_plan(config, asked)
+        return show_eval_dry_run(config, asked)
     check_reusable(config, config.run_dir, resume=True)
     use_one_gpu()
 
@@ -134,7 +134,7 @@ def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: An
     share = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
     todo = sum(len(batch) for _, batch in share)
     with tqdm(total=todo, unit="question", desc=run.manifest.get("name"), disable=None) as bar:
-        for indices, completions in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
+        for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
             parts.append(
                 judge(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
                 for i, samples in zip(indices, completions, strict=True)

@@ -7,10 +7,10 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml grpo_train.py --config ...     # several GPUs
     torchrun --nproc_per_node 2 grpo_train.py --config ...                                     # several processes on CPUs
 
-Departures from a plain TRL script: the starting policy and the KL reference are the SFT policy, exactly (the hash of the
+Departures from a plain TRL script: the starting policy and the KL reference are exactly the SFT policy (the hash of the
 loaded adapter is checked); master weights stay fp32; completions come from a copy of the policy with the adapter folded in,
-each prompt computed once for its whole group; dropout is off; a run that would change nothing, or a reward that is not a
-number, stops.
+and each prompt is computed once for its whole group; dropout is off; a reward that is not a number stops the run, and a run
+that changed nothing fails.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
-        from posttrain.training.dry_run import show_grpo_plan
+        from posttrain.training.dry_run import show_grpo_dry_run
 
-        return show_grpo_plan(config)
+        return show_grpo_dry_run(config)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
@@ -51,7 +51,7 @@ def main() -> None:
 
     folder = adapters.resolve_adapter(config.adapter)
     start = adapters.check_adapter_fits(folder, config.model)
-    adapters.check_mode(config, start)
+    adapters.check_adapter_mode(config, start)
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
-    """The SFT policy, ready to be trained on: continued, rescaled, or merged under a new adapter."""
+    """The SFT policy to train on: continued, rescaled, or merged under a new adapter."""
     from posttrain.models import adapters
     from posttrain.models.policy import open_policy
 

@@ -8,7 +8,7 @@
 #   FLAGS=--dry-run ./reproduce.sh                   the steps and memory of each stage; the data must be prepared
 #   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
 #
-# With SVAMP prepared (configs/data_svamp.yaml says how), it is scored as well: does what was learnt carry over?
+# If SVAMP is prepared (configs/data_svamp.yaml says how), it is scored as well: does what was learnt carry over?
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,8 +20,8 @@ DATA=${DATA:-"--config $DATA_CONFIG"}
 RUNS=runs/$MODEL
 RECOMMENDED=configs/recommended
 
-# What the reproduction's configs for 3B need to run on another model, and the larger micro-batches that a small one can have:
-# SFT's steps stay as they are, GRPO's get 64 completions instead of 16. Longer completions than 320 tokens are loops.
+# What the reproduction's configs for 3B need on another model, with the larger micro-batches that fit a small one: SFT's steps
+# stay the same, GRPO's have 64 completions instead of 16. Completions of more than 320 tokens are loops.
 OTHER_MODEL=() OTHER_SFT=() OTHER_GRPO=() OTHER_LIMIT=()
 if [ "$MODEL" != llama3.2-3b ]; then
     OTHER_MODEL=("model.name_or_path=models/$MODEL-instruct" model.revision=null model.chat_template=null)
@@ -41,7 +41,7 @@ train() {  # script, config, name, overrides...
     run "$script" --config "$config" run_dir="$RUNS/$name" "$@" $resume
 }
 
-grpo_from() {  # adapter, its pass rate, prefix of the runs: two seeds, on the training questions that it solves now and then
+grpo_from() {  # adapter, its pass rate, prefix of the runs: two seeds, on training questions that the adapter solves now and then
     run evaluate.py --config "$RECOMMENDED/eval_$MODEL.yaml" run_dir="$RUNS/$2" adapter="$RUNS/$1" data.split=train \
         generation.samples=8 generation.temperature=1.0
     local seed questions=data.pass_rate.run_dir="$RUNS/$2"
@@ -60,7 +60,7 @@ score() {  # config, name, adapter, overrides...
     run evaluate.py --config "$config" run_dir="$RUNS/eval_$name" name="$name" adapter="$adapter" "$@"
 }
 
-publish() {  # what a row stands on: settings, manifest, curves, every prediction (of pass@8, eight times as many, the numbers)
+publish() {  # what proves a row: settings, manifest, curves, every prediction (for pass@8, which has eight times as many, the numbers alone)
     local from file
     for from in "$RUNS"/*/; do
         local to=results/$MODEL/$(basename "$from")
@@ -124,14 +124,14 @@ for name in sft_attention_1epoch sft_all_2epochs grpo_reproduction; do
     score configs/eval_gsm8k.yaml "$name" "$RUNS/$name" "${OTHER_MODEL[@]}" "${OTHER_LIMIT[@]}"
 done
 
-# The recommended recipe, its GRPO from two seeds.
+# The recommended recipe, with GRPO from two seeds.
 score "$RECOMMENDED/eval_$MODEL.yaml" base_recommended null
 train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft
 grpo_from sft pass_rate grpo
 SCORED=(sft grpo_seed42 grpo_seed43)
 SAMPLED=(sft grpo_seed42)
-# The SFT policy's own right solutions beside the gold ones, and GRPO from there. There is nothing to plan with before they were
-# sampled.
+# SFT on the SFT policy's own right solutions beside the gold ones, and GRPO from there. A dry run cannot plan it before the
+# solutions are sampled.
 if [ -f "$RECOMMENDED/sft_rft_$MODEL.yaml" ] && [ "$FLAGS" != --dry-run ]; then
     run data_prep.py --config configs/data_gsm8k_rft.yaml source.run_dir="$RUNS/pass_rate"
     train sft_train.py "$RECOMMENDED/sft_rft_$MODEL.yaml" sft_rft

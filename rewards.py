@@ -17,11 +17,11 @@ What a number is (tests/grading_cases.py has a case and a reason for each rule):
   - A unit is ignored, `%` and "million" among them: 25% is 25 and 4 million is 4, as in GSM8K's own golds.
   - A minus is a sign only when it is not glued to a word or digit before it: `item-42` is 42.
   - Times, ratios, dates, versions, ranges and odd groups (`3:30`, `2:1`, `1.2.3`, `3-5`, `3 to 5`, `12,34`)
-    are no numbers. Nothing is evaluated: `6*7` is no number, `6*7 = 42` is 42.
-  - Numbers are compared as exact fractions: no float, no tolerance, and none longer than 100 characters.
+    are no numbers. Nothing is computed: `6*7` is no number, `6*7 = 42` is 42.
+  - Numbers are compared as exact fractions, without floats and without tolerance. None is longer than 100 characters.
 
-Any text gets a verdict in linear time: what repeats in a pattern is possessive (`*+`) or bounded. Of a group it is written
-as an atomic group, `(?>(?:...)*)`, which is the same: Python before 3.11.5 matches a possessive group wrongly
+Any text gets a verdict in linear time: every repetition in a pattern is possessive (`*+`) or bounded. For groups the possessive
+form is spelled as an atomic group, `(?>(?:...)*)`, which means the same: Python before 3.11.5 matches a possessive group wrongly
 (github.com/python/cpython/issues/106052 and 100061).
 """
 # ruff: noqa: RUF001 (the patterns mean the characters they name: multiplication signs, dashes, quotes)
@@ -41,7 +41,7 @@ FORMAT_REWARD = 0.2
 Method = Literal["marker", "phrase", "boxed", "last_number", "none"]
 Completion = str | Sequence[dict[str, Any]]  # TRL hands over plain text, or a list of chat messages
 
-MAX_NUMBER_CHARS = 100  # int() refuses 4,300 digits, and Fraction("1e999999999") would fill the memory
+MAX_NUMBER_CHARS = 100  # int() refuses 4,300 digits, and Fraction("1e999999999") fills the memory
 MAX_PLACES = 32  # markers, phrases or boxes tried: a text with more is a dump of numbers
 MAX_PHRASE_CHARS = 100_000  # searched for phrases, back from the end
 MAX_TAIL_CHARS = 2_000  # searched for the last number, back from the text's last digit
@@ -56,7 +56,7 @@ _WHOLE = rf"""(?:[0-9]{{1,3}}(?>(?:{_THOUSANDS}[0-9]{{3}})+)
     | [0-9]{{1,2}}(?>(?:,[0-9]{{2}}(?=,))+),[0-9]{{3}}  # lakh: 1,00,000
     | [0-9]++)(?![0-9])"""
 _TEN_TO = r"[ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10(?:\^|\*\*)\{?"
-# What must not follow: a glued continuation (3:30, 1.2.3, 3-5, 12,34, 6*7), a superscript, a vulgar fraction.
+# What must not follow a number: a glued continuation (3:30, 1.2.3, 3-5, 12,34, 6*7), a superscript, a vulgar fraction.
 _GLUE = rf"[.,:/{_MINUS}—+*×÷^]"
 _STOP = rf"(?![0-9²³¹⁰-₉¼-¾⅐-⅞]|{_GLUE}[$€£]?[0-9]|\+[A-Za-z])"
 _UNSIGNED = rf"""(?:
@@ -70,7 +70,7 @@ _UNSIGNED = rf"""(?:
 _SIGNED = rf"(?P<number>(?>(?:(?:(?P<minus>[{_MINUS}]|(?i:negative|minus))|\+)[ ]?)?){_CURRENCY}{_UNSIGNED})"
 _NUMBER = re.compile(_SIGNED, re.X)
 
-# The tokens of running text. All but `number` are read whole so that no part of them counts as a number.
+# The tokens of running text. All but `number` are read whole, so that no part of them counts as a number.
 _TOKEN = re.compile(
     rf"""^[ \t]*+1?[0-9][.)][ \t]++(?=\S)                        # "2. Then she ..." in a list
        | (?:[Ss]tep|[Pp]art|[Cc]ase)[ ][0-9]++(?=[:.)])          # "Step 3:"
@@ -86,7 +86,7 @@ _TOKEN = re.compile(
 
 
 def _canonical(number: re.Match[str]) -> str | None:
-    """The one spelling of a matched number; None past the bounds and for a division by zero."""
+    """The one spelling of a matched number. None: it is past the bounds, or divides by zero."""
     part = number.groupdict()
     exponent = int((part["exp"] or part["power"] or "0")[:6])  # six characters suffice to be past the bound
     if len(part["number"]) > MAX_NUMBER_CHARS or abs(exponent) > MAX_NUMBER_CHARS:
@@ -102,7 +102,7 @@ def _canonical(number: re.Match[str]) -> str | None:
 
 
 def _spell(value: Fraction) -> str:
-    """`1234`, `-0.5`, or `1/3` where no decimal is exact: equal numbers are equal strings, as votes need."""
+    """`1234`, `-0.5`, or `1/3` if no decimal is exact. Votes need equal numbers to be equal strings."""
     places = value.denominator.bit_length()  # 2^a 5^b divides 10^max(a, b), and max(a, b) < places
     if 10**places % value.denominator:
         return str(value)
@@ -111,7 +111,7 @@ def _spell(value: Fraction) -> str:
 
 
 def canonical_number(text: str) -> str | None:
-    """`"$1,234.50"` -> `"1234.5"`; None when `text` as a whole is not one number."""
+    """`"$1,234.50"` -> `"1234.5"`. None: `text` as a whole is not one number."""
     number = _NUMBER.fullmatch(text.strip().removesuffix("%"))
     return _canonical(number) if number else None
 
@@ -124,7 +124,7 @@ _ORNAMENT = r"""(?: </?[A-Za-z]{1,10}> | [*_`~$€£¥₹(\[{}<>|:=≈→"'“�
 _LABEL = r"""(?=[A-Za-z])[^\n0-9]{0,80}(?: [:=≈→] | \b(?i:is|are|was|were|be|equals|total[ ]of
     |(?:equal|comes|amounts)[ ]to|about|around|approximately|roughly|nearly|exactly|only|just|simply
     |answer|total|result|USD|EUR|GBP|INR|Rs)(?![A-Za-z])\.? )"""
-# Ornaments, across lines (a dash on a new line is a bullet); then perhaps a label with ornaments of its own.
+# Ornaments, across lines (a dash on a new line is a bullet), and then perhaps a label with ornaments of its own.
 _LEAD = rf"""(?>(?:\n[ \t]*+[-•][ \t]++ | \s | {_ORNAMENT}){{0,99}})
              (?:{_LABEL}(?>(?:[^\S\n] | {_ORNAMENT}){{0,99}}))?"""
 _STATED = re.compile(_LEAD + _SIGNED, re.X)
@@ -151,8 +151,8 @@ _PHRASE = re.compile(  # opens with a character set: `re` then skips ahead
 _FIRST_DIGIT = re.compile(r"[0-9]")
 _UP_TO_LAST_DIGIT = re.compile(r".*[0-9]", re.S)
 
-# Where a base model goes on into a next question: at turn tokens, should they be decoded, and at headings on
-# a new line or after the end of a sentence or number ("State the Problem:" is no heading).
+# Where a base model runs on into a next question: at turn tokens, if they were decoded, and at headings on a new
+# line or after the end of a sentence or number ("State the Problem:" is no heading).
 _TURN = r"<(?:\|[a-z_]{1,20}\||/s|end_of_turn)>|\[INST\]"
 _OPENING = "|".join(rf"(?<=[\n.?!)*$0-9][ \t>_*]{{{n}}}.)" for n in range(4))
 _TITLED = r"[QPUHI](?<![A-Za-z].)(?=(?:uestion|roblem|ser|uman|nstruction|(?<=Q))[ ]?[0-9]{0,3}[*_]{0,2}:)"
@@ -161,7 +161,7 @@ _RUN_ONS = tuple(map(re.compile, (_TURN, rf"{_TITLED}(?:{_OPENING})", _HEADED)))
 
 
 def _without_run_on(text: str) -> str:
-    """`text` up to the first run-on that follows a digit: an echoed question is never cut down to nothing."""
+    """`text` up to the first run-on that follows a digit. So an echoed question is never cut down to nothing."""
     digit = _FIRST_DIGIT.search(text)
     starts = [found.start() for run_on in _RUN_ONS if digit and (found := run_on.search(text, digit.start()))]
     return text[: min(starts, default=len(text))]
@@ -192,7 +192,7 @@ def _after_phrases(text: str) -> Iterator[re.Match[str]]:
 
 
 def _stands_alone(text: str, number: re.Match[str]) -> bool:
-    """At most three words follow: "Answer:" may also open the working ("A: 16 eggs are laid every day.")."""
+    """Whether at most three words follow: "Answer:" may also open the working ("A: 16 eggs are laid every day.")."""
     return bool(_SHORT_TAIL.match(text, number.end())) and not _LISTED.match(text, number.start("number"))
 
 
@@ -203,7 +203,7 @@ def _in_boxes(text: str) -> Iterator[re.Match[str]]:
 
 
 def _last_numbers(text: str) -> Iterator[re.Match[str]]:
-    """The last number on the last line that has a digit, else in the last MAX_TAIL_CHARS."""
+    """The last number on the last line that has a digit, else the last number in the last MAX_TAIL_CHARS."""
     digit = _UP_TO_LAST_DIGIT.match(text)
     if digit:
         tail = max(0, digit.end() - MAX_TAIL_CHARS)
@@ -247,7 +247,7 @@ class Grade:
 
 @lru_cache(maxsize=4096)  # the rewards of a batch each read the same completions
 def extract(text: str) -> Answer:
-    """The answer that `text` gives. Never raises: any string has an answer, if only that there is none."""
+    """The answer that `text` gives, which may be that it gives none. Never raises."""
     answer_text, num_markers = _without_run_on(text), text.count("####")
     for method, read in _READERS:
         for number in read(answer_text):
@@ -257,7 +257,7 @@ def extract(text: str) -> Answer:
 
 
 def grade(text: str, gold: str) -> Grade:
-    """The verdict on `text`. ValueError when `gold` is not a number: a broken gold is never right."""
+    """The verdict on `text`. ValueError if `gold` is not a number: nothing is right against a broken gold."""
     target = canonical_number(gold)
     if target is None:
         raise ValueError(f"gold answer {gold!r} is not a number; run data_prep.py, which rejects such rows")
@@ -279,7 +279,7 @@ def _is_well_formed(text: str, answer: Answer) -> bool:
 
 
 def gold_answer(answer_text: str) -> str:
-    """The canonical gold of a GSM8K `answer`, the number after its one `####`. ValueError without one."""
+    """The canonical gold of a GSM8K `answer`: the number after its one `####`. ValueError if it has none."""
     _, *golds = answer_text.split("####")
     if len(golds) != 1:
         raise ValueError(f"gold solution has {len(golds)} '####', not one: ...{answer_text[-80:]!r}")
@@ -308,9 +308,9 @@ def correctness_reward(
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float]:
-    """1.0 for a right number, however it is stated, else 0.0. `answer` holds one gold a completion.
+    """1.0 for a right number, however it is stated, else 0.0. `answer` holds one gold for each completion.
 
-    TRL's trainer passes `log_extra` (columns for its table of completions) and `log_metric` (a scalar).
+    TRL's trainer passes `log_extra`, for columns of its table of completions, and `log_metric`, for a scalar.
     """
     grades = _grades(completions, answer)
     if log_extra:
@@ -323,11 +323,11 @@ def correctness_reward(
 
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-    """0.2 when the last line reads `#### <number>` and the text has no other `####`, else 0.0."""
+    """0.2 if the last line reads `#### <number>` and the text has no other `####`, else 0.0."""
     texts = [_text(completion) for completion in completions]
     return [FORMAT_REWARD * _is_well_formed(text, extract(text)) for text in texts]
 
 
 def gated_format_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
-    """`format_reward` for right answers only: an all-wrong group that differs in format learns nothing."""
+    """`format_reward` for right answers alone: a group of wrong answers that differ in format learns nothing from it."""
     return [FORMAT_REWARD * (g.correct and g.format_ok) for g in _grades(completions, answer)]

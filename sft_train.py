@@ -7,9 +7,9 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml sft_train.py --config ...     # several GPUs
     torchrun --nproc_per_node 2 sft_train.py --config ...                                     # several processes on CPUs
 
-Departures from a plain TRL script: the loss is on the completion only; the adapter's master weights stay fp32 (TRL makes
-them bf16 over a quantized base, where small steps round to nothing); the stop token is the one the chat template emits, or
-the run is refused; dev accuracy is measured before and after; a non-finite gradient stops the run before it is applied.
+Departures from a plain TRL script: the loss is on the completion only; the adapter's master weights stay fp32 (over a quantized
+base TRL makes them bf16, where small steps round to nothing); a run is refused unless its stop token is the one that the chat
+template emits; dev accuracy is measured before and after; a non-finite gradient stops the run before it is applied.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
     data = data_entry(config.data.path, "train")
     if args.dry_run:
-        from posttrain.training.dry_run import show_sft_plan
+        from posttrain.training.dry_run import show_sft_dry_run
 
-        return show_sft_plan(config)
+        return show_sft_dry_run(config)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
@@ -62,13 +62,13 @@ def main() -> None:
 
 
 def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
-    """The base with a new adapter, or with one to continue; what it is made of goes into the manifest."""
+    """The base with a new adapter, or with one to continue. The manifest gets what the policy is made of."""
     from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256
     from posttrain.models.policy import open_policy
     from posttrain.models.special_tokens import special_token_report
 
     parent, chain = parent_of(folder, adapter_sha256(folder)) if folder else (None, [])
-    # torch.compile fuses the layers itself, and cannot fuse across Liger's kernels.
+    # torch.compile fuses the layers itself. It cannot fuse across Liger's kernels.
     settings = config.model.model_copy(update={"kernels": "torch"}) if config.compile else config.model
     model, identity = open_policy(
         settings, config.quantization, tokenizer, folder or config.lora, trainable=True, seed=config.seed

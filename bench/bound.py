@@ -2,9 +2,9 @@
 
     python bench/bound.py --model models/smollm2-135m-instruct --rows 16 128
 
-Times bf16 products of the model's own shapes and nothing else: no attention, no norms, no 4-bit weights, no adapter. Learning
-is counted forward and back to the activations, as for frozen weights, without the output head; decoding forward, with it.
-Prints one line of JSON, tokens a second each. bench/speed.py puts what it measures beside it.
+It times bf16 products of the model's own shapes and nothing else: no attention, no norms, no 4-bit weights, no adapter. Learning
+is the forward pass and the backward pass to the activations, as for frozen weights, without the output head. Decoding is the
+forward pass with the head. It prints one line of JSON, tokens a second each, and bench/speed.py sets its figures beside them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def layer_shapes(config: dict[str, int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def seconds_of(shape: tuple[int, int], rows: int, least: float = 0.2) -> float:
-    """Of one product (rows, in) x (in, out), over as many weights as do not fit a cache together."""
+    """Seconds of one product (rows, in) x (in, out), over so many weights that no cache holds them all."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = max(1, 256 * 2**20 // (2 * shape[0] * shape[1]))
     weights = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(min(count, 64))]

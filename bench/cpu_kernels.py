@@ -2,9 +2,9 @@
 
     python bench/cpu_kernels.py
 
-SmolLM2-135M's shapes in bf16. Attention: one layer of 16 rows of 280 tokens, forward and back, under autocast as in training and
-without it as in generation, and how far its output is from that in fp64. Linear layers: all of the decoder for that many rows,
-forward, each with a weight of its own, so that no cache holds them. The least of many, in milliseconds.
+All shapes are SmolLM2-135M's, in bf16. Attention: one layer of 16 rows of 280 tokens, forward and back, under autocast as in
+training and without it as in generation, and how far the output is from the output in fp64. Linear layers: all of the decoder,
+forward, each with a weight of its own, so that no cache holds them. Times are the least of many, in milliseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from posttrain.kernels.attention import matmul_attention
-from posttrain.kernels.packed_linear import packed
+from posttrain.kernels.packed_linear import packed_weights
 
 ROWS, TOKENS, HEADS, KV_HEADS, DIM, LAYERS = 16, 280, 9, 3, 64, 30
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -38,7 +38,7 @@ def main() -> None:
     model = nn.ModuleList(nn.Linear(i, o, bias=False) for _ in range(LAYERS) for o, i in SHAPES).bfloat16()
     for rows in (16, 128):
         plain = linear(model, rows)
-        with packed(model):
+        with packed_weights(model):
             print(f"linear layers, {rows} rows: plain {plain:.1f} ms, packed {linear(model, rows):.1f} ms")
 
 
@@ -48,7 +48,7 @@ def attention(function: Callable[..., tuple[torch.Tensor, None]]) -> tuple[float
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
     mask = torch.full((ROWS, 1, TOKENS, TOKENS), torch.finfo(torch.bfloat16).min).triu(1).bfloat16()
-    given = None if function is sdpa_attention_forward else mask  # unpadded rows need none there
+    given = None if function is sdpa_attention_forward else mask  # SDPA needs no mask for unpadded rows
     grad = torch.randn(ROWS, TOKENS, HEADS, DIM, dtype=torch.bfloat16)
     exact = sdpa_attention_forward(MODULE, q.double(), k.double(), v.double(), None, scaling=DIM**-0.5)[0]
     found = function(MODULE, q, k, v, given, scaling=DIM**-0.5)[0]

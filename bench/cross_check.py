@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def lm_eval_command(program: str, run_dir: Path, out: Path, batch_size: str) -> list[str]:
-    """To be run in `out`, where our evaluate.py does not stand in for the library `evaluate`; its task is written there."""
+    """lm-eval's command. It runs in `out`, which holds its task and hides our evaluate.py from the library `evaluate`."""
     manifest = read_manifest(run_dir)
     model = manifest["model"]
     tasks = (out / "task").resolve()

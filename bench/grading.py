@@ -106,7 +106,7 @@ GRADERS: dict[str, Grader] = {
 
 
 def recorded_outputs(path: Path) -> list[Case]:
-    """The outputs that reached their last line `A: N`; the other 11 of 5,276 ran out of tokens."""
+    """The outputs that reached their last line `A: N`. The other 11 of 5,276 ran out of tokens."""
     cases = []
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         gold = rewards.canonical_number(row["ground_truth"].rpartition("A: ")[2])
@@ -121,7 +121,7 @@ def with_marker(case: Case) -> Case:
 
 
 def measure(grader: Grader, cases: list[Case]) -> dict[str, float]:
-    """Error counts and cases a second. A grader that raises has called nothing right; that is counted too."""
+    """Error counts and cases a second. A grader that raises has called nothing right, and its exceptions are counted."""
     counts = {"false_positives": 0, "false_negatives": 0, "raised": 0}
     start = time.perf_counter()
     for text, gold, right in cases:

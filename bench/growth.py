@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(shape: dict[str, int], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of a step by phase, the median after the first, and the process's peak memory."""
+    """Seconds of each phase of a step, the median without the first step, and the process's peak memory."""
     model, run = folder / f"model{shape['layers']}", folder / "-".join(map(str, shape.values()))
     make(model, args.tokenizer, WIDTH | {"num_hidden_layers": shape["layers"]})
     command = ["grpo_train.py", "--config", "configs/grpo_tiny.yaml", f"model.name_or_path={model}", f"adapter={model}/adapter"]
@@ -80,8 +80,8 @@ def trainer_settings(shape: dict[str, int], steps: int) -> dict[str, Any]:
         "per_device_train_batch_size": 2 * shape["group"],
         "gradient_accumulation_steps": 1,
         "max_completion_length": shape["length"],
-        "beta": 0.04,  # all rewards are 0; the reference is what makes the update do its work
-        "weight_decay": 0.1,  # and this what moves a weight: a run that moves none fails
+        "beta": 0.04,  # all rewards are 0, and only the reference makes the update do its work
+        "weight_decay": 0.1,  # only decay moves a weight, and a run that moves none fails
         "gradient_checkpointing": "false",
     }
 

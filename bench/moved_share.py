@@ -4,9 +4,8 @@
     python bench/moved_share.py --adapter runs/sft_demo                  # one to go on with, as GRPO does
     python bench/moved_share.py --model models/tiny --data data/tiny     # seconds
 
-The same SFT, from the same adapter on the same rows over the same NF4 base, by our trainer and by TRL's own. The share is
-that of the last step: entries of A (and of B) that differ after it, of all entries of A (and of B). docs/precision.md holds
-the table.
+Our trainer and TRL's own run the same SFT, from the same adapter, on the same rows, over the same NF4 base. The share is that
+of the last step: entries of A (or of B) that it changed, among all entries of A (or of B). docs/precision.md holds the table.
 """
 
 from __future__ import annotations

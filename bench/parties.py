@@ -12,7 +12,7 @@ from bench.random_llama import TARGETS
 
 Command = Callable[[Path], list[str]]  # the folder that a party writes into -> what to run
 
-# fast is what configs/recommended does. small fits into the memory of TRL's script; tiny has its settings, but for the paging.
+# fast is what configs/recommended does. small fits into the memory of TRL's script. tiny has its settings, without paging.
 FAST = ["quantization=nf4_unpacked", "trainer.gradient_checkpointing=false", "trainer.optim=adamw_torch_fused"]
 TINY = ["quantization=nf4", "trainer.gradient_checkpointing=true", "trainer.optim=adamw_torch_fused"]
 SIXTEEN = ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1"]
@@ -21,7 +21,7 @@ EIGHT_TWOS = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumul
 FOUR_FOURS = ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"]
 BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
 
-# What each lever sets. The first entry is the ground: TRL's defaults and its own generation, through our scripts.
+# What each lever sets. The first entry is the start: TRL's defaults and TRL's own generation, through our scripts.
 SFT_LEVERS = {
     "plain": "quantization=nf4 model.attn_implementation=sdpa model.kernels=torch fast_loss=false fast_adapter=false "
     "trainer.gradient_checkpointing=true trainer.optim=paged_adamw_32bit "  # a CPU pages nothing
@@ -53,7 +53,7 @@ GRPO_LEVERS = {
 
 
 def ladder(levers: dict[str, str]) -> list[tuple[str, list[str]]]:
-    """Each lever with the settings of all up to it."""
+    """Each lever with its own settings and those of all levers before it."""
     pulled = itertools.accumulate(levers.values(), lambda below, more: f"{below} {more}")
     return [(lever, settings.split()) for lever, settings in zip(levers, pulled, strict=True)]
 
@@ -112,7 +112,7 @@ def on_model(args: argparse.Namespace) -> list[str]:
 def training(args: argparse.Namespace) -> list[str]:
     rows = ["tracking=none", "data.num_dev=0", "data.num_train=2000"]
     often = ["trainer.logging_steps=1", "trainer.save_strategy=no", "trainer.eval_strategy=no"]
-    # All rewards of random weights are 0: nothing but decay moves a weight, and a run that moves none fails.
+    # Random weights get no reward. Only decay moves a weight then, and a run that moves none fails.
     moving = ["trainer.weight_decay=0.1"] if args.random_3b else []
     return [*on_model(args), *rows, *often, *moving]
 

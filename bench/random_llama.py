@@ -23,7 +23,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make(folder: Path, tokenizer: Path, shape: dict[str, Any]) -> None:
-    """Write model, tokenizer and adapter/, which comes last: where that is, all is, and nothing is done."""
+    """Write model, tokenizer and, last, adapter/. If adapter/ is there, the folder is complete, and nothing is done."""
     if (folder / "adapter" / "adapter_config.json").is_file():
         return
     import torch
@@ -37,12 +37,12 @@ def make(folder: Path, tokenizer: Path, shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(LlamaConfig(**shape))
-    # Not sooner: the row of a pad token that is known at the start is all 0, and a tokenizer may pad with its stop token.
+    # Only now: the row of a pad token that is known at the start is all 0, and a tokenizer may pad with its stop token.
     for settings in (model.config, model.generation_config):
         for name in tokens:
             setattr(settings, name, getattr(own, name))
     model.save_pretrained(folder)
     own.save_pretrained(folder)
-    model.name_or_path = str(folder)  # which the adapter then names as its base
+    model.name_or_path = str(folder)  # the adapter names it as its base
     lora = LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder / "adapter", save_embedding_layers=False)

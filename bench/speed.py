@@ -7,14 +7,14 @@
 
 A ladder's rungs differ by one lever each, in the order of their numbers, and every rung keeps those below it.
 
-Real tokens (padding not counted) and completions a second in steady state: the median over steps after the first two.
-Load and warm-up are the time to the end of the first step; for eval, to the first prompt. Refuses to report from a busy
-machine. `--random-3b` writes a model with random weights in the shape of Llama-3.2-3B first: speed does not depend on what
-the weights are, only on how long completions get, and a random model's all run to the limit.
+It reports real tokens (padding not counted) and completions a second in steady state: the median over steps after the first
+two. Load and warm-up are the time to the end of the first step, for eval to the first prompt. On a busy machine it reports
+nothing. `--random-3b` first writes a model with random weights in the shape of Llama-3.2-3B: speed depends on the length of
+completions and not on the weights, and all completions of a random model run to the limit.
 
 MFU is 4 N tokens/s over the GPU's dense bf16 peak, with N the weights of linear layers and output head: 2 N forward and 2 N
-back to the activations. Frozen weights get no gradient, which is the other 2 N of the usual 6 N (`mfu_6n`). What checkpointing
-computes again is no useful work. Attention scores and the adapter itself, 6 x 1.5 % of N, are left out; the head is counted at
+back to the activations. Frozen weights get no gradient, which is the other 2 N of the usual 6 N (`mfu_6n`). Work that
+checkpointing repeats does not count. Attention scores and the adapter itself, 6 x 1.5 % of N, are left out. The head counts at
 every position, though only completions are scored.
 """
 
@@ -48,7 +48,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
 def main() -> None:
     args = arguments()
     if args.random_3b:
-        # In a process of its own: this one must hold no GPU memory while it measures others.
+        # Another process makes it: this one must hold no GPU memory while it measures others.
         maker = multiprocessing.get_context("spawn").Process(target=make, args=(args.model, args.tokenizer, LLAMA_3B))
         maker.start()
         maker.join()
@@ -60,7 +60,7 @@ def main() -> None:
     for repeat in range(args.repeats):
         for name, command in parties(args).items():
             out = args.work / f"{name}-{repeat}"
-            if out.exists():  # a finished run is not run again: its old numbers would be taken for new ones
+            if out.exists():  # a finished run is not run again, and its old numbers would pass for new ones
                 sys.exit(f"{out} holds an earlier measurement: choose another --work")
             print(f"[{repeat + 1}/{args.repeats}] {name} ...", flush=True)
             row = measure(name, command(out), out, args)
@@ -74,7 +74,7 @@ def main() -> None:
                 flush=True,
             )
             rows.setdefault(name, []).append(row)
-            if args.json:  # after every party: whoever stops this keeps what is measured
+            if args.json:  # after every party, so that an interrupted bench keeps what it has measured
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 text = {"summary": summary(rows), "runs": rows, **facts}
                 args.json.write_text(json.dumps(text, indent=2, default=str) + "\n")
@@ -121,7 +121,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(name: str, command: list[str], out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one party; the files it left say the rest."""
+    """Run one party, and read the rest from the files that it left."""
     started, log = time.time(), Path(f"{out}.log")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as lines:
@@ -154,7 +154,7 @@ def measure(name: str, command: list[str], out: Path, args: argparse.Namespace) 
 
 
 def trained(out: Path, started: float) -> dict[str, Any] | None:
-    """Out of the logged steps. The tokens of a step are those since the step before."""
+    """Rates from the logged steps. A step's tokens are those since the step before."""
     file = out / "metrics.jsonl"
     whole = file.read_text().split("\n")[:-1] if file.is_file() else []  # a timeout may have torn the last line
     steps = [row for row in map(json.loads, whole) if "learning_rate" in row]
@@ -216,7 +216,7 @@ def manifest(out: Path) -> dict[str, Any]:
 
 
 def predicted_gib(command: list[str]) -> float | None:
-    """What `--dry-run` says the command will need; at max_length in every row, where what was measured had shorter ones."""
+    """What `--dry-run` says the command will need. It assumes max_length in every row; the measured rows are shorter."""
     done = subprocess.run([sys.executable, *command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
     said = [line for line in done.stdout.splitlines() if line.startswith(("memory", "rollouts"))]
     print("\n".join(said), flush=True)
@@ -234,7 +234,7 @@ def mfu(row: dict[str, Any], model: Path, peak: float) -> dict[str, float]:
 
 
 def bound(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of the bare matrix products, learning and decoding. In a process of its own, as the parties."""
+    """Tokens a second of the bare matrix products, learning and decoding. They run in a process of their own, like each party."""
     command = ["bench/bound.py", "--model", str(args.model), "--rows", str(args.num_completions)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -308,7 +308,7 @@ PAIRS = (
 
 
 def require_idle(limit: float, seconds: float = 3.0) -> float:
-    """Timings from a machine that does something else are not timings. Returns the share of it that was busy."""
+    """Refuse a machine that is busy with something else. Returns the share of it that was busy."""
 
     def busy_and_all() -> tuple[int, int]:
         fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]

@@ -26,7 +26,7 @@ class Profiler(TrainerCallback):
     """Starts after the first steps, which compile and allocate, and prints when its steps are over."""
 
     def __init__(self) -> None:
-        # Not both: a step of GRPO has half a million operators on the CPU side, and they take minutes to add up.
+        # Not both: a step of GRPO has half a million operators on the CPU, and the profiler takes minutes to sum them.
         activities = [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]
         plan = schedule(wait=WAIT, warmup=1, active=STEPS, repeat=1)
         self.profile = profile(activities=activities, schedule=plan)

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; its default is more than a small machine has
-os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # it keeps a core for its server, and there is none
+os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # by default vLLM keeps a core for its server, and there is none
 
 
 def main() -> None:

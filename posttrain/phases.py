@@ -1,9 +1,9 @@
-"""Where the time goes: seconds by phase, and counters."""
+"""Where the time goes: seconds by phase."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,29 +11,28 @@ import torch
 
 
 class Phases:
-    """Each moment belongs to one phase: one inside another takes its time away from it, so that together they are all.
+    """Seconds of each phase. Every moment belongs to one phase alone: a nested phase takes its time away from the outer one.
 
-    On CUDA a mark is an event in the stream, read only when the seconds are asked for: the CPU never waits for one.
+    On CUDA a mark is an event in the stream, and only `take` reads it: between two calls the CPU never waits for one.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
         self._open = ["other"]
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
-        self._whole = False
+        self._nested_included = False
 
     @contextmanager
-    def __call__(self, name: str, whole: bool = False) -> Iterator[None]:
-        """With `whole`, what begins inside is part of it."""
-        if self._whole:
+    def __call__(self, name: str, include_nested: bool = False) -> Iterator[None]:
+        """Time what runs inside. With `include_nested`, phases that begin inside count as this one."""
+        if self._nested_included:
             yield
             return
         self.begin(name)
-        self._whole = whole
+        self._nested_included = include_nested
         try:
             yield
         finally:
-            self._whole = False
+            self._nested_included = False
             self.end()
 
     def begin(self, name: str) -> None:
@@ -56,7 +55,7 @@ class Phases:
         return dict(seconds)
 
     def _mark(self) -> None:
-        """The stretch that ends here is that of the phase that is open."""
+        """End a stretch of time, which belongs to the phase that is open."""
         self._marks.append((self._open[-1], _now()))
 
 

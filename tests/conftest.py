@@ -10,20 +10,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
-# Whatever the caller has set. One thread, because sums in another order round differently, because two test processes share
-# the cores, and because a process forked from one whose OpenMP threads run already waits for them for ever.
+# This holds whatever the caller has set. One thread: sums in another order round differently, two test processes share the
+# cores, and a process that is forked after OpenMP's threads have started waits for them for ever.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
-# On any machine the tests are of the CPU, but for those marked gpu, which have a run of their own: make gpu-tests.
+# All tests run on the CPU, also on a machine with a GPU. Only those marked gpu do not: make gpu-tests.
 if os.environ.get("POSTTRAIN_GPU_TESTS") != "1":
     ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 os.environ |= ENVIRONMENT
+
+# Two processes share the cores, and others may keep them busy: no test may depend on how long an example takes.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items):
@@ -153,11 +158,84 @@ prompt:
 tokenizer:
   name_or_path: {tiny_model_dir}
 """)
-    done = subprocess.run(
-        [sys.executable, "data_prep.py", "--config", config], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "data_prep.py", "--config", config], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, tiny_model_dir):
+    """A folder in which data_prep, SFT, GRPO and three evaluations have run on the tiny configs."""
+    from scripts import tiny_pipeline
+
+    folder = tmp_path_factory.getbasetemp() / "pipeline"
+    tiny_pipeline(folder, tiny_model_dir)
+    return folder
+
+
+# --- models and trainers on the tiny Llama ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_dir):
+    from posttrain.config.schema import Model
+
+    return Model(name_or_path=str(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(settings):
+    from posttrain.models.chat import load_tokenizer
+
+    return load_tokenizer(settings)
+
+
+@pytest.fixture(scope="module")
+def load(settings, tokenizer):
+    """Loads the base in one of its forms, with changes to its settings."""
+    from posttrain.models.base import load_base
+
+    def load(form="none", **changes):
+        return load_base(settings.model_copy(update=changes), form, tokenizer)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory):
+    """Makes configs and trainers of both stages."""
+    from tiny_training import Tiny
+
+    return Tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def fp32(tiny_model_dir):
+    """Settings of a run in which equal means equal."""
+    return {"model": {"name_or_path": str(tiny_model_dir), "dtype": "float32"}, "quantization": "none"}
+
+
+@pytest.fixture(scope="session")
+def sft(tiny):
+    """The run directory of a finished SFT."""
+    from tiny_training import finished_sft
+
+    return finished_sft(tiny)
+
+
+@pytest.fixture(scope="session")
+def sft_with_tokens(tiny):
+    from tiny_training import LORA, finished_sft
+
+    return finished_sft(tiny, lora=LORA | {"train_special_tokens": "always"})
+
+
+@pytest.fixture(params=["plain", "with token rows"])
+def any_sft(request, sft, sft_with_tokens):
+    return sft if request.param == "plain" else sft_with_tokens
+
+
+# --- real data and tokenizers -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, from a folder of his: in this process, because their imports take longer than their work.
+"""The scripts as a user runs them, from his own folder. They run in this process: their imports take longer than their work.
 
     python tests/scripts.py '[["data_prep", "--config", "data.yaml"], ...]'    # several in one fresh process, as JSON
 
@@ -24,6 +24,7 @@ from posttrain.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
+HANGS = 1500  # seconds: no machine is that slow; less than pytest's own timeout
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Done:
 
 
 def run(script, *arguments, cwd="."):
-    """A script's exit code and what it said; an error that is not the user's comes through as the exception it is."""
+    """A script's exit code and what it said. An error that is not the user's is raised as it is."""
 
     module = importlib.import_module(script)
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
@@ -69,14 +70,14 @@ def start(script, *arguments, cwd=".", **environment):
 def _run_and_exit(script, arguments, cwd, environment):
     from tqdm import tqdm
 
-    # By default tqdm's lock is one for all forked processes: whoever is killed while a bar is drawn would keep it for ever.
+    # By default all forked processes share tqdm's lock. A process that is killed while it draws a bar would keep it for ever.
     tqdm.set_lock(threading.RLock())
     os.environ |= environment
     sys.exit(run(script, *arguments, cwd=cwd).code)
 
 
 def launched(*command, cwd="."):
-    """A module that starts processes of its own, to its end; what it said."""
+    """Run a module that starts processes of its own, to its end. Returns what it said."""
     with subprocess.Popen(
         [sys.executable, "-m", *map(str, command)],
         cwd=cwd,
@@ -86,11 +87,11 @@ def launched(*command, cwd="."):
         text=True,
     ) as process:
         try:
-            said, complaint = process.communicate(timeout=200)
+            said, complaint = process.communicate(timeout=HANGS)
         except subprocess.TimeoutExpired:
             process.terminate()  # a launcher that is killed leaves its processes behind
             said, complaint = process.communicate()
-            complaint += "\nstopped after 200 seconds"
+            complaint += f"\nstopped after {HANGS} seconds"
     assert process.returncode == 0, complaint[-4000:]
     return said
 
@@ -103,7 +104,6 @@ def run_fresh(*commands, cwd=".", **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ EVALUATIONS = ("base", "sft_tiny", "grpo_tiny")
 
 @functools.cache
 def tiny_pipeline(folder, model):
-    """data_prep, SFT, GRPO and three evaluations in `folder`; what each of them said, by name."""
+    """Run data_prep, SFT, GRPO and three evaluations in `folder`. Returns what each of them said, by name."""
     workplace(folder, model)
     said = {}
     for stage, script, *more in (

@@ -15,7 +15,7 @@ from posttrain.errors import UserError
 from posttrain.models.adapters import (
     adapter_sha256,
     check_adapter_fits,
-    check_mode,
+    check_adapter_mode,
     count_trainable,
     live_adapter_sha256,
     load_adapter,
@@ -34,24 +34,6 @@ from posttrain.training.label_head import LabelHead
 
 END, START, TEXT_END = 2, 1, 0  # <|im_end|>, <|im_start|>, <|endoftext|>
 IDS = torch.tensor([[1, 300, 301, 2, 17, 2], [1, 2, 3, 4, 5, 6]])
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(settings):
-    return load_tokenizer(settings)
-
-
-@pytest.fixture
-def load(settings, tokenizer):
-    def load(form="none", **changes):
-        return load_base(settings.model_copy(update=changes), form, tokenizer)
-
-    return load
 
 
 @pytest.fixture
@@ -185,7 +167,7 @@ LABELS = torch.tensor([[-100, -100, 301, 2, 17, 2], [-100, 2, 3, 4, 5, 6]])
 
 
 def plain_gradients(base):
-    """By autograd of a plain model: the gradient of its embedding through the input, and through the output."""
+    """The gradient of a plain model's embedding through the input and through the output, by autograd."""
     table = embedding(base).clone().requires_grad_()
     head = embedding(base).clone().requires_grad_()
     hidden = base.model(inputs_embeds=torch.nn.functional.embedding(IDS, table)).last_hidden_state
@@ -210,7 +192,7 @@ def test_the_rows_gradient_comes_through_the_embedding_and_the_tied_head(exact, 
 
 
 def test_trls_own_head_cannot_score_trained_rows(exact, tokenizer):
-    """The reason why ours replaces it on every device with such an adapter; if this passes upstream, it need not."""
+    """This is why our head replaces TRL's on every device with such an adapter. When TRL mends it, ours may go."""
     policy = new_adapter(exact, lora(train_special_tokens="always"), tokenizer, 0)
     add_fused_lm_head(policy.get_base_model())
     with pytest.raises(AttributeError, match="bias"):
@@ -309,7 +291,7 @@ def test_a_pickled_adapter_is_refused(saved):
 
 
 def test_an_adapter_of_another_base_is_refused(saved, settings, tiny_model_dir, tmp_path):
-    """Of the same shape, so that PEFT itself would load it without a word."""
+    """The base has the same shape, so PEFT would load the adapter without a word."""
     folder, _ = saved
     assert check_adapter_fits(folder, settings).r == 4
     shutil.copytree(tiny_model_dir, tmp_path / "other")
@@ -349,14 +331,14 @@ CHANGES = {
 def test_rescaling_refuses_another_shape_and_a_fresh_adapter_does_not(saved, settings, shape, named):
     start = check_adapter_fits(saved[0], settings)
     with pytest.raises(UserError, match=rf"rescale can change lora.alpha alone, not {named}.*use adapter_mode=merge_and_new"):
-        check_mode(grpo("rescale", **shape), start)
-    check_mode(grpo("merge_and_new", **shape), start)
+        check_adapter_mode(grpo("rescale", **shape), start)
+    check_adapter_mode(grpo("merge_and_new", **shape), start)
 
 
 def test_another_alpha_and_another_order_of_targets_are_no_other_shape(saved, settings):
     start = check_adapter_fits(saved[0], settings)
-    check_mode(grpo("rescale", alpha=2, target_modules=LINEAR[::-1]), start)
-    check_mode(grpo("continue"), start)
+    check_adapter_mode(grpo("rescale", alpha=2, target_modules=LINEAR[::-1]), start)
+    check_adapter_mode(grpo("continue"), start)
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 from posttrain.config.schema import Model
-from posttrain.kernels.attention import BLOCK, Tails, matmul_attention, tails, tails_mask, varlen_attention
+from posttrain.kernels.attention import QUERY_BLOCK, LeftPadded, left_padded, matmul_attention, varlen_attention, varlen_mask
 from posttrain.models.base import fastest_attention, load_base
 
 
 def states(rows, heads, kv_heads, queries, keys, dtype=torch.float32, dim=16):
     draw = torch.Generator().manual_seed(0)
     shapes = [(rows, queries, heads, dim), (rows, keys, kv_heads, dim), (rows, keys, kv_heads, dim)]
-    # Transposed, as a decoder layer hands them over.
+    # Transposed, as a decoder layer passes them.
     return [(2 * torch.randn(shape, generator=draw)).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
 
 
@@ -62,11 +62,11 @@ def distance(one, other):
 LENGTHS = [
     (1, 1),
     (7, 7),
-    (BLOCK, BLOCK),
-    (BLOCK + 1, BLOCK + 1),
-    (2 * BLOCK + 5, 2 * BLOCK + 5),
+    (QUERY_BLOCK, QUERY_BLOCK),
+    (QUERY_BLOCK + 1, QUERY_BLOCK + 1),
+    (2 * QUERY_BLOCK + 5, 2 * QUERY_BLOCK + 5),
     (1, 9),
-    (BLOCK + 3, BLOCK + 40),
+    (QUERY_BLOCK + 3, QUERY_BLOCK + 40),
 ]
 
 
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queries, keys,
 
 
 def test_in_bf16_it_is_as_exact_as_sdpa():
-    """Against fp64, within a third of SDPA's own error; eager, which rounds the scores, is not."""
+    """Its error against fp64 is within a third of SDPA's own. That of eager, which rounds the scores, is not."""
     inputs = states(4, 6, 2, 200, 200, torch.bfloat16, dim=64)
     mask = causal(4, 200, 200)
     exact = with_gradients(lambda q, k, v: by_sdpa(q, k, v, mask, torch.float64), inputs)[0]
@@ -143,7 +143,7 @@ def models(tiny_model_dir):
     return made
 
 
-IDS = torch.randint(3, 60, (3, BLOCK + 20), generator=torch.Generator().manual_seed(2))
+IDS = torch.randint(3, 60, (3, QUERY_BLOCK + 20), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("name", ["matmul", "varlen"])
@@ -158,7 +158,7 @@ def test_a_model_with_it_is_the_model(models, kind, name):
     if kind == "torn":
         mask[1, 10:20], mask[2, :5] = 0, 0
     if kind == "packed":
-        inputs["position_ids"] = torch.cat([torch.arange(50), torch.arange(BLOCK - 30)]).expand(3, -1)
+        inputs["position_ids"] = torch.cat([torch.arange(50), torch.arange(QUERY_BLOCK - 30)]).expand(3, -1)
     else:
         inputs["attention_mask"] = mask
     logits, gradients = {}, {}
@@ -205,7 +205,7 @@ def mask_of(*rows):
     ],
 )
 def test_only_padding_on_the_left_needs_a_mask(mask, first):
-    found = tails_mask(len(mask), 4, 4, attention_mask=mask)
+    found = varlen_mask(len(mask), 4, 4, attention_mask=mask)
     assert (found is None) if first is None else found.first.tolist() == first
     if first:
         assert found.ends.tolist() == [0, 4 - first[0], 8 - sum(first)]
@@ -225,13 +225,13 @@ def test_only_padding_on_the_left_needs_a_mask(mask, first):
 )
 def test_every_other_mask_is_sdpas(given):
     kv_length = given.pop("kv_length", 4)
-    found = tails_mask(1, 4, kv_length, allow_is_causal_skip=False, **given)
+    found = varlen_mask(1, 4, kv_length, allow_is_causal_skip=False, **given)
     assert isinstance(found, torch.Tensor) and found.shape == (1, 1, 4, kv_length)
 
 
 def test_its_dense_mask_is_transformers():
     mask = mask_of("0011111", "1111111", "0000011")
-    both = Tails.mask(tails(mask.argmax(1), 7), 3, 7), sdpa_mask(3, 3, 7, q_offset=4, attention_mask=mask.bool())
+    both = LeftPadded.mask(left_padded(mask.argmax(1), 7), 3, 7), sdpa_mask(3, 3, 7, q_offset=4, attention_mask=mask.bool())
     assert torch.equal(*both)
 
 
@@ -241,9 +241,9 @@ def test_its_dense_mask_is_transformers():
 def test_on_a_gpu_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queries, keys):
     first = torch.tensor([0, 5, 29], device="cuda")
     inputs = [x.detach().cuda().requires_grad_() for x in states(3, heads, kv_heads, queries, keys, torch.bfloat16)]
-    cut = tails(first, keys)
+    cut = left_padded(first, keys)
     sees = cut.mask(queries, keys)
-    token = sees.any(-1)[:, 0, :, None, None]  # what padding attends to is nobody's business
+    token = sees.any(-1)[:, 0, :, None, None]  # nobody reads what padding attends to
     ours = with_gradients(lambda q, k, v: varlen_attention(None, q, k, v, cut)[0] * token, inputs)
     wanted = with_gradients(lambda q, k, v: by_sdpa(q, k, v, sees).nan_to_num() * token, inputs)
     assert all(distance(one, other) < 0.02 for one, other in zip(ours, wanted, strict=True))

@@ -7,20 +7,13 @@ import shutil
 import pytest
 from hub_server import serve
 from ruamel.yaml import YAML
-from scripts import CONFIGS, run, run_fresh, tiny_pipeline, tree
+from scripts import CONFIGS, run, run_fresh, tree
 
 from posttrain.runs.manifest import read_manifest
 
 STAGES = {"data_prep": "data", "sft_train": "sft", "grpo_train": "grpo", "evaluate": "eval"}
 TRAINING = ("sft_train", "grpo_train")
 MODEL_READERS = ("sft_train", "grpo_train", "evaluate")
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline(folder, tiny_model_dir)
-    return folder
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def place(tmp_path, pipeline):
 
 
 def refused(place, script, *arguments, config=None):
-    """The message; after the checks that there is one and that nothing was written."""
+    """The message, once it is clear that there is one and that nothing was written."""
     config = config or f"configs/{STAGES[script]}_tiny.yaml"
     before = tree(place)
     done = run(script, "--config", config, *arguments, cwd=place)
@@ -231,7 +224,7 @@ def fresh(place, endpoint, *commands):
     done = run_fresh(*commands, cwd=place, **changes)
     assert tree(place) == before
     assert {one.code for one in done} == {2} and not any("Traceback" in one.err for one in done), done
-    return [one.err.splitlines()[-1] for one in done]  # huggingface_hub tells of its retries before
+    return [one.err.splitlines()[-1] for one in done]  # huggingface_hub's retries are told before it
 
 
 @pytest.mark.slow

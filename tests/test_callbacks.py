@@ -1,4 +1,4 @@
-"""What a run watches, writes and refuses: rows, moved weights, numbers that are none, dev accuracy, samples, checkpoints."""
+"""What a run watches, writes and refuses: rows, moved weights, non-finite numbers, dev accuracy, samples, checkpoints."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from tiny_training import LORA, Tiny, adapter_tensors, by_content, opened, pay
+from tiny_training import LORA, adapter_tensors, by_content, opened, pay
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -23,22 +23,9 @@ from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows
 from posttrain.training.arguments import trainer_arguments
 from posttrain.training.callbacks import MovedShare, StopOnNonFinite, add_callbacks
-from posttrain.training.checkpoints import last_checkpoint, save_adapter
+from posttrain.training.checkpoints import last_checkpoint
 from posttrain.training.dev import DevAccuracy, dev_accuracy
 from rewards import correctness_reward, extract, grade
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory):
-    return Tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def sft(tiny):
-    with tiny.sft({"learning_rate": 1e-2}) as trainer:
-        trainer.train()
-        save_adapter(trainer, trainer.run, trainer.processing_class, "")
-        return trainer.run.folder
 
 
 def rows_of(trainer):
@@ -76,7 +63,11 @@ def test_the_phases_of_a_step_are_the_step(tiny, sft):
     with tiny.grpo(sft, {"beta": 0.04, "max_steps": 3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}) as trainer:
         trainer.train()
         rows = [row for row in rows_of(trainer) if "time/decode" in row]
-    assert ["time/save" in row for row in rows] == [False, True, True]  # of the step before: a row is logged first
+    assert ["time/save" in row for row in rows] == [
+        False,
+        True,
+        True,
+    ]  # a step logs its row before it saves
     phases = [{key for key in row if key.startswith("time/") and key != "time/rollout_seconds"} for row in rows]
     parts = "data fold prefill decode rewards logprobs forward backward optimizer"
     assert all({f"time/{name}" for name in parts.split()} <= names for names in phases)
@@ -108,7 +99,7 @@ def test_docs_define_every_logged_key(tiny, sft):
 
 
 def share_of_one_step(dtype, learning_rate):
-    """Of one step of AdamW, whose first step is the learning rate in every entry."""
+    """AdamW's first step moves every entry by the learning rate."""
     weight = torch.nn.Parameter(torch.linspace(-0.1, 0.1, 1001).to(dtype))
     optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0)
     reported = []
@@ -171,7 +162,7 @@ def test_the_share_is_measured_at_logged_steps_alone(tiny):
 
 
 class Look(TrainerCallback):
-    """Calls a function before every optimizer step, after the other callbacks did what they do then."""
+    """Calls a function before every optimizer step, after the other callbacks."""
 
     def __init__(self, look):
         self.look = look
@@ -180,7 +171,7 @@ class Look(TrainerCallback):
         self.look()
 
 
-# --- numbers that are none --------------------------------------------------------------------------------------------
+# --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
 class PoisonGradient(TrainerCallback):
@@ -215,7 +206,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(tiny, value,
 
 
 def test_upstream_applies_a_gradient_that_is_no_number_and_logs_nothing(tiny):
-    """`logging_nan_inf_filter` is on by default; ours is off, and the run is stopped before."""
+    """transformers turns `logging_nan_inf_filter` on. posttrain turns it off and stops the run first."""
     assert TrainingArguments(output_dir="x", use_cpu=True).logging_nan_inf_filter
     with tiny.sft({"max_steps": 1}) as trainer:
         assert not trainer.args.logging_nan_inf_filter
@@ -235,7 +226,7 @@ def test_a_logged_number_that_is_none_stops_the_run(tiny, key):
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_batch(tiny, sft, stage):
-    """By an infinite weight of the frozen base, as a broken download has it."""
+    """An infinite weight of the frozen base, as in a broken download, is the cause."""
     with tiny.sft(quantization="none") if stage == "sft" else tiny.grpo(sft, quantization="none") as trainer:
         before = adapter_tensors(trainer.model)
         trainer.add_callback(BreakBase())
@@ -329,7 +320,7 @@ class Interrupt(TrainerCallback):
 
 
 def test_dev_accuracy_is_what_grading_one_by_one_gives(tiny, tiny_model_dir, tiny_data_dir):
-    """A random model is never right, so the golds are made of what it says: half of them right, a third strictly so."""
+    """A random model is never right. So its own words make the golds: half are right, a third strictly so."""
     settings = Model(name_or_path=str(tiny_model_dir))
     tokenizer = load_tokenizer(settings)
     policy = load_base(settings, "none", tokenizer)
@@ -362,7 +353,9 @@ def test_dev_accuracy_gives_back_what_graphs_step_over(tiny, sft, monkeypatch):
     monkeypatch.setattr(steps, "EagerStep", steps.GraphStep)
     monkeypatch.setattr(steps, "capture", lambda run: run)
     kept = []
-    monkeypatch.setattr("posttrain.training.dev.release", lambda model: kept.append(model._graphs) or steps.release(model))
+    monkeypatch.setattr(
+        "posttrain.training.dev.release_graphs", lambda model: kept.append(model._graphs) or steps.release_graphs(model)
+    )
     with tiny.grpo(sft, **with_dev(tiny)) as trainer:
         next(c for c in trainer.callback_handler.callbacks if isinstance(c, DevAccuracy)).measure()
         copied = trainer.rollout_func.copy.model

@@ -30,7 +30,7 @@ from posttrain.config.schema import (
     TrainData,
 )
 from posttrain.config.trl_batches import group_problems
-from posttrain.config.trl_fields import OWNED, trl_fields
+from posttrain.config.trl_fields import SET_BY_POSTTRAIN, trl_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {"r": 8, "alpha": 16, "target_modules": ["q_proj"]}
@@ -546,11 +546,11 @@ def test_evaluation_batches_hold_whole_groups(monkeypatch: pytest.MonkeyPatch) -
     assert text.endswith("24 does not divide by 5 generations: use 5 or 10")
 
 
-@pytest.mark.parametrize("key", sorted(OWNED))
+@pytest.mark.parametrize("key", sorted(SET_BY_POSTTRAIN))
 def test_keys_that_posttrain_sets_are_refused_with_the_one_to_use(tmp_path: Path, key: str) -> None:
     (fault,) = faults_of(tmp_path, GrpoConfig, {**VALID[1][1], "trainer": {key: 1}})
-    assert fault == f"c.yaml:7: trainer.{key}: posttrain sets this itself: use {OWNED[key]}"
-    (named, *_) = OWNED[key].split(",")[0].split(" ")
+    assert fault == f"c.yaml:7: trainer.{key}: posttrain sets this itself: use {SET_BY_POSTTRAIN[key]}"
+    (named, *_) = SET_BY_POSTTRAIN[key].split(",")[0].split(" ")
     assert named in known_keys(GrpoConfig) or named in ("the", "--resume")
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from grading_cases import VERDICTS
-from scripts import CONFIGS, run, tiny_pipeline, workplace
+from scripts import CONFIGS, run, workplace
 from tiny_training import Tiny
 
 import rewards
@@ -48,7 +48,7 @@ def model(request):
 
 
 def sft_prompts(tiny, model):
-    """What stands before the completion in the rows that TRL's trainer made, by the text of the question."""
+    """The tokens before the completion in the rows that TRL's trainer makes, in the order of the questions."""
     with tiny.sft(model=model, data={"path": tiny.data, "num_train": NUM_ROWS, "num_dev": 0}) as trainer:
         for row in trainer.train_dataset:
             mask = row["completion_mask"] if "completion_mask" in row else [label != -100 for label in row["labels"]]
@@ -59,7 +59,7 @@ def sft_prompts(tiny, model):
 
 
 def grpo_prompts(tiny, model, adapter, trained):
-    """What GRPO's rollouts send to the engine and report to TRL, each prompt twice, as TRL hands them over."""
+    """The prompts that GRPO's rollouts send to the engine and report to TRL. TRL passes each of them twice."""
     settings = {"path": tiny.data, "num_train": NUM_ROWS, "num_dev": 0}
     with tiny.grpo(adapter, {"max_completion_length": 2}, model=model, data=settings) as trainer:
         assert [row["prompt"] for row in trainer.train_dataset] == [row.prompt for row in trained]
@@ -114,7 +114,7 @@ def test_every_stage_has_the_one_grader():
 
 
 def test_a_verdict_is_a_reward():
-    """On the texts that graders get wrong, plain and as chat messages."""
+    """The texts are those that graders get wrong, plain and as chat messages."""
     texts, golds = [row[0] for row in VERDICTS], [row[1] for row in VERDICTS]
     judged = [
         judge(Example("q", "test", "?", [], [], gold, 1), 0, text, "stop", 1) for text, gold in zip(texts, golds, strict=True)
@@ -127,7 +127,7 @@ def test_a_verdict_is_a_reward():
 
 
 def test_another_grader_would_show_in_every_stage(monkeypatch):
-    """Who asks somebody else for the verdict does not change with the grader."""
+    """A stage with a grader of its own would not change with the one grader."""
 
     def contrary(text, gold):
         return rewards.Grade("0", "none", 0, correct=text == "wrong", strict=False, format_ok=False)
@@ -139,13 +139,6 @@ def test_another_grader_would_show_in_every_stage(monkeypatch):
     assert rewards.correctness_reward(["#### 5", "wrong"], ["5", "5"]) == [0.0, 1.0]
     assert [judge(asked, 0, text, "stop", 1).correct for text in ("#### 5", "wrong")] == [False, True]
     assert "does not grade itself" in examples.gold_problem("#### 5")
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline(folder, tiny_model_dir)
-    return folder
 
 
 def test_what_grpo_was_paid_is_what_evaluation_would_have_said(pipeline):

@@ -376,7 +376,7 @@ FEW = {"style": "few_shot", "num_shots": 2, "instruction": "Question: {question}
 
 
 def test_written_examples_come_before_every_question(prepare, tmp_path):
-    """A file of solved examples, its first k in its order; another text in it is another data set."""
+    """The prompt has the first k examples of the file in their order. Another text in the file is another data set."""
     source = jsonl(tmp_path / "raw", train=problems(20), test=[problem(100)])
     shots = [{"question": f"How many legs have {n} cats?", "answer": f"Four each: {4 * n}.\n#### {4 * n}"} for n in (2, 3, 5)]
     file = tmp_path / "shots.jsonl"
@@ -425,7 +425,7 @@ def test_the_written_chains_of_thought_are_right(gsm8k_dir):
 
 
 def test_a_special_token_in_a_text_is_no_text(prepare, tmp_path, tiny_model_dir):
-    """Control first: the tokenizer reads it as the token that ends a turn."""
+    """First the control: the tokenizer reads the text as the token that ends a turn."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
@@ -561,7 +561,7 @@ def test_a_folder_that_is_half_written_is_no_data_set(prepared, tmp_path):
 
 
 def test_a_folder_of_somebody_else_is_left_alone(prepare, tmp_path):
-    """The folder of the source is the one that is typed by mistake; its files have the names that would be written."""
+    """A user may type the source's own folder by mistake, whose files have the names that would be written."""
     source = jsonl(tmp_path / "raw", train=problems(3))
     before = tree(tmp_path / "raw")
     done = prepare(source, output_dir=source["path"], ok=False)

@@ -11,7 +11,7 @@ import time
 from datetime import datetime
 
 import pytest
-from scripts import CONFIGS, ROOT, run, start, tiny_pipeline, tree, workplace
+from scripts import CONFIGS, ROOT, run, start, tree, workplace
 
 import rewards
 from posttrain.evaluation import stats
@@ -84,7 +84,7 @@ def begin(place, run_dir, settings, **environment):
 
 
 def finish(process):
-    process.join(60)
+    process.join()
     return process.exitcode
 
 
@@ -291,13 +291,6 @@ def test_nothing_to_regrade_is_told(place):
 
 
 # --- which adapter ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline(folder, tiny_model_dir)
-    return folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Generation against transformers' own and against arithmetic: tokens, log-probabilities, draws, and what may not matter."""
+"""Generation against transformers' own and against arithmetic: tokens, log-probabilities, draws, and what must not matter."""
 
 import collections
 import copy
@@ -13,9 +13,9 @@ from tiny_training import LORA, liven
 
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
-from posttrain.generation import loop, steps
-from posttrain.generation.engines import auto_batch_size, generate, plan_batches
-from posttrain.generation.loop import Sampling, choose, decode_batch, prepare
+from posttrain.generation import engines, loop, steps
+from posttrain.generation.engines import auto_batch_size, plan_batches
+from posttrain.generation.loop import Sampling, choose, decode_batch, prepare_to_decode
 from posttrain.models.adapters import new_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import chat_ids, load_tokenizer
@@ -37,7 +37,7 @@ def plain_tokenizer(settings):
 
 @pytest.fixture(scope="module")
 def reference(settings, plain_tokenizer):
-    """The model as transformers loads it, never prepared: what ours is compared with."""
+    """The model as transformers loads it, never prepared to decode: the standard of comparison."""
     return liven(load_base(settings, "none", plain_tokenizer)).eval()
 
 
@@ -60,7 +60,7 @@ def prompts(plain_tokenizer, tiny_data_dir):
 
 @pytest.fixture(scope="module")
 def tokenizer(reference, plain_tokenizer, prompts):
-    """Its end token is one that about half of the greedy completions come to, some early and some late."""
+    """About half of the greedy completions come to its end token, some early and some late."""
     endless = [greedy(reference, prompt, None) for prompt in prompts]
     counts = collections.Counter(token for ids in endless for token in set(ids))
     stop = next(token for token, count in sorted(counts.items()) if 4 <= count <= 6)
@@ -68,6 +68,10 @@ def tokenizer(reference, plain_tokenizer, prompts):
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     assert tokenizer.eos_token_id == stop
     return tokenizer
+
+
+def generate(*args, **kwargs):
+    return engines.generate(*args, **kwargs).completions
 
 
 def greedy(model, prompt, stop_id, max_new_tokens=LENGTH):
@@ -159,8 +163,8 @@ def test_prompts_are_prefilled_once_for_all_their_samples(model, prompts, tokeni
 def test_grouped_attention_is_the_models_own(model, reference, settings, plain_tokenizer, prompts, attention):
     other = liven(load_base(settings.model_copy(update={"attn_implementation": attention}), "none", plain_tokenizer)).eval()
     batch = torch.tensor([prompts[-1]])
-    prepare(model)
-    ids = decode_batch(model, [prompts[-1]], Sampling(8), stop_id=-2)[0][0].ids
+    prepare_to_decode(model)
+    ids = decode_batch(model, [prompts[-1]], Sampling(8), stop_id=-2)[0][0][0].ids
     assert ids == greedy(other, prompts[-1], None, 8)
     assert torch.allclose(other(batch).logits, reference(batch).logits, atol=1e-4)
 
@@ -186,11 +190,11 @@ def test_the_samples_of_a_prompt_and_equal_prompts_of_two_batches_differ(model, 
 
 @pytest.mark.parametrize("block", [1, 3, 7])
 def test_a_draw_does_not_depend_on_which_rows_finished_before(model, prompts, tokenizer, monkeypatch, block):
-    """BLOCK is how often finished rows are dropped: never within 40 tokens at 1000."""
-    monkeypatch.setattr(steps, "BLOCK", 1000)
+    """STEPS_BETWEEN_DROPS is how often finished rows are dropped: never within 40 tokens at 1000."""
+    monkeypatch.setattr(steps, "STEPS_BETWEEN_DROPS", 1000)
     whole = generate(model, prompts, SAMPLED, tokenizer, 10)
     assert {completion.finish for group in whole for completion in group} == {"stop", "length"}
-    monkeypatch.setattr(steps, "BLOCK", block)
+    monkeypatch.setattr(steps, "STEPS_BETWEEN_DROPS", block)
     widths = []
     handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     dropped = generate(model, prompts, SAMPLED, tokenizer, 10)
@@ -393,7 +397,7 @@ def test_stepping_over_the_front_of_a_stage_equals_the_eager_step(
     assert len(model._graphs.captured) + len(small.captured) == len(captured), "a graph was made twice"
     rows, spans = (set(part) for part in zip(*model._graphs.captured, strict=True))
     assert len(spans) > 3 and (len(rows) > 1 or sampling is SAMPLED)  # of ten prompts' rows half finish early, of thirty not
-    steps.release(model)
+    steps.release_graphs(model)
     assert not hasattr(model, "_graphs")
 
 

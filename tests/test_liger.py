@@ -14,7 +14,7 @@ from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
 from posttrain.kernels import liger
 from posttrain.models import policy
-from posttrain.models.base import identity, load_base
+from posttrain.models.base import load_base, model_identity
 from posttrain.models.chat import load_tokenizer
 from posttrain.models.policy_copy import PolicyCopy
 
@@ -38,7 +38,7 @@ def methods(model):
 
 def test_on_a_cpu_a_model_stays_as_it_is_and_the_manifest_says_so(tiny_model_dir):
     settings, model = load(tiny_model_dir)
-    assert identity(settings, "none", model)["kernels"] == "torch" and not methods(model)
+    assert model_identity(settings, "none", model)["kernels"] == "torch" and not methods(model)
     copied = PolicyCopy(model).model
     assert copied.kernels == "torch" and not methods(copied)
 
@@ -50,7 +50,7 @@ def test_what_is_asked_for_and_cannot_be_is_refused(tiny_model_dir):
 
 @pytest.mark.parametrize(("compiled", "kernels"), [("true", "torch"), ("false", "auto")])
 def test_what_is_compiled_is_loaded_without_them(monkeypatch, tmp_path, tiny_model_dir, tiny_data_dir, compiled, kernels):
-    """The compiler fuses on its own."""
+    """torch.compile fuses these layers itself."""
     asked = []
 
     def load_base(settings, *_):
@@ -73,7 +73,7 @@ def test_what_is_compiled_is_loaded_without_them(monkeypatch, tmp_path, tiny_mod
     ],
 )
 def test_auto_on_a_gpu_says_why_it_fuses_nothing(monkeypatch, capsys, installed, config, said):
-    """A stand-in for a model on a GPU: what is asked of it is asked before any kernel is."""
+    """A stand-in for a model on a GPU. use_liger asks it all this before it touches a kernel."""
 
     class OnGpu:
         device = torch.device("cuda")
@@ -82,13 +82,13 @@ def test_auto_on_a_gpu_says_why_it_fuses_nothing(monkeypatch, capsys, installed,
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: installed or None)
     monkeypatch.setattr(liger, "apply_liger_kernel", lambda *_: pytest.fail("fused all the same"))
     model = OnGpu()
-    liger.fuse(model, "torch")
+    liger.use_liger(model, "torch")
     assert capsys.readouterr().out == "" and model.kernels == "torch"
-    liger.fuse(model, "auto")
+    liger.use_liger(model, "auto")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and re.search(said, out) and model.kernels == "torch"
     with pytest.raises(UserError, match=said):
-        liger.fuse(model, "liger")
+        liger.use_liger(model, "liger")
 
 
 @pytest.mark.gpu
@@ -101,7 +101,7 @@ def test_logits_and_gradients_are_those_of_transformers_layers(model_type):
     found = {}
     for kernels in ("torch", "liger"):
         model = tiny(model_type, "cuda")
-        liger.fuse(model, kernels)
+        liger.use_liger(model, kernels)
         assert model.kernels == kernels and bool(methods(model)) == (kernels == "liger")
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         (logits * torch.linspace(-1, 1, 97, device="cuda"))[mask.bool()].sum().backward()

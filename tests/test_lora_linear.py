@@ -64,7 +64,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 )
 def test_outputs_and_gradients_are_pefts(dtype, packed, autocast, rtol):
     theirs, ours = make(dtype, packed), make(dtype, packed)
-    lora_linear.install(ours)
+    lora_linear.fuse_adapters(ours)
     for got, expected in zip(run(ours, dtype, autocast), run(theirs, dtype, autocast), strict=True):
         assert got.dtype == expected.dtype and got.shape == expected.shape
         assert distance(got, expected) < rtol
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_pefts(dtype, packed, autocast, rtol):
 
 def test_it_rounds_less_than_peft_does():
     theirs, ours, reference = make(torch.bfloat16), make(torch.bfloat16), make(torch.bfloat16).float()
-    lora_linear.install(ours)
+    lora_linear.fuse_adapters(ours)
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         one, other = ours.base_model.model.up(x), theirs.base_model.model.up(x)
@@ -92,7 +92,7 @@ def peft_ran(model: nn.Module, monkeypatch) -> list[str]:
     for name in ("up", "gate", "down"):
         layer = model.base_model.model.get_submodule(name)
         monkeypatch.setattr(layer, "forward", functools.partial(note, called, name, layer.forward))
-    lora_linear.install(model)
+    lora_linear.fuse_adapters(model)
     return called
 
 
@@ -122,7 +122,7 @@ def test_dropout_is_no_reason_once_it_is_off(monkeypatch):
 def test_a_bias_keeps_pefts_layer():
     model = make(torch.float32, bias=True)
     before = {name: module.forward for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    lora_linear.install(model)
+    lora_linear.fuse_adapters(model)
     assert all(model.get_submodule(name).forward == forward for name, forward in before.items())
 
 
@@ -134,7 +134,7 @@ def test_the_adapter_that_is_active_is_the_one_that_runs():
     for name in ("default", "ref"):
         model.set_adapter(name)
         expected[name] = model(x)
-    lora_linear.install(model)
+    lora_linear.fuse_adapters(model)
     for name in ("ref", "default"):
         model.set_adapter(name)
         assert torch.allclose(model(x), expected[name], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Base models in their three forms, the stop token they must agree on, and the copy of a policy that generates."""
+"""Base models in their three forms, the stop token that their parts must agree on, and the copy that generates."""
 
 import copy
 import subprocess
@@ -21,24 +21,6 @@ from posttrain.models.special_tokens import align_special_tokens, check_stop_tok
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 300, 301, 2, 17, 400], [1, 2, 3, 4, 5, 6]])
 FORMS = ("nf4", "nf4_unpacked", "none")
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(settings):
-    return load_tokenizer(settings)
-
-
-@pytest.fixture
-def load(settings, tokenizer):
-    def load(form="none", **changes):
-        return load_base(settings.model_copy(update=changes), form, tokenizer)
-
-    return load
 
 
 @pytest.fixture
@@ -76,7 +58,7 @@ def training_precision(model):
 
 
 def test_a_model_is_loaded_past_cudnns_attention(tiny_model_dir):
-    """It plans for every new shape of a batch: a second each."""
+    """cuDNN plans for every new shape of a batch, a second each time."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     settings = Model(name_or_path=str(tiny_model_dir))
     load_base(settings, "none", load_tokenizer(settings))
@@ -84,7 +66,7 @@ def test_a_model_is_loaded_past_cudnns_attention(tiny_model_dir):
 
 
 def test_importing_what_trains_and_generates_says_nothing():
-    """bitsandbytes has a warning on some CPUs: it is about a kernel that is not used here."""
+    """On some CPUs bitsandbytes warns of a kernel that is not used here."""
     done = subprocess.run(
         [sys.executable, "-c", "import posttrain.models.adapters, posttrain.generation.engines"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Packed linear layers against plain ones: the same outputs, of the weights as they are, and plain layers again afterwards."""
+"""Packed linear layers against plain ones: the same outputs, from the present weights, and plain layers afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from posttrain.kernels import packed_linear
-from posttrain.kernels.packed_linear import packed
+from posttrain.kernels.packed_linear import packed_weights
 
 pytestmark = pytest.mark.skipif(not packed_linear._supported(), reason="oneDNN has no bf16 products on this processor")
 
@@ -22,7 +22,7 @@ def make(bias=False, dtype=torch.bfloat16):
 def test_outputs_are_those_of_the_plain_layers(bias, shape):
     model, x = make(bias), torch.randn(shape).bfloat16()
     plain = model(x)
-    with packed(model):
+    with packed_weights(model):
         assert "forward" in vars(model[0]) and "forward" not in vars(model[1])
         assert torch.allclose(model(x), plain, rtol=2e-2, atol=2e-3)
     assert "forward" not in vars(model[0]) and torch.equal(model(x), plain)
@@ -30,10 +30,10 @@ def test_outputs_are_those_of_the_plain_layers(bias, shape):
 
 def test_the_weights_are_those_of_now():
     model, x = make(), torch.randn(4, 64).bfloat16()
-    with packed(model):
+    with packed_weights(model):
         before = model(x)
     model[0].weight.mul_(2)
-    with packed(model):
+    with packed_weights(model):
         assert not torch.allclose(model(x), before, rtol=0.1)
         after = model(x)
     assert torch.allclose(after, model(x), rtol=2e-2, atol=2e-3)
@@ -41,7 +41,7 @@ def test_the_weights_are_those_of_now():
 
 def test_an_error_inside_leaves_plain_layers():
     model = make()
-    with pytest.raises(ZeroDivisionError), packed(model):
+    with pytest.raises(ZeroDivisionError), packed_weights(model):
         raise ZeroDivisionError
     assert "forward" not in vars(model[0])
 
@@ -55,5 +55,5 @@ def test_what_is_not_a_plain_bf16_layer_is_left_alone():
     wrapped.forward = lambda x: x
     for model in (make(dtype=torch.float32), other, wrapped):
         before = [module.forward for module in model.modules()]
-        with packed(model):
+        with packed_weights(model):
             assert [module.forward for module in model.modules()] == before

@@ -48,8 +48,8 @@ def test_what_is_open_when_the_seconds_are_taken_goes_on(phase, clock):
     assert phase.take()["outer"] == 3
 
 
-def test_a_whole_phase_keeps_what_begins_inside(phase, clock):
-    with phase("dev", whole=True), phase("decode"):
+def test_a_phase_that_includes_nested_ones_keeps_what_begins_inside(phase, clock):
+    with phase("dev", include_nested=True), phase("decode"):
         clock.pass_by(2)
     with phase("decode"):
         clock.pass_by(1)
@@ -57,7 +57,7 @@ def test_a_whole_phase_keeps_what_begins_inside(phase, clock):
 
 
 def test_an_exception_closes_its_phases(phase, clock):
-    with pytest.raises(KeyError), phase("dev", whole=True), phase("inner"):
+    with pytest.raises(KeyError), phase("dev", include_nested=True), phase("inner"):
         clock.pass_by(1)
         raise KeyError
     with phase("decode"):

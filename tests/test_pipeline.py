@@ -13,13 +13,6 @@ from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
 
 
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.getbasetemp() / "pipeline"
-    tiny_pipeline.said = tiny_pipeline(folder, tiny_model_dir)
-    return folder
-
-
 @pytest.fixture
 def place(tmp_path, pipeline):
     """A copy that may be changed."""
@@ -33,8 +26,8 @@ def metrics(run_dir, key):
 # --- one run of everything --------------------------------------------------------------------------------------------
 
 
-def test_every_stage_finishes_and_says_where_its_result_is(pipeline):
-    said = tiny_pipeline.said
+def test_every_stage_finishes_and_says_where_its_result_is(pipeline, tiny_model_dir):
+    said = tiny_pipeline(pipeline, tiny_model_dir)  # what the run of everything said, kept
     assert "train 32 dev 4 test 8; 0 rejected" in said["data"].out and "wrote data/tiny" in said["data"].out
     for stage in ("sft", "grpo"):
         manifest = read_manifest(pipeline / "runs" / f"{stage}_tiny")
@@ -106,7 +99,7 @@ def test_all_of_it_again_is_nothing_to_do(place):
 
 
 def interrupt(folder, step):
-    """Make of a finished run what would be there had it been killed past this step; its manifest as it was."""
+    """Turn a finished run into one that was killed after this step. Returns its manifest before that."""
     whole = read_manifest(folder)
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         if checkpoint.name != f"checkpoint-{step}":
@@ -183,7 +176,7 @@ def test_every_stage_runs_with_two_processes(place, monkeypatch):
 
 @pytest.mark.slow
 def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
-    """To the last bits of a sum: on NF4 weights whose bits must survive the way between processes."""
+    """They agree to the last bits of a sum. The bits of NF4 weights must survive the way between processes."""
     rows = ("data.num_dev=0", "trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
     sft = ("--config", CONFIGS / "sft_tiny.yaml", *rows, "trainer.max_steps=6", "quantization=nf4")
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")

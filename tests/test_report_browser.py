@@ -298,8 +298,9 @@ requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
     ],
 )
 def test_no_lag_and_few_nodes(page, action):
+    idle = page.driver.execute_async_script(TIMED, "")  # what a frame takes on this machine, as busy as it is
     milliseconds = page.driver.execute_async_script(TIMED, action)
-    assert milliseconds < 300
+    assert milliseconds < 200 + 10 * idle
     assert 5 < len(page.find(".row")) < 60  # drawn as needed, however long the list
 
 

@@ -149,7 +149,6 @@ WORKINGS = (
 )
 
 
-@settings(deadline=None)
 @given(numbers)
 def test_a_number_has_one_spelling(x: Fraction) -> None:
     spellings = {canonical_number(spell(x)) for spell in SPELLINGS}
@@ -159,13 +158,12 @@ def test_a_number_has_one_spelling(x: Fraction) -> None:
     assert canonical_number(value) == value
 
 
-@settings(deadline=None)
 @given(numbers, numbers)
 def test_values_are_equal_exactly_when_the_numbers_are(x: Fraction, y: Fraction) -> None:
     assert (canonical_number(plain(x)) == canonical_number(with_zeros(y))) == (x == y)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(numbers, st.sampled_from(SPELLINGS), st.sampled_from(DECORATIONS), st.sampled_from(WORKINGS))
 def test_a_rendered_number_comes_back_under_every_decoration(
     x: Fraction, spell: Callable[[Fraction], str], decoration: str, working: str
@@ -175,7 +173,7 @@ def test_a_rendered_number_comes_back_under_every_decoration(
     assert extract(text).value == canonical_number(plain(x)), text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(numbers, numbers, st.sampled_from(DECORATIONS), st.sampled_from(WORKINGS))
 def test_grading_is_invariant_to_decoration(x: Fraction, gold: Fraction, decoration: str, working: str) -> None:
     text = working + decoration.format(*[plain(x)] * decoration.count("{}"))
@@ -216,7 +214,7 @@ def check_invariants(text: str) -> None:
     assert not verdict.format_ok or (verdict.method == "marker" and verdict.num_markers == 1)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @example("9" * 4301)
 @example("#### 1e999999999")
 @example("\x00\ud800")
@@ -242,7 +240,7 @@ def test_fuzz() -> None:
     count = int(os.environ.get("POSTTRAIN_FUZZ", "200000"))
     seconds, text = fuzz(count)
     print(f"\n{count:,} strings; the slowest took {seconds * 1e3:.2f} ms: {text[:200]!r}")
-    assert seconds < 0.1
+    assert is_quick(seconds)
 
 
 # --- linear time
@@ -263,6 +261,7 @@ def seconds_to_grade(text: str, enough: float = 0.02) -> float:
     """Processor time, the least of five runs or the first below `enough`: other processes only add to it."""
     best = float("inf")
     for _ in range(5):
+        extract.cache_clear()
         start = time.process_time()
         grade(text, "42")
         best = min(best, time.process_time() - start)
@@ -271,14 +270,25 @@ def seconds_to_grade(text: str, enough: float = 0.02) -> float:
     return best
 
 
+def is_quick(seconds: float) -> bool:
+    """Less than finding the digits of a megabyte one by one takes this machine at this moment, and a half more."""
+    return seconds < 0.02 or seconds < 1.5 * min(seconds_to_find_digits() for _ in range(3))
+
+
+def seconds_to_find_digits() -> float:
+    start = time.process_time()
+    assert sum(1 for _ in re.finditer("[0-9]", "1" * 1_000_000)) == 1_000_000
+    return time.process_time() - start
+
+
 def repeated(unit: str, prefix: str, size: int) -> str:
     return prefix + unit * (size // len(unit))
 
 
 @pytest.mark.parametrize("prefix", ["", "1 ", "#### ", "the answer is "])
 @pytest.mark.parametrize("unit", HOSTILE)
-def test_a_megabyte_takes_less_than_a_tenth_of_a_second(unit: str, prefix: str) -> None:
-    assert seconds_to_grade(repeated(unit, prefix, 1_000_000)) < 0.1
+def test_a_megabyte_is_graded_about_as_fast_as_its_digits_are_found(unit: str, prefix: str) -> None:
+    assert is_quick(seconds_to_grade(repeated(unit, prefix, 1_000_000)))
 
 
 @pytest.mark.parametrize("unit", HOSTILE)

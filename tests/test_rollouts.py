@@ -1,30 +1,19 @@
-"""What TRL gets from our rollouts, and how they are paid: groups in order, one prefill a group, draws by seed and step."""
+"""What TRL gets from our rollouts and pays for them: groups in order, one prefill a group, draws by seed and step."""
 
 import itertools
 
 import pytest
 import torch
-from tiny_training import Tiny, by_content, pay
+from tiny_training import by_content, pay
 
 import rewards
-from posttrain.config.schema import Model, Rewards
+from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as Settings
 from posttrain.models.base import load_base
-from posttrain.models.chat import chat_ids, load_tokenizer
+from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Example, read_jsonl
-from posttrain.training.checkpoints import save_adapter
 from posttrain.training.rollouts import Rollouts, reward_functions
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(settings):
-    return load_tokenizer(settings)
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +26,9 @@ def questions(tiny_data_dir):
     return [example.prompt for example in read_jsonl(tiny_data_dir / "train.jsonl", Example)]
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory):
-    return Tiny(tiny_model_dir, tiny_data_dir, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def sft(tiny):
-    with tiny.sft({"learning_rate": 1e-2}) as trainer:
-        trainer.train()
-        save_adapter(trainer, trainer.run, trainer.processing_class, "")
-        return trainer.run.folder
-
-
 @pytest.fixture
 def trainer(tiny, sft):
-    """A real trainer, as what a rollout is called with."""
+    """A real trainer, which TRL passes to a rollout."""
     with tiny.grpo(sft) as trainer:
         yield trainer
 

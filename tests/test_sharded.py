@@ -21,7 +21,7 @@ from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
-from posttrain.models.adapters import gathered
+from posttrain.models.adapters import gather_sharded_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.runs.directory import check_machine
@@ -41,8 +41,8 @@ def mesh():
 
 def sharded(mesh: DeviceMesh, *args, **kwargs) -> nn.Module:
     model = make(*args, **kwargs)
-    lora_linear.install(model)
-    for name in ("up", "gate", "down"):  # in the place of decoder layers, as accelerate does it
+    lora_linear.fuse_adapters(model)
+    for name in ("up", "gate", "down"):  # sharded one by one, as accelerate shards decoder layers
         fully_shard(model.base_model.model.get_submodule(name), mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -57,14 +57,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def test_outputs_and_gradients_are_those_of_the_whole_model(mesh, dtype, packed, rtol):
     storage = {"storage": torch.bfloat16} if packed else {}
     alone = make(dtype, packed, **storage)
-    lora_linear.install(alone)
+    lora_linear.fuse_adapters(alone)
     expected = run(alone, dtype, autocast=packed)
     for got, value in zip(run(sharded(mesh, dtype, packed, **storage), dtype, autocast=packed), expected, strict=True):
         assert distance(whole(got), value) < rtol
 
 
 def test_nothing_is_rounded_that_one_process_does_not_round(mesh, tiny_model_dir, monkeypatch):
-    """Under accelerate's own policy much is. That NF4's bits arrive takes two processes: tests/test_pipeline.py."""
+    """Under accelerate's own policy much is. Whether NF4's bits arrive takes two processes to see: tests/test_pipeline.py."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     sharding = SimpleNamespace(fsdp_plugin=plugin)
@@ -130,10 +130,10 @@ def test_the_moved_share_and_the_check_for_non_numbers_read_them(mesh):
 
 def test_what_is_saved_is_the_adapter_that_was_trained(mesh, tmp_path):
     plain = make(torch.float32)
-    assert gathered(plain) is None
+    assert gather_sharded_adapter(plain) is None
     for name, model, state in (
         ("plain", plain, None),
-        ("sharded", (shards := sharded(mesh, torch.float32)), gathered(shards)),
+        ("sharded", (shards := sharded(mesh, torch.float32)), gather_sharded_adapter(shards)),
     ):
         model.save_pretrained(tmp_path / name, selected_adapters=["default"], state_dict=state)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "sharded")]

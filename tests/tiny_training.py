@@ -2,13 +2,22 @@
 
 from contextlib import contextmanager
 
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
 import grpo_train
 import sft_train
 from posttrain.config.schema import GrpoConfig, SftConfig
+from posttrain.models.adapters import resolve_adapter
 from posttrain.models.chat import load_tokenizer
+from posttrain.records import Example, as_dataset, read_jsonl
 from posttrain.runs.directory import open_run
+from posttrain.training.checkpoints import save_adapter
 from posttrain.training.examples import load_examples
 
+FORMS = ("nf4", "nf4_unpacked", "none")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "alpha": 8, "target_modules": LINEAR}
 QUIET = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch", "dataloader_pin_memory": False}
@@ -22,6 +31,7 @@ GRPO = {
     "learning_rate": 1e-3,
     "temperature": 0.8,
 }
+LENGTHS = [5, 9, 1, 3, 7, 2, 9, 4]  # of completions, at most 12 tokens
 
 
 class Tiny:
@@ -69,8 +79,6 @@ def opened(config, resume=False):
 
 
 def load_policy(config, tokenizer, run):
-    from posttrain.models.adapters import resolve_adapter
-
     if isinstance(config, SftConfig):
         folder = resolve_adapter(config.adapter) if config.adapter else None
         return sft_train.load_policy(config, folder, tokenizer, run)
@@ -111,10 +119,108 @@ def scored(trainer):
 
 def liven(model):
     """Larger weights: the random Llama then says something else at every token, where it would repeat its last one."""
-    import torch
-
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(8)
     return model
+
+
+def finished_sft(tiny, **settings):
+    """The run directory of an SFT that has moved its adapter a good way."""
+    with tiny.sft({"max_steps": 3, "learning_rate": 1e-2}, **settings) as trainer:
+        trainer.train()
+        save_adapter(trainer, trainer.run, trainer.processing_class, "")
+        return trainer.run.folder
+
+
+def in_file(run):
+    return load_file(run / "adapter/adapter_model.safetensors")
+
+
+def largest_difference(one, two):
+    assert one.keys() == two.keys()
+    return max((one[name].float() - two[name].float()).abs().max().item() for name in one)
+
+
+def stir(model, seed=0, std=0.1, part="default"):
+    """Move the policy away from where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if part in name.split(".") and ("lora_B" in name or "trainable_tokens_delta" in name):
+            parameter.data += std * torch.randn(parameter.shape, generator=generator)
+
+
+def dtypes(model):
+    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+
+
+def plain_grpo(model, tokenizer, tiny, folder, trainer_class=GRPOTrainer, **settings):
+    def nothing(completions, **_):
+        return [0.0] * len(completions)
+
+    sizes = {"max_completion_length": 8, "num_generations": 4, "per_device_train_batch_size": 4}
+    args = GRPOConfig(output_dir=str(folder), bf16=True, use_cpu=True, report_to=[], **sizes, **settings)
+    data = as_dataset(read_jsonl(f"{tiny.data}/train.jsonl", Example), ("prompt", "answer"))
+    return trainer_class(model=model, args=args, reward_funcs=[nothing], train_dataset=data, processing_class=tokenizer)
+
+
+def pay_tiny(tiny, adapter, trainer=(), reward=by_content, **settings):
+    """A GRPO trainer whose completions are paid by what they hold."""
+    return paid(tiny.grpo(adapter, trainer, **settings), reward)
+
+
+class paid:
+    def __init__(self, manager, reward):
+        self.manager, self.reward = manager, reward
+
+    def __enter__(self):
+        return pay(self.manager.__enter__(), self.reward)
+
+    def __exit__(self, *error):
+        return self.manager.__exit__(*error)
+
+
+class GradientsBeforeStep(TrainerCallback):
+    """Copies of the gradients of every optimizer step, before clipping would scale them (it is off in these tests)."""
+
+    def __init__(self):
+        self.of = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.of.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def first_step(manager):
+    with manager as trainer:
+        stir(trainer.model)
+        seen = GradientsBeforeStep()
+        trainer.add_callback(seen)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"], seen.of[0]
+
+
+def relative(one, two):
+    """Norm of the difference of two gradients, in norms of the first."""
+    assert one.keys() == two.keys()
+    difference, size = (
+        torch.cat([t.flatten() for t in tensors]).norm() for tensors in ([one[n] - two[n] for n in one], one.values())
+    )
+    return float(difference / size)
+
+
+def ragged(inputs, lengths):
+    """The batch with completions of these lengths, padded on the right as TRL pads them."""
+    inputs = dict(inputs)
+    width = inputs["completion_ids"].shape[1]
+    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+    inputs["completion_ids"] = inputs["completion_ids"].masked_fill(mask == 0, 0)
+    inputs["completion_mask"], inputs["num_items_in_batch"] = mask, mask.sum()
+    return inputs
+
+
+def loss_and_gradient(trainer, inputs):
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}

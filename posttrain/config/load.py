@@ -4,8 +4,8 @@ Every script begins with
 
     config, args = from_command_line(SftConfig, __doc__)
 
-All that is wrong is said at once, one line a fault, as `FILE:LINE: key.path: message (did you mean 'x'?)`, and the process
-ends with exit code 2 before anything heavy is imported or anything is written.
+Wrong settings end the process with exit code 2, before it imports anything heavy or writes anything. It prints every fault at
+once, one a line, as `FILE:LINE: key.path: message (did you mean 'x'?)`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from posttrain.config.messages import add_faults, did_you_mean, one_line_each
@@ -50,7 +48,7 @@ def from_command_line(
 ) -> tuple[Config, argparse.Namespace]:
     """A script's settings and flags. Wrong settings end the process with exit code 2.
 
-    `flags` are switches of that script alone, name -> help: `regrade="..."` makes `--regrade`.
+    `flags` adds switches that only this script has, name -> help: `regrade="..."` makes `--regrade`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
@@ -81,7 +79,7 @@ def load(path: Path | str, overrides: Sequence[str], cls: type[Config]) -> Confi
     """The settings in a YAML file, with `key=value` overrides laid over them.
 
     Raises:
-        ConfigError: all that is wrong, one line a fault.
+        ConfigError: the text lists every fault, one a line.
     """
     document = _read(path)
     for assignment in overrides:
@@ -121,7 +119,7 @@ def dump(config: Settings) -> str:
 
 
 def config_sha256(config: Settings) -> str:
-    """The identity of all that can change a result: not where it lies, what it is called or who is told."""
-    label = {"name"} if isinstance(config, EvalConfig) else set()  # that of a data set is part of its ids
+    """Hash of every setting that can change a result; not of where it goes, what it is called and who is told."""
+    label = {"name"} if isinstance(config, EvalConfig) else set()  # a data set's name is part of its ids
     settings = config.model_dump(mode="json", exclude={"run_dir", "output_dir", "tracking", "hub"} | label)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in a reader's words: the line, the key, what was expected, a suggestion."""
+"""pydantic's errors in a reader's words: the line, the key, what was expected, a suggestion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.config.trl_fields import OWNED
+from posttrain.config.trl_fields import SET_BY_POSTTRAIN
 from posttrain.config.yaml_lines import Document, Fault, KeyPath
 
 _EXPECTED = {
@@ -47,7 +47,7 @@ def add_faults(document: Document, error: ValidationError, cls: type[BaseModel])
 
 
 def _key_path(detail: ErrorDetails, values: Any) -> KeyPath:
-    """The key at fault: pydantic's path without the names of union members, which that path also holds."""
+    """The key at fault: pydantic's path without the names of union members that it also holds."""
     if detail["type"] == "rule":
         return detail["loc"]
     path: KeyPath = ()
@@ -72,8 +72,8 @@ def _message(path: KeyPath, details: list[ErrorDetails], cls: type[BaseModel]) -
 
 def _unknown_key(path: KeyPath, cls: type[BaseModel]) -> str:
     *block, key = map(str, path)
-    if block == ["trainer"] and key in OWNED:
-        return f"posttrain sets this itself: use {OWNED[key]}"
+    if block == ["trainer"] and key in SET_BY_POSTTRAIN:
+        return f"posttrain sets this itself: use {SET_BY_POSTTRAIN[key]}"
     known = known_keys(cls)
     if ".".join(map(str, path)) in known:
         return f"does not go with this {'.'.join([*block, 'kind'])}"
@@ -113,7 +113,7 @@ def did_you_mean(value: Any, choices: Iterable[str]) -> str:
 
 @cache
 def known_keys(cls: type[BaseModel]) -> list[str]:
-    """Every dotted key that a config of this class may hold, those of the trainer block included."""
+    """Every dotted key that a config of this class may hold, the trainer block's included."""
     schema = cls.model_json_schema()
     return list(dict.fromkeys(_keys_under(schema, schema.get("$defs", {}), "")))
 

@@ -1,13 +1,13 @@
-"""What a config may say: the typed blocks of every YAML, and the rules that hold between keys.
+"""What a config may say: the typed blocks of every YAML, the rules between keys, and what settings ask of a machine.
 
-The `trainer` block holds TRL's own keys and is checked against the installed TRL (trl_fields.py): no renaming layer.
+The `trainer` block holds TRL's own keys. The installed TRL says which there are (trl_fields.py): no key is renamed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -27,7 +27,7 @@ from posttrain.config.yaml_lines import KeyPath
 Share = Annotated[float, Field(ge=0, lt=1)]
 CommitId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a branch would move under a published number
 Engine = Literal["transformers", "continuous_batching", "vllm"]
-# nf4_unpacked: the values of nf4, held as bf16: faster, and nearly four times the memory
+# nf4_unpacked holds the values of nf4 as bf16: faster, with nearly four times the memory
 Quantization = Literal["nf4", "nf4_unpacked", "none"]
 Attention = Literal[
     "auto", "matmul", "varlen", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
@@ -36,13 +36,37 @@ Kernels = Literal["auto", "liger", "torch"]
 Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 
 
+class Need(NamedTuple):
+    """What a machine or a launch must have for some setting."""
+
+    what: Literal["cuda", "vllm", "liger_kernel", "unsharded"]
+    otherwise: str  # what to tell the user of a machine without it
+
+
+def _needs_cuda(setting: str, remedy: str) -> Need:
+    return Need("cuda", f"{setting} needs CUDA, and this machine has none: {remedy}")
+
+
+def _needs_vllm(key: str) -> Need:
+    return Need("vllm", f"{key} vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or {key}=transformers")
+
+
+def _needs_whole_policy(what: str, remedy: str = "") -> Need:
+    launch = "launch with configs/accelerate/ddp.yaml"
+    return Need("unsharded", f"{what} come from a whole copy of the policy, and FSDP shards it: {remedy}{launch}")
+
+
 class Settings(BaseModel):
-    """A block of keys. An int is fine where a float is wanted; nothing else is converted: "no" is text."""
+    """A block of keys. An int may stand for a float; nothing else is converted: "no" is text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
-        """Faults that show only when several keys are seen together, each with the key it is reported at."""
+        """Faults of several keys together, each with the key that it is reported at."""
+        yield from ()
+
+    def needs(self) -> Iterator[Need]:
+        """What these settings ask of the machine, in the order in which a lack is told."""
         yield from ()
 
     @model_validator(mode="after")
@@ -62,13 +86,24 @@ class Settings(BaseModel):
 class Tokenizer(Settings):
     name_or_path: str  # a folder or a Hub id
     revision: str | None = None
-    chat_template: str | None = None  # a .jinja file, for models that ship no template or to pin one
+    chat_template: str | None = None  # a .jinja file, for a model that ships no template, or to pin the template
 
 
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     attn_implementation: Attention = "auto"  # varlen on a GPU, matmul on a CPU (posttrain/kernels/attention.py)
     kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/kernels/liger.py), else torch's own
+
+    def needs(self) -> Iterator[Need]:
+        if self.attn_implementation.startswith("flash_attention_"):
+            setting = f"model.attn_implementation {self.attn_implementation}"
+            yield _needs_cuda(setting, "use model.attn_implementation=sdpa")
+        if self.kernels == "liger":
+            install = "pip install 'posttrain[liger]', or model.kernels=torch"
+            yield _needs_cuda("model.kernels liger", "use model.kernels=torch")
+            yield Need("liger_kernel", f"model.kernels liger needs the package: {install}")
+        if self.dtype == "float16":
+            yield _needs_cuda("model.dtype float16", "use model.dtype=bfloat16")
 
 
 class Lora(Settings):
@@ -122,7 +157,7 @@ class Rollouts(Settings):
     engine: Literal[Engine, "trl"] = "transformers"
     batch_size: PositiveInt | None = None  # sequences decoded at once; None: the whole generation batch
     skip_zero_signal: bool = False  # leave completions without an advantage out of the update; needs beta 0
-    correct_mismatch: bool = False  # clip against the sampler's log-probabilities, not the trainer's own
+    correct_mismatch: bool = False  # clip against the sampler's log-probabilities instead of the trainer's
 
 
 class Generation(Settings):
@@ -140,7 +175,7 @@ class Generation(Settings):
 class EvalData(Settings):
     path: str
     split: Literal["train", "dev", "test"] = "test"
-    limit: PositiveInt | None = None  # a subset, and labelled so wherever its number shows
+    limit: PositiveInt | None = None  # a subset; every report of its number says so
 
 
 class Prompt(Settings):
@@ -148,7 +183,7 @@ class Prompt(Settings):
     system: str | None = None
     instruction: str  # holds {question}
     num_shots: NonNegativeInt = 0
-    shots: str | None = None  # JSONL of solved examples, {question, answer} as in GSM8K; null: training rows, by their hash
+    shots: str | None = None  # JSONL of solved examples, {question, answer} as in GSM8K; null: training rows, chosen by hash
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if "{question}" not in self.instruction:
@@ -215,10 +250,10 @@ class DataConfig(Settings):
     source: Annotated[Source, Field(discriminator="kind")]
     calculator_marks: Literal["keep", "strip"] = "strip"
     prompt: Prompt
-    dev_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # of train, by hash of the question
+    dev_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # of train, chosen by the hash of the question
     tokenizer: Tokenizer
     max_length: PositiveInt = 512
-    max_rejected: NonNegativeInt = 0  # more bad rows than this, and nothing is written
+    max_rejected: NonNegativeInt = 0  # with more bad rows than this, nothing is written
 
 
 class TrainConfig(Settings):
@@ -234,8 +269,15 @@ class TrainConfig(Settings):
     tracking: Tracking = "none"
     hub: Hub = Hub()
     seed: NonNegativeInt = 42
-    fast_adapter: bool = True  # posttrain/kernels/lora_linear.py in the place of PEFT's layers
+    fast_adapter: bool = True  # use posttrain/kernels/lora_linear.py instead of PEFT's layers
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
+
+    def needs(self) -> Iterator[Need]:
+        yield from self.model.needs()
+        if self.trainer.get("tf32"):
+            yield _needs_cuda("trainer.tf32 True", "remove it")
+        if self.data.num_dev:
+            yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
 
 class SftConfig(TrainConfig):
@@ -243,7 +285,7 @@ class SftConfig(TrainConfig):
 
     trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
     fast_loss: bool = True
-    compile: bool = False  # the decoder layers; a minute at the start
+    compile: bool = False  # compile the decoder layers, a minute at the start
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.adapter is None and self.lora is None:
@@ -279,6 +321,12 @@ class GrpoConfig(TrainConfig):
         for key, text in group_problems(self.trainer):
             yield ("trainer", key), text
 
+    def needs(self) -> Iterator[Need]:
+        if self.rollouts.engine == "vllm":
+            yield _needs_vllm("rollouts.engine")
+        yield _needs_whole_policy("rollouts")
+        yield from super().needs()
+
 
 class EvalConfig(Settings):
     """evaluate.py"""
@@ -293,6 +341,11 @@ class EvalConfig(Settings):
     engine: Engine = "transformers"
     seed: NonNegativeInt = 0
     tracking: Tracking = "none"
+
+    def needs(self) -> Iterator[Need]:
+        if self.engine == "vllm":
+            yield _needs_vllm("engine")
+        yield from self.model.needs()
 
     @model_validator(mode="before")
     @classmethod

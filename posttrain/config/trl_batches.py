@@ -1,4 +1,4 @@
-"""The rules of GRPOConfig.__post_init__ on batches: what is at fault, why, and the nearest valid value."""
+"""The rules of TRL's GRPOConfig.__post_init__ on batches: which key is at fault, why, and the nearest valid value."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from posttrain.config.trl_fields import trl_fields
 
 
 def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Batches that do not hold whole groups of completions: the key at fault, why, the nearest valid one."""
+    """Faults of batches that do not hold whole groups of completions: the key, and why with the nearest valid value."""
     settings = {name: trainer.get(name, field.default) for name, field in trl_fields("GRPOConfig").items()}
-    too_small = {key: least for key, least in _LEAST.items() if settings[key] is not None and settings[key] < least}
+    too_small = {key: least for key, least in _SMALLEST.items() if settings[key] is not None and settings[key] < least}
     for key, least in too_small.items():
         yield key, f"should be at least {least}, not {settings[key]}"
     if too_small:
@@ -28,7 +28,7 @@ def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _eval_problem(settings)
 
 
-_LEAST = {
+_SMALLEST = {
     "num_generations": 2,  # one completion has nothing to be compared with
     "num_generations_eval": 1,
     "per_device_train_batch_size": 1,

@@ -1,7 +1,7 @@
 """The keys of the `trainer` block, read from the source text of the installed TRL.
 
-Importing TRL takes seconds, and torch with it. Its configuration classes are plain dataclasses, so the names,
-types and defaults of their fields can be read with `ast` in milliseconds.
+Importing TRL takes seconds and imports torch. TRL's configuration classes are plain dataclasses, so `ast` reads the names,
+types and defaults of their fields in milliseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 # Keys that posttrain sets itself -> the key to use instead.
-OWNED = {
+SET_BY_POSTTRAIN = {
     "output_dir": "run_dir",
     "run_name": "run_dir",
     "logging_dir": "run_dir",
@@ -56,7 +56,7 @@ _ENUM_FILES = (
 @dataclass(frozen=True)
 class TrlField:
     type: Any
-    default: Any  # None also where it is computed, as that of `optim` is
+    default: Any  # None also where TRL computes it, as for `optim`
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TrlKeys:
         fields = {
             name: core_schema.typed_dict_field(handler.generate_schema(field.type), required=False)
             for name, field in trl_fields(self.config_class).items()
-            if name not in OWNED
+            if name not in SET_BY_POSTTRAIN
         }
         strict = core_schema.CoreConfig(strict=True, allow_inf_nan=False)
         return core_schema.typed_dict_schema(fields, extra_behavior="forbid", config=strict)
@@ -90,7 +90,7 @@ def trl_fields(config_class: str) -> dict[str, TrlField]:
 @cache
 def _classes(file: str) -> dict[str, ast.ClassDef]:
     package, inside = file.split("/", 1)
-    spec = importlib.util.find_spec(package)  # of a top-level package: located, not imported
+    spec = importlib.util.find_spec(package)  # a top-level package is located, not imported
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed: pip install -c constraints.txt {package}")
     module = ast.parse(Path(spec.origin).parent.joinpath(inside).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """YAML 1.2 text, and `key=value` laid over it, with the line that each key came from.
 
-A config says what it means: anchors, aliases, merges and tags are refused (and alias bombs with them), and a
-key given twice is a fault. Faults are collected, not raised: the reader wants all of them at once.
+A config says what it means: anchors, aliases, merges and tags are refused, and alias bombs with them. A key given twice is a
+fault. Faults are collected and not raised: the reader wants all of them at once.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass
 class Document:
-    """A mapping, the line of every key in it, and what is wrong so far."""
+    """A mapping, the line of each of its keys, and the faults found so far."""
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
     def line(self, path: KeyPath) -> int:
-        """Where `path` was given; where it is missing, the line of the block that should hold it."""
+        """The line where `path` was given; for a missing key, the line of the block that should hold it."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
@@ -66,7 +66,7 @@ class Document:
         self.faults.append(Fault(self.line(path) if line is None else line, path, message))
 
     def override(self, assignment: str) -> None:
-        """Apply one `nested.key=value`. The value is YAML and replaces what the file says."""
+        """Apply one `nested.key=value`. The value is YAML and replaces the one in the file."""
         key, equals, text = assignment.partition("=")
         path: KeyPath = tuple(key.split("."))
         if not equals or "" in path:
@@ -115,7 +115,7 @@ def read(path: Path | str) -> Document:
     """The document in a file.
 
     Raises:
-        NotYaml: the text is not UTF-8, not YAML, or not a mapping; its line is in the error.
+        NotYaml: the text is not UTF-8, not YAML, or not a mapping. The error has the line.
         OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""Prompts -> completions on any engine, one signature. The `transformers` engine is loop.py; the others are libraries."""
+"""Prompts -> completions, with one signature for every engine. `transformers` is loop.py's loop; the others are libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -14,15 +14,27 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Engine
 from posttrain.errors import UserError
-from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare
-from posttrain.kernels.packed_linear import packed
+from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare_to_decode
+from posttrain.kernels.packed_linear import packed_weights
 
 Batch = tuple[int, list[int]]  # its number in the plan, and the indices of its prompts
-Finished = tuple[list[int], list[list[Completion]]]
+
+
+class Finished(NamedTuple):
+    """A finished batch: which prompts, and the completions of each."""
+
+    indices: list[int]
+    completions: list[list[Completion]]
+    num_slots: int = 0  # rows x steps that were decoded, with or without a token in them; 0: the engine does not say
+
+
+class Generated(NamedTuple):
+    completions: list[list[Completion]]  # of every prompt, in the order of the prompts
+    num_slots: int
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices by falling prompt length, cut into batches: little padding, and the largest batch fails first if any does.
+    """Indices by falling prompt length, cut into batches: little padding, and if a batch does not fit, the first one fails.
 
     The plan depends on nothing but its arguments, so an interrupted evaluation finds the same batches again.
     """
@@ -31,9 +43,9 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def auto_batch_size(model: PreTrainedModel, num_tokens: int, num_samples: int, num_processes: int = 1) -> int:
-    """Prompts in one batch such that the keys and values of all their samples take a third of the memory.
+    """As many prompts in a batch as keep the keys and values of all their samples within a third of the memory.
 
-    Of the memory the machine has, not of what happens to be free: the same machine always gets the same batches.
+    It counts the memory that the machine has, not what happens to be free: the same machine always gets the same batches.
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -57,17 +69,18 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int | None = None,
     engine: Engine = "transformers",
-) -> list[list[Completion]]:
-    """Completions of every prompt, `sampling.num_samples` each, in the order of the prompts."""
+) -> Generated:
+    """Completions of every prompt, `sampling.num_samples` each, and the slots that decoding them took."""
     lengths = [len(prompt) for prompt in prompts]
     size = batch_size or auto_batch_size(model, max(lengths) + sampling.max_new_tokens, sampling.num_samples)
+    batches = list(enumerate(plan_batches(lengths, size)))
     results: list[list[Completion]] = [[] for _ in prompts]
-    for indices, completions in engine_batches(
-        engine, model, prompts, sampling, tokenizer, list(enumerate(plan_batches(lengths, size)))
-    ):
-        for index, completion in zip(indices, completions, strict=True):
-            results[index] = completion
-    return results
+    num_slots = 0
+    for finished in engine_batches(engine, model, prompts, sampling, tokenizer, batches):
+        num_slots += finished.num_slots
+        for index, completions in zip(finished.indices, finished.completions, strict=True):
+            results[index] = completions
+    return Generated(results, num_slots)
 
 
 def engine_batches(
@@ -78,7 +91,7 @@ def engine_batches(
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[Batch],
 ) -> Iterator[Finished]:
-    """Batch by batch as they are finished: the indices of the prompts and their completions."""
+    """Decode the batches and yield each one as soon as it is finished."""
     run = {
         "transformers": _transformers_engine,
         "continuous_batching": _continuous_batching_engine,
@@ -90,17 +103,18 @@ def engine_batches(
 def _transformers_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
-    prepare(model)
-    with packed(model):
+    prepare_to_decode(model)
+    with packed_weights(model):
         for number, indices in batches:
-            yield indices, decode_batch(model, [prompts[i] for i in indices], sampling, tokenizer.eos_token_id, number)
+            asked = [prompts[i] for i in indices]
+            yield Finished(indices, *decode_batch(model, asked, sampling, tokenizer.eos_token_id, number))
 
 
 def _continuous_batching_engine(
     model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]
 ) -> Iterator[Finished]:
-    """transformers' own continuous batching; it keeps no log-probabilities."""
-    if model.config._attn_implementation in ("grouped", "matmul", "varlen"):  # ours, which it does not know
+    """transformers' own continuous batching. It keeps no log-probabilities."""
+    if model.config._attn_implementation in ("grouped", "matmul", "varlen"):  # transformers' paged cache does not know ours
         model.config._attn_implementation = "sdpa"
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -113,24 +127,24 @@ def _continuous_batching_engine(
     for number, indices in batches:
         inputs = [list(prompts[i]) for i in indices for _ in range(sampling.num_samples)]
         paging = None if model.device.type == "cuda" else _just_enough(inputs, sampling.max_new_tokens)
-        with torch.random.fork_rng(), torch.no_grad():  # it fails inside inference_mode
+        with torch.random.fork_rng(), torch.no_grad():  # generate_batch fails in inference_mode
             torch.manual_seed((sampling.seed * 1_000_003 + number) % 2**63)
             outputs = model.generate_batch(inputs, settings, continuous_batching_config=paging, progress_bar=False)
         ordered = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[1]))
         flat = [_as_completion(list(output.generated_tokens), tokenizer.eos_token_id) for output in ordered]
         k = sampling.num_samples
-        yield indices, [flat[start : start + k] for start in range(0, len(flat), k)]
+        yield Finished(indices, [flat[start : start + k] for start in range(0, len(flat), k)])
 
 
 def _just_enough(inputs: Sequence[Sequence[int]], max_new_tokens: int) -> ContinuousBatchingConfig:
-    """A cache for these sequences alone; left to itself, on CPU it takes nine tenths of the memory and fills it first."""
+    """A cache for these sequences alone. By default transformers takes and fills nine tenths of the memory of a CPU machine."""
     page, longest = 64, max(map(len, inputs))
     pages = sum(-(-(len(ids) + max_new_tokens) // page) for ids in inputs)
     return ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=max(longest, len(inputs), 1024))
 
 
 def _vllm_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:
-    """vLLM on a folder with the merged weights: all batches at once, its own scheduler orders them."""
+    """vLLM on a folder with the merged weights. It gets all batches at once, and its own scheduler orders them."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("engine vllm needs vLLM: pip install 'posttrain[vllm]' on a GPU machine, or use engine=transformers")
     import vllm
@@ -145,7 +159,7 @@ def _vllm_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, b
     )  # fmt: skip
     order = [i for _, indices in batches for i in indices]
     outputs = engine.generate([{"prompt_token_ids": list(prompts[i])} for i in order], settings)
-    yield order, [[_from_vllm(sample) for sample in output.outputs] for output in outputs]
+    yield Finished(order, [[_from_vllm(sample) for sample in output.outputs] for output in outputs])
 
 
 def _from_vllm(sample: Any) -> Completion:

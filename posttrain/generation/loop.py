@@ -1,7 +1,8 @@
 """Prompts -> completions by a decode loop over the model's own forward.
 
-Against `model.generate` it computes each prompt once for all of its samples and drops finished rows; what one step saves is in
-steps.py. Random numbers belong to a row and a step, so what a row samples does not depend on which rows finished before.
+`model.generate` computes a prompt once for each of its samples and keeps finished rows. The loop computes it once for all of
+them and drops finished rows; steps.py says what one step saves. Each random number belongs to a row and a step, so what a row
+samples does not depend on which rows finished before.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Completion:
     logprobs: list[float]
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model ready to decode: grouped attention, and a contiguous input for the output head.
+def prepare_to_decode(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model grouped attention and its output head a contiguous input.
 
-    A frozen head given a slice is run by ATen as a batched product with a copied weight, 5-6 times slower on CPU.
+    For a frozen head and a slice as its input, ATen runs a batched product with a copied weight: 5-6 times slower on CPU.
     """
     model.config._attn_implementation = "grouped"
     head = model.get_output_embeddings()
@@ -54,8 +55,8 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def decode_batch(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int = 0
-) -> list[list[Completion]]:
-    """Completions of a batch of prompts, `num_samples` each. `model` must have been through `prepare`.
+) -> tuple[list[list[Completion]], int]:
+    """Completions of a batch of prompts, `num_samples` each, and the slots decoded for them. `prepare_to_decode` comes first.
 
     `batch` numbers the batch: with `sampling.seed` it fixes every random draw.
     """
@@ -64,16 +65,16 @@ def decode_batch(
         logits = rows.prefill()
     with phase("decode"):
         step = 0
-        while rows.place(logits, step):
+        while rows.choose_tokens(logits, step):
             step += 1
-            if step % steps.BLOCK == 0:
-                rows.retire()
+            if step % steps.STEPS_BETWEEN_DROPS == 0:
+                rows.drop_finished()
             logits = rows.forward()
-        return rows.completions()
+        return rows.completions(), rows.num_slots
 
 
 class _Rows:
-    """The state of one batch: one row for every sample, the finished ones dropped from time to time."""
+    """The state of one batch: one row for every sample. Finished rows are dropped from time to time."""
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int
@@ -81,6 +82,7 @@ class _Rows:
         self.model, self.prompts, self.sampling, self.stop_id = model, prompts, sampling, stop_id
         self.device = model.device
         self.num_rows = len(prompts) * sampling.num_samples
+        self.num_slots = 0  # rows x steps so far
         self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
         self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=self.device)
         self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each decoding row belongs to
@@ -90,7 +92,7 @@ class _Rows:
             self.uniform = torch.rand(self.num_rows, sampling.max_new_tokens, generator=draw).to(self.device)
 
     def prefill(self) -> torch.Tensor:
-        """Run every prompt once, in slices of similar length; then one row for each sample. Logits (rows, vocabulary)."""
+        """Run every prompt once, in slices of similar length, and make a row for each sample. Logits (rows, vocabulary)."""
         self.length = max(len(prompt) for prompt in self.prompts)
         pieces = [self._prefill(slice) for slice in _slices(self.prompts, PREFILL_TOKENS[self.device.type])]
         logits, layers, valid, positions = zip(*pieces, strict=True)
@@ -104,7 +106,7 @@ class _Rows:
         return torch.cat(logits)[repeat]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, steps.Layers, torch.Tensor, torch.Tensor]:
-        """One slice, padded on the left: last logits, keys and values, valid padded to the batch's width, next positions."""
+        """Run one slice, padded on the left: last logits, keys and values, `valid` in the batch's width, next positions."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         valid = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -114,14 +116,14 @@ class _Rows:
         ids, valid = ids.to(self.device), valid.to(self.device)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
         causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        # A padding query attends to itself, so that its softmax is not empty; nothing ever attends to it.
+        # A padding query attends to itself, so that its softmax is not empty. No other query attends to it.
         mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
         buffers = steps.Buffers(width)
         logits = steps.last_logits(self.model, ids, mask[:, None], positions, buffers)
         return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
 
-    def place(self, logits: torch.Tensor, step: int) -> bool:
-        """Choose token number `step` of every live row; False when there is nothing left to decode."""
+    def choose_tokens(self, logits: torch.Tensor, step: int) -> bool:
+        """Choose token number `step` of every live row. False: nothing is left to decode."""
         uniform = self.uniform[self.alive, step] if self.sampling.temperature > 0 else None
         token, logprob = choose(logits, self.sampling, uniform)
         going = ~self.done[self.alive]
@@ -130,10 +132,10 @@ class _Rows:
         self.done[self.alive] |= token == self.stop_id
         self.current = token
         last = step + 1 == self.sampling.max_new_tokens
-        return not last and (step % LOOK[self.device.type] != 0 or not bool(self.done[self.alive].all()))
+        return not last and (step % STEPS_BETWEEN_DONE_CHECKS[self.device.type] != 0 or not bool(self.done[self.alive].all()))
 
-    def retire(self) -> None:
-        """Drop finished rows, where that makes a step cheaper."""
+    def drop_finished(self) -> None:
+        """Drop finished rows if that makes a step cheaper."""
         keep = (~self.done[self.alive]).nonzero().squeeze(1)
         if len(keep) and self.step.worth_dropping(len(self.alive), len(keep)):
             self.step.keep(keep, self.length)
@@ -141,7 +143,7 @@ class _Rows:
             self.positions, self.current = self.positions[keep], self.current[keep]
 
     def forward(self) -> torch.Tensor:
-        phase.counts["slots"] += self.step.num_rows
+        self.num_slots += self.step.num_rows
         self.valid[:, self.length] = True
         logits = self.step(self.current, self.valid, self.positions, self.length)
         self.length += 1
@@ -160,14 +162,14 @@ class _Rows:
         return Completion(ids[:length], finish, logprobs[:length])
 
 
-# Prompt tokens, padding included, in one prefill slice: enough to fill the device, few enough to pad little.
+# Prompt tokens, padding included, in one prefill slice: enough to fill the device, few enough to need little padding.
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 65_536}
-# How often to ask whether every row is done: on CUDA the answer waits for the device.
-LOOK = {"cpu": 1, "cuda": 8}
+# How often the loop asks whether every row is done. On CUDA the CPU waits for the answer.
+STEPS_BETWEEN_DONE_CHECKS = {"cpu": 1, "cuda": 8}
 
 
 def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
-    """Neighbours in slices of at most `num_tokens` tokens after padding (at least one prompt each)."""
+    """Neighbours in slices of at most `num_tokens` tokens, padding included; a slice has at least one prompt."""
     slices, start = [], 0
     while start < len(prompts):
         end, width = start, 0
@@ -182,38 +184,38 @@ def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[
 def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens and their log-probabilities, (rows,) each, from logits (rows, vocabulary).
 
-    Sampling inverts the cumulative distribution at `uniform`, (rows,) in [0, 1): one draw a token instead of one for
-    every entry of the vocabulary. Log-probabilities are those of the temperature-scaled distribution, as the trainer's.
+    Sampling inverts the cumulative distribution at `uniform`, (rows,) in [0, 1): one random number a token instead of one for
+    every entry of the vocabulary. Log-probabilities are those of the temperature-scaled distribution, as in the trainer.
     """
     if uniform is None:
-        top = logits.float().argmax(-1)  # on CPU that of bf16 takes five times as long
+        top = logits.float().argmax(-1)  # on CPU an argmax of bf16 takes five times as long
         return top, torch.zeros_like(top, dtype=torch.float32)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities
-    token = _inverse(drawn_from, uniform)
+    token = _draw(drawn_from, uniform)
     return token, probabilities.gather(1, token[:, None]).squeeze(1).clamp(min=1e-38).log()
 
 
-def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Of each row the first entry at which the running sum of its weights passes `uniform` of their whole, (rows,).
+def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """For each row the first entry at which the running sum of its weights passes `uniform` times their total, (rows,).
 
-    By way of the sums of blocks: on a GPU one row's running sum over a whole vocabulary is half of what choosing takes.
+    The sums of blocks find the block first: on a GPU, running sums over whole vocabularies take half of the time of choosing.
     """
     rows, vocabulary = weights.shape
-    blocks = nn.functional.pad(weights, (0, -vocabulary % SUMMED)).view(rows, -1, SUMMED)
+    blocks = nn.functional.pad(weights, (0, -vocabulary % SUM_BLOCK)).view(rows, -1, SUM_BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
     target = uniform[:, None].to(ends.dtype).clamp(max=BELOW_ONE) * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
     inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)]
     before = ends.gather(1, block) - inside.sum(-1, keepdim=True)
     cumulative = inside.cumsum(-1)
-    # Sums in another order round differently: within a block stay below its own whole, or a weight of 0 could be drawn.
+    # The block's own total rounds differently. The target must stay below it, or a weight of 0 could be drawn.
     target = (target - before).clamp(min=0).minimum(cumulative[:, -1:] * BELOW_ONE)
-    return (block * SUMMED + torch.searchsorted(cumulative, target, right=True)).squeeze(1).clamp(max=vocabulary - 1)
+    return (block * SUM_BLOCK + torch.searchsorted(cumulative, target, right=True)).squeeze(1).clamp(max=vocabulary - 1)
 
 
-SUMMED = 256
-BELOW_ONE = 1 - 2**-23  # times any fp32 number, it is the next lower one or the one after
+SUM_BLOCK = 256
+BELOW_ONE = 1 - 2**-23  # an fp32 number times this rounds to a value strictly below it, so a draw never lands past the end
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

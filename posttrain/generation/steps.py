@@ -1,7 +1,7 @@
-"""One token for every row of a batch: the model's own forward over keys and values in place.
+"""One token for every row of a batch, by the model's own forward.
 
-Against what `model.generate` does at every token, attention does not repeat the grouped key and value heads, keys and values
-are written into buffers instead of concatenated, and on CUDA the step is replayed as one graph.
+At every token `model.generate` repeats the grouped key and value heads and concatenates keys and values. Here attention reads
+them as they are, buffers take the new ones, and on CUDA the step is replayed as one graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from posttrain.kernels.attention import matmul_attention
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
-BLOCK = 16  # steps between two looks for finished rows; key and value buffers grow by twice as many
+STEPS_BETWEEN_DROPS = 16  # how often finished rows may be dropped; key and value buffers grow by twice as many
 
 
 # --- keys and values --------------------------------------------------------------------------------------------------
@@ -26,8 +26,8 @@ BLOCK = 16  # steps between two looks for finished rows; key and value buffers g
 class Buffers:
     """Keys and values of all layers, (rows, kv_heads, capacity, head_dim) each, filled up to `length` and 0 from there on.
 
-    Stands in for a transformers cache: a decoder layer calls nothing but `update`, the model nothing but
-    `get_seq_length`. On CUDA `position` is a tensor, so that a captured graph can write at a place that moves.
+    They stand in for a transformers cache: a decoder layer calls nothing but `update`, the model nothing but
+    `get_seq_length`. In a CUDA graph `position` is a tensor, so that each replay writes at another place.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -70,15 +70,15 @@ def _resized(tensor: torch.Tensor, rows: torch.Tensor, length: int, capacity: in
     return grown
 
 
-def _together(slices: Sequence[Layers], num_samples: int, length: int, capacity: int) -> Layers:
-    """Keys and values of slices of prompts as those of one batch, a row for each sample; they end at `length`, 0 is around."""
+def _joined_layers(slices: Sequence[Layers], num_samples: int, length: int, capacity: int) -> Layers:
+    """Join keys and values of slices of prompts into one batch, a row for each sample. They end at `length`; the rest is 0."""
     return [
-        tuple(_one(parts, num_samples, length, capacity) for parts in zip(*layer, strict=True))
+        tuple(_joined_tensor(parts, num_samples, length, capacity) for parts in zip(*layer, strict=True))
         for layer in zip(*slices, strict=True)
     ]
 
 
-def _one(parts: Sequence[torch.Tensor], num_samples: int, length: int, capacity: int) -> torch.Tensor:
+def _joined_tensor(parts: Sequence[torch.Tensor], num_samples: int, length: int, capacity: int) -> torch.Tensor:
     _, heads, _, head_dim = parts[0].shape
     whole = parts[0].new_zeros(sum(map(len, parts)), num_samples, heads, capacity, head_dim)
     for rows, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
@@ -97,7 +97,7 @@ def grouped_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention that never repeats keys and values: for one new token the heads of a group are the queries of its key head."""
+    """Attention that never repeats keys and values: for one new token, the heads of a group are queries of one key head."""
     on_cpu = query.device.type == "cpu"
     if query.shape[2] != 1:
         whole = matmul_attention if on_cpu else sdpa_attention_forward
@@ -112,7 +112,7 @@ def grouped_attention(
 def products_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """SDPA for a handful of queries, faster on CPU: two products over all rows and heads. `attn_mask` is added."""
+    """SDPA for a handful of queries, as two products over all rows and heads: faster on CPU. `attn_mask` is added."""
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
     scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
     scores.view(*query.shape[:3], -1).add_(attn_mask)
@@ -128,7 +128,7 @@ AttentionInterface.register("grouped", grouped_attention)
 def last_logits(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, buffers: Buffers
 ) -> torch.Tensor:
-    """Logits of the last position, (rows, vocabulary); keys and values of all positions go into `buffers`."""
+    """Logits of the last position, (rows, vocabulary). Keys and values of all positions go into `buffers`."""
     out = model(
         input_ids=ids,
         attention_mask=mask,
@@ -141,29 +141,29 @@ def last_logits(
 
 
 class EagerStep:
-    """One token for every row, run as it is written.
+    """One token for every row, kernel by kernel.
 
-    A copy of the buffers takes as long as a step or two: they are copied when they are full, and where a tenth of the rows goes.
+    Copying the buffers takes as long as a step or two, so they are copied only when they are full or a tenth of the rows is done.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        self.model, self.most = model, capacity
+        self.model, self.max_capacity = model, capacity
 
     def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
-        self.buffers = Buffers(min(length + 2 * BLOCK, self.most))
-        self.buffers.layers = _together(slices, num_samples, length, self.buffers.capacity)
+        self.buffers = Buffers(min(length + 2 * STEPS_BETWEEN_DROPS, self.max_capacity))
+        self.buffers.layers = _joined_layers(slices, num_samples, length, self.buffers.capacity)
         self.buffers.length = length
         self.num_rows = len(self.buffers.layers[0][0])
 
     def worth_dropping(self, num_rows: int, num_live: int) -> bool:
-        return num_live < 0.9 * num_rows or self.buffers.length + BLOCK > self.buffers.capacity
+        return num_live < 0.9 * num_rows or self.buffers.length + STEPS_BETWEEN_DROPS > self.buffers.capacity
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
         self.num_rows = len(rows)
-        self.buffers.take(rows, min(length + 2 * BLOCK, self.most))
+        self.buffers.take(rows, min(length + 2 * STEPS_BETWEEN_DROPS, self.max_capacity))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        # Added to the scores, fp32 in products_attention, and converted once a step, not once a layer.
+        # The mask is added to the scores, which are fp32 in products_attention: made once a step, not once a layer.
         dtype = torch.float32 if valid.device.type == "cpu" else self.model.dtype
         mask = torch.zeros(len(valid), 1, 1, self.buffers.capacity, dtype=dtype, device=valid.device)
         mask.masked_fill_(~valid[:, None, None, : self.buffers.capacity], torch.finfo(self.model.dtype).min)
@@ -173,17 +173,17 @@ class EagerStep:
 
 
 class GraphStep:
-    """The same as one CUDA graph: a step of a small model is hundreds of kernels, and launching them takes longer than they run.
+    """The same step as one CUDA graph: launching the hundreds of kernels of a small model takes longer than they run.
 
     A graph has fixed shapes. There is one for each number of rows, in powers of two, and for each number of tokens to attend
-    to, in steps of `SPAN`: attention reads all it is given, and one for the longest completion would read twice what it needs.
+    to, in steps of `SPAN`: attention reads all it is given, and in a graph for the longest completion that is twice the need.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.model, self.capacity = model, capacity
 
     def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
-        layers = _together(slices, 1, length, length)
+        layers = _joined_layers(slices, 1, length, length)
         rows = torch.arange(len(layers[0][0]), device=self.model.device).repeat_interleave(num_samples)
         self.num_rows = _power_of_two(len(rows))
         self.graphs = _graphs_of(self.model, layers, self.num_rows, self.capacity)
@@ -200,11 +200,11 @@ class GraphStep:
         return self.graphs(current, valid, positions, length, self.num_rows)
 
 
-SPAN = 128  # keys that SDPA's kernel takes at once: half as many take it as long
+SPAN = 128  # SDPA reads keys 128 at a time: a smaller span saves nothing
 
 
 class _Graphs:
-    """The graphs of a model; inputs, keys and values of its largest batch so far, over whose front part they step."""
+    """The graphs of a model, with inputs, keys and values for its largest batch so far. A smaller batch uses their front part."""
 
     def __init__(self, model: PreTrainedModel, like: Layers, num_rows: int, capacity: int) -> None:
         self.model, self.num_rows, self.capacity = model, num_rows, capacity
@@ -212,7 +212,7 @@ class _Graphs:
         self.ids = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        # Added to the scores: 0 where a row may look, the lowest number elsewhere. Converted once a step, not once a layer.
+        # Added to the scores: 0 where a row may look, the lowest number elsewhere. Made once a step, not once a layer.
         self.lowest = torch.finfo(model.dtype).min
         self.mask = torch.zeros(num_rows, 1, 1, capacity, dtype=model.dtype, device=device)
         self.layers: Layers = [
@@ -221,7 +221,7 @@ class _Graphs:
         self.captured: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
 
     def load(self, layers: Layers, rows: torch.Tensor, length: int) -> None:
-        """Put these rows of other keys and values, or of its own, in front."""
+        """Copy these rows of `layers`, which may be its own, to the front."""
         for own, layer in zip(self.layers, layers, strict=True):
             for target, source in zip(own, layer, strict=True):
                 target[: len(rows), :, :length] = source[rows, :, :length]
@@ -250,7 +250,7 @@ class _Graphs:
 
 
 def _graphs_of(model: PreTrainedModel, like: Layers, num_rows: int, capacity: int) -> _Graphs:
-    """The one kept with the model, made anew where a batch is larger than all before."""
+    """The graphs kept with the model, made anew for a batch that is larger than all before."""
     kept: _Graphs | None = model.__dict__.get("_graphs")
     capacity = _up_to(capacity, SPAN)
     if kept is None or kept.num_rows < num_rows or kept.capacity < capacity:
@@ -263,7 +263,7 @@ def _graphs_of(model: PreTrainedModel, like: Layers, num_rows: int, capacity: in
 
 
 def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """What runs `run` again as a graph, into the same tensor. Runs it once itself, for what kernels set up on first use."""
+    """A function that replays `run` as a graph, into the same tensor. A run before it lets kernels set up what they need."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -277,8 +277,8 @@ def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     return replay
 
 
-def release(model: PreTrainedModel) -> None:
-    """Give back the memory that decoding keeps on a GPU for the next batch."""
+def release_graphs(model: PreTrainedModel) -> None:
+    """Give back the GPU memory that decoding keeps for the next batch."""
     model.__dict__.pop("_graphs", None)
 
 

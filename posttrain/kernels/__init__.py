@@ -1,6 +1,6 @@
 """The same numbers faster: each kernel has a switch that takes it out, and a test that holds it to the plain path.
 
-Touch nothing here without running that test. No other room depends on a kernel being used.
+Run that test after every change here. No other room depends on a kernel being used.
 
     kernel         what it does                                          where                           switch
     nf4            holds weights in 4 bits and unpacks them when read    CPU, GPU; training, generating  quantization

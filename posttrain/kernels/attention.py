@@ -1,14 +1,14 @@
 """Attention for training, exact: as matrix products on a CPU, without padding on a GPU.
 
-"matmul", nearly three times as fast as SDPA on a CPU (bench/cpu_kernels.py): torch's flash attention for CPU
-(aten/src/ATen/native/cpu/FlashAttentionKernel.cpp) reaches a sixth of the rate of a plain matrix product. Here a block of
-queries is scored against all keys up to its end by one product each for the whole batch, the heads of a group together.
-Scores and softmax are fp32, as in SDPA; but autocast, and so training, rounds the scores to bf16, as transformers' "eager" does.
-The probabilities are kept for the backward pass: 2 bytes for every pair of positions and head, half of them by causality.
+"matmul" is nearly three times as fast as SDPA on a CPU (bench/cpu_kernels.py): torch's flash attention for CPU
+(aten/src/ATen/native/cpu/FlashAttentionKernel.cpp) reaches a sixth of the rate of a plain matrix product. Here one product for
+the whole batch scores a block of queries against all keys up to the block's end, the heads of a group together. Scores and
+softmax are fp32, as in SDPA. Under autocast, and so in training, the scores are rounded to bf16, as in transformers' "eager".
+The probabilities are kept for the backward pass: 2 bytes for every pair of positions and head, and causality halves the pairs.
 
-"varlen", twice as fast as SDPA on a GPU: a batch with padding needs a mask, and torch's flash attention takes none. But
-padding on the right no query sees, by causality, and padding on the left can be cut: torch's `varlen_attn` takes rows of
-different lengths.
+"varlen" is twice as fast as SDPA on a GPU: a batch with padding needs a mask, and torch's flash attention takes none. Causality
+hides padding on the right from every query. Padding on the left is cut off: torch's `varlen_attn` takes rows of different
+lengths.
 
     model.config._attn_implementation = "matmul"
 """
@@ -28,10 +28,10 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 # --- as matrix products -----------------------------------------------------------------------------------------------
 
-BLOCK = 96  # queries: few enough that a block's scores stay in the cache, and that little above the diagonal is computed
+QUERY_BLOCK = 96  # few enough queries that a block's scores stay in the cache and little above the diagonal is computed
 
 
-@torch.compiler.disable  # its blocks follow the length, and each length would be compiled anew
+@torch.compiler.disable  # the number of blocks follows the length: torch would compile each length anew
 def matmul_attention(
     module: nn.Module,
     query: torch.Tensor,  # (rows, heads, queries, head_dim)
@@ -41,9 +41,9 @@ def matmul_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention, (rows, queries, heads, head_dim): query i sees keys up to keys - queries + i, less what is masked.
+    """Causal attention, (rows, queries, heads, head_dim): query i sees the unmasked keys up to keys - queries + i.
 
-    What some architectures ask for beyond that is left to SDPA, which does it or says that it cannot.
+    Some architectures ask for more. That is left to SDPA, which does it or says that it cannot.
     """
     if any(kwargs.get(name) for name in ("dropout", "softcap")) or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -63,7 +63,9 @@ AttentionMaskInterface.register("matmul", eager_mask)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, scale):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         rows, heads, queries, dim = query.shape
         kv_heads, keys = key.shape[1:3]
         group = heads // kv_heads
@@ -84,7 +86,7 @@ class _Attention(torch.autograd.Function):
         return out.view(rows, queries, heads, dim)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, *kept = ctx.saved_tensors
         query_shape, key_shape = ctx.shapes
         queries, dim = query_shape[2:]
@@ -101,14 +103,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _flat(x: torch.Tensor, block: slice) -> torch.Tensor:
-    """The queries of a block, all heads of a group one after the other: (rows * kv_heads, group * block, head_dim)."""
+    """The queries of a block, with the heads of a group one after the other: (rows * kv_heads, group * block, head_dim)."""
     return x[:, :, block].reshape(len(x), -1, x.shape[-1])
 
 
 def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, int]]:
-    """Blocks of queries, and for each the end of the keys that its last query sees."""
-    for start in range(0, queries, BLOCK):
-        end = min(start + BLOCK, queries)
+    """Blocks of queries, each with the end of the keys that its last query sees."""
+    for start in range(0, queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, queries)
         yield slice(start, end), keys - queries + end
 
 
@@ -116,27 +118,27 @@ def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tails:
+class LeftPadded:
     """Causal attention of rows that begin with padding: row i sees its keys from `first[i]` on, (rows,)."""
 
     first: torch.Tensor
-    row: torch.Tensor  # of each key that is left, and its place there, (keys left,) each
+    row: torch.Tensor  # the row of each key that is no padding, and its place in that row, (keys left,) each
     place: torch.Tensor
-    ends: torch.Tensor  # where the rows of what is left end, a 0 before them; int32 (rows + 1,)
+    ends: torch.Tensor  # 0, then where each row ends among the keys left; int32 (rows + 1,)
 
     def mask(self, queries: int, keys: int) -> torch.Tensor:
-        """The same as SDPA takes it, (rows, 1, queries, keys), True where a query looks."""
+        """The same as a mask for SDPA, (rows, 1, queries, keys), True where a query looks."""
         places = torch.arange(keys, device=self.first.device)
         causal = places <= places[keys - queries :, None]
         return (causal & (places >= self.first[:, None, None]))[:, None]
 
 
-def tails(first: torch.Tensor, keys: int) -> Tails:
+def left_padded(first: torch.Tensor, keys: int) -> LeftPadded:
     row, place = (torch.arange(keys, device=first.device) >= first[:, None]).nonzero(as_tuple=True)
-    return Tails(first, row, place, nn.functional.pad((keys - first).cumsum(0), (1, 0)).int())
+    return LeftPadded(first, row, place, nn.functional.pad((keys - first).cumsum(0), (1, 0)).int())
 
 
-def tails_mask(
+def varlen_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -144,8 +146,8 @@ def tails_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> Tails | torch.Tensor | None:
-    """For transformers: None where no row begins with padding, Tails where one does, SDPA's mask for everything else."""
+) -> LeftPadded | torch.Tensor | None:
+    """The mask for transformers: None if no row begins with padding, LeftPadded if one does, SDPA's in every other case."""
     plain = mask_function is causal_mask_function and kv_length == q_offset + q_length
     if plain and attention_mask is not None and attention_mask.shape[1] == kv_length:
         token = attention_mask.bool()
@@ -153,7 +155,7 @@ def tails_mask(
         first = token.int().argmax(1)
         padded, torn = torch.stack([first.any(), (begins.sum(1) > 1).any()]).tolist()
         if not torn:
-            return tails(first, kv_length) if padded or q_length != kv_length else None
+            return left_padded(first, kv_length) if padded or q_length != kv_length else None
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs
     )
@@ -164,20 +166,20 @@ def varlen_attention(
     query: torch.Tensor,  # (rows, heads, queries, head_dim)
     key: torch.Tensor,  # (rows, kv_heads, keys, head_dim)
     value: torch.Tensor,
-    attention_mask: Tails | torch.Tensor | None,
+    attention_mask: LeftPadded | torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention, (rows, queries, heads, head_dim); SDPA's where flash attention cannot. Padding's own outputs mean nothing."""
+    """Attention, (rows, queries, heads, head_dim), by SDPA where flash attention cannot. The outputs of padding mean nothing."""
     rows, heads, queries, dim = query.shape
     keys = key.shape[2]
-    if isinstance(attention_mask, Tails):
+    if isinstance(attention_mask, LeftPadded):
         more = any(kwargs.get(name) for name in ("dropout", "softcap"))
         if query.is_cuda and query.dtype in HALF and dim <= 256 and not more:
             q = query.transpose(1, 2).reshape(rows * queries, heads, dim)
-            k, v = (_Take.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
+            k, v = (_TakeKeys.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
             starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)
-            # A query is counted from the end of its row: the causal window of rows with more keys than queries.
+            # The causal window counts from the end of a row, also in rows with more keys than queries.
             out = varlen_attn(
                 q, k, v, starts, attention_mask.ends, queries, keys,
                 scale=scaling, window_size=(-1, 0), enable_gqa=heads != key.shape[1],
@@ -189,20 +191,20 @@ def varlen_attention(
 
 HALF = (torch.bfloat16, torch.float16)
 AttentionInterface.register("varlen", varlen_attention)
-AttentionMaskInterface.register("varlen", tails_mask)
+AttentionMaskInterface.register("varlen", varlen_mask)
 
 
-class _Take(torch.autograd.Function):
-    """x[row, :, place], (taken, heads, head_dim) of (rows, heads, places, head_dim). No two are the same: nothing to sum."""
+class _TakeKeys(torch.autograd.Function):
+    """x[row, :, place], (taken, heads, head_dim) of (rows, heads, places, head_dim). No key is taken twice: nothing to sum."""
 
     @staticmethod
-    def forward(ctx, x, row, place):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: torch.Tensor, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(row, place)
         ctx.shape = x.shape
         return x[row, :, place]
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         row, place = ctx.saved_tensors
         to_x = grad.new_zeros(ctx.shape)
         to_x[row, :, place] = grad

@@ -1,9 +1,9 @@
-"""A linear layer with its LoRA adapter as one operation, where PEFT composes it of a dozen.
+"""A linear layer with its LoRA adapter as one operation, where PEFT composes a dozen.
 
-PEFT's layer (peft/tuners/lora/layer.py, `Linear.forward`) casts its input to the adapter's fp32, which autocast undoes for each
-product; scales and adds the adapter's output in passes over all activations; and keeps a copy of the input for every layer
-that reads it. Here the adapter's products accumulate into the base's, and layers that read one input keep one. The function
-is the same. In bf16 it rounds once where PEFT rounds three times.
+PEFT's layer (peft/tuners/lora/layer.py, `Linear.forward`) casts its input to the adapter's fp32, and autocast casts it back for
+each product. PEFT scales and adds the adapter's output in passes over all activations, and keeps a copy of the input for every
+layer that reads it. Here the adapter's products are added into the base's, and layers that read the same input keep it once.
+The function is the same. In bf16 it rounds once where PEFT rounds three times.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import nn
 from posttrain.kernels.nf4 import base_weight
 
 
-def install(model: PeftModel) -> None:
-    """Give every LoRA layer over a frozen linear layer without bias, plain or NF4, the forward of this file."""
+def fuse_adapters(model: PeftModel) -> None:
+    """Replace the forward of every LoRA layer whose base is a frozen linear layer without bias, plain or NF4."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _plain(module.get_base_layer()):
+        if isinstance(module, LoraLayer) and _is_frozen_linear(module.get_base_layer()):
             module.forward = functools.partial(_forward, module, module.forward)
 
 
-def _plain(base: nn.Module) -> bool:
+def _is_frozen_linear(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and base.bias is None and not base.weight.requires_grad
 
 
@@ -38,12 +38,12 @@ def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **kwarg
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif not x.dtype == a.dtype == b.dtype:
-        return peft_forward(x)  # which computes the adapter in its own precision
+        return peft_forward(x)  # PEFT computes the adapter in its own precision
     return _LoraLinear.apply(x, layer.get_base_layer(), a, b, layer.scaling[name])
 
 
 def _only_adapter(layer: Any) -> str | None:
-    """The one adapter that is active and does what this file computes; None where PEFT has more to do."""
+    """The one active adapter, if this file computes all it does; None if PEFT has more to do."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     (name,) = layer.active_adapters
@@ -55,13 +55,13 @@ def _only_adapter(layer: Any) -> str | None:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + s (x A') B'. x (..., in), W (out, in) that of `base`, A (rank, in) and B (out, rank) in their own precision.
+    """x W' + s (x A') B', with x (..., in), W (out, in) of `base`, A (rank, in) and B (out, rank) in their own precision.
 
-    An NF4 weight is unpacked once more in the backward pass, as bitsandbytes does: it takes no memory in between.
+    The backward pass unpacks an NF4 weight once more, as bitsandbytes does: the weight takes no memory in between.
     """
 
     @staticmethod
-    def forward(ctx, x, base, a, b, scaling):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: torch.Tensor, base: nn.Module, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.base, ctx.scaling, ctx.shape, ctx.precisions = base, scaling, x.shape, (a.dtype, b.dtype)
         a, b = a.to(x.dtype), b.to(x.dtype)
@@ -72,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         flat, down, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         up = (grad @ b).mul_(ctx.scaling)

@@ -1,12 +1,10 @@
-"""Weights packed as NF4: which layers have them, their values, and the same layers unpacked."""
+"""Weights packed as NF4: which layers have them, their values, and how to unpack them."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
 
 
 def packed_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -16,18 +14,18 @@ def packed_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as its forward uses it, (out_features, in_features), unpacked if it is NF4."""
+    """The weight that a linear layer's forward uses, (out_features, in_features), unpacked if it is NF4."""
     import bitsandbytes
 
     weight = module.weight
     if isinstance(module, bitsandbytes.nn.Linear4bit):
-        # What FSDP2 gathers is a plain parameter: the state is the module's, too.
+        # FSDP2 gathers a plain parameter without its state. The module holds the state, too.
         state = getattr(weight, "quant_state", None) or module.quant_state
         return bitsandbytes.functional.dequantize_4bit(weight.data, state).to(module.compute_dtype or weight.dtype)
     return weight.data
 
 
-def unpack(model: PreTrainedModel) -> None:
+def unpack_nf4(model: PreTrainedModel) -> None:
     """Replace every packed NF4 layer by a plain one with the same values: faster, at 2 bytes a weight."""
     for name, module in packed_linears(model).items():
         weight = base_weight(module)
@@ -40,7 +38,7 @@ def unpack(model: PreTrainedModel) -> None:
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Make a model that holds no packed layer any more an ordinary one to transformers, peft and TRL."""
+    """Make transformers, PEFT and TRL take a model without packed layers for an ordinary one."""
     for flag in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
         model.__dict__.pop(flag, None)
     if hasattr(model.config, "quantization_config"):

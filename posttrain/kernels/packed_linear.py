@@ -1,9 +1,9 @@
 """Linear layers with their weights in oneDNN's own layout, while a model generates on a CPU.
 
-A plain linear layer has its weight brought into that layout at every call. Packed, 16 rows take six tenths of the time, 128
-three quarters (`python bench/cpu_kernels.py`). torch's public way, torch.utils.mkldnn, copies every input and output
-instead and gains nothing. These are the two operators that its compiler emits for frozen weights
-(torch/_inductor/fx_passes/mkldnn_fusion.py); tests/test_packed_linear.py fails when they change.
+oneDNN converts the weight of a plain linear layer at every call. With packed weights 16 rows take six tenths of the time and 128
+rows three quarters (`python bench/cpu_kernels.py`). torch's public way, torch.utils.mkldnn, copies every input and output
+and gains nothing. The two operators used here are those that torch's compiler emits for frozen weights
+(torch/_inductor/fx_passes/mkldnn_fusion.py). tests/test_packed_linear.py fails when they change.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's bf16 linear layers run on packed copies of their weights as they are now. On a GPU, nothing changes."""
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's bf16 linear layers run on packed copies of their present weights. On a GPU, nothing changes."""
     layers = [module for module in model.modules() if _can_be_packed(module)]
     for layer in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data)

@@ -1,6 +1,6 @@
-"""LoRA adapters: new, continued, frozen, merged; which base they belong to, and their identity.
+"""LoRA adapters: new, continued, frozen, merged; the base they belong to, and their hash.
 
-LoRA weights are fp32 wherever the optimizer sees them and take part in the matrix products as bf16 (autocast).
+LoRA weights are fp32 wherever the optimizer sees them. Autocast rounds them to bf16 for the matrix products.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
-    """A fresh LoRA adapter, its random half from the seed alone; with rows of special tokens if the settings ask for them."""
+    """A fresh LoRA adapter. The seed alone decides its random half; the settings decide whether rows of special tokens train."""
     rows = special_tokens_to_train(base, lora, tokenizer)
     config = LoraConfig(
         r=lora.r,
@@ -46,16 +46,16 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
         raise UserError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _ready(peft.get_peft_model(base, config))
+        return _with_fp32_masters(peft.get_peft_model(base, config))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
-    """An adapter from disk, to be continued or frozen."""
-    return _ready(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
+    """An adapter from disk, to continue it or to keep it frozen."""
+    return _with_fp32_masters(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
 
 
-def _ready(model: PeftModel) -> PeftModel:
-    """fp32 masters; and no cast of the activations up to them (autocast brings the masters down to bf16 instead)."""
+def _with_fp32_masters(model: PeftModel) -> PeftModel:
+    """Make the masters fp32, and stop PEFT from casting activations up to them: autocast casts the masters down to bf16."""
     hold_fp32(model)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -64,11 +64,11 @@ def _ready(model: PeftModel) -> PeftModel:
 
 
 def hold_fp32(model: nn.Module) -> None:
-    """Bring every trainable weight to fp32, whatever PEFT made of it; training/masters.py keeps it there.
+    """Convert every trainable weight to fp32, whatever PEFT made of it; training/masters.py keeps it there.
 
     TRL casts the adapters of a quantized model to bf16 (sft_trainer.py, grpo_trainer.py: "the PEFT adapter weights are
-    converted to bf16"), where an update of relative size below 2^-9 rounds to nothing: at a learning rate of 3e-5 that
-    is most of them.
+    converted to bf16"). There an update of relative size below 2^-9 rounds to nothing: at a learning rate of 3e-5, most of
+    them.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -79,7 +79,7 @@ def resolve_adapter(adapter: str) -> Path:
     """A run directory, an adapter folder or a Hub id -> a local adapter folder.
 
     Raises:
-        UserError: nothing there, with the command that would make it.
+        UserError: there is no adapter; the text has the command that makes one.
     """
     for folder in (Path(adapter), Path(adapter, "adapter")):
         if (folder / "adapter_config.json").is_file():
@@ -100,8 +100,8 @@ def resolve_adapter(adapter: str) -> Path:
 
 
 def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
-    """Refuse an adapter that was trained on another base. PEFT itself compares nothing but tensor shapes."""
-    config = LoraConfig(**_known(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
+    """Refuse an adapter that was trained on another base. PEFT compares nothing but tensor shapes."""
+    config = LoraConfig(**_known_fields(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
     trained_on = config.base_model_name_or_path
     if trained_on and not _same_model(trained_on, settings.name_or_path):
         raise UserError(
@@ -110,7 +110,7 @@ def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
     return config
 
 
-def _known(values: dict[str, Any], cls: Any) -> dict[str, Any]:
+def _known_fields(values: dict[str, Any], cls: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}
 
 
@@ -119,14 +119,14 @@ def _same_model(left: str, right: str) -> bool:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """Hash of an adapter's tensors by name: equal weights give equal hashes whatever the file's metadata."""
+    """Hash of an adapter's tensors by name: equal weights give equal hashes, whatever metadata the file has."""
     from safetensors.torch import load_file
 
     return tensors_sha256(load_file(folder / ADAPTER_FILE))
 
 
 def live_adapter_sha256(model: PeftModel) -> str:
-    """The hash the adapter in memory will have on disk."""
+    """The hash that the adapter in memory will have on disk."""
     return tensors_sha256(peft.get_peft_model_state_dict(model, adapter_name="default"))
 
 
@@ -139,16 +139,16 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def gathered(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """Every trained tensor whole, of a model that FSDP has sharded: all its processes must call this. None of another model."""
+def gather_sharded_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Every trained tensor in one piece, if FSDP has sharded the model, else None. All processes must call this."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(isinstance(p, DTensor) for p in trained.values()):
         return None
     return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
 
 
-def scatter(model: PeftModel, folder: Path) -> bool:
-    """Give each process its part of a saved adapter, if FSDP has sharded the model; say whether it has."""
+def load_sharded_adapter(model: PeftModel, folder: Path) -> bool:
+    """Give each process its part of a saved adapter if FSDP has sharded the model. Returns whether it has."""
     from safetensors.torch import load_file
 
     trained = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.requires_grad}
@@ -168,7 +168,7 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The policy as a plain model: the adapter folded into an unpacked copy of the base, summed in fp32, rounded once.
+    """The policy as a plain model: an unpacked copy of the base plus the adapter, summed in fp32 and rounded once.
 
     PEFT's `merge_and_unload` on packed NF4 would round the sum back to 4 bits (peft#1043, #2321).
     """
@@ -180,11 +180,11 @@ def merge(model: PeftModel) -> PreTrainedModel:
 # --- from SFT to GRPO -------------------------------------------------------------------------------------------------
 
 
-def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
+def check_adapter_mode(config: GrpoConfig, start: LoraConfig) -> None:
     """Refuse a change of the adapter's shape that the mode does not allow.
 
     Raises:
-        UserError: names what differs and the mode that fits.
+        UserError: the text names what differs and the mode that fits.
     """
     if config.lora is None:
         return
@@ -202,7 +202,7 @@ def check_mode(config: GrpoConfig, start: LoraConfig) -> None:
 def rescale(model: PeftModel, alpha: int) -> None:
     """Change alpha without changing the policy: B grows by the factor by which alpha / r shrinks.
 
-    The product scale * B @ A stays as it was (exactly, for a power of two); what changes is the size of a later step.
+    The product scale * B @ A stays the same, exactly so for a power of two. The size of later steps changes.
     """
     config = model.peft_config["default"]
     factor = config.lora_alpha / alpha
@@ -217,7 +217,7 @@ def rescale(model: PeftModel, alpha: int) -> None:
 def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> PeftModel:
     """Fold the adapter into the base, store that base, and put a fresh adapter on it: the reference is then the base.
 
-    The stored folder is the base the new adapter belongs to; evaluation and the Hub need it.
+    The new adapter belongs to the base in the stored folder. Evaluation and the Hub need that folder.
     """
     merged = merge(model)
     if not (folder / "config.json").is_file():

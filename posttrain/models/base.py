@@ -1,6 +1,6 @@
-"""Base models and the precision of their weights, which live in one of three forms:
+"""Base models, with their weights in one of three forms:
 
-nf4           packed, 0.56 bytes a weight, unpacked on every use: bitsandbytes' Linear4bit
+nf4           packed by bitsandbytes' Linear4bit: 0.56 bytes a weight, unpacked on every use
 nf4_unpacked  the same values held as bf16: 2 bytes a weight and no unpacking, so faster and larger
 none          the checkpoint as it is
 """
@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Model
-from posttrain.kernels import attention  # noqa: F401  # transformers knows it by name from here on
-from posttrain.kernels.liger import fuse
-from posttrain.kernels.nf4 import packed_linears, unpack
+from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
+from posttrain.kernels.liger import use_liger
+from posttrain.kernels.nf4 import packed_linears, unpack_nf4
 from posttrain.models.chat import from_hub
 from posttrain.models.special_tokens import align_special_tokens
 from posttrain.runs.process import is_sharded
@@ -36,9 +36,9 @@ def device() -> torch.device:
 def load_base(
     settings: Model, quantization: str, tokenizer: PreTrainedTokenizerBase, to: torch.device | None = None
 ) -> PreTrainedModel:
-    """The base model, frozen, its stop and pad token equal to the tokenizer's."""
+    """The base model, frozen, with the tokenizer's stop and pad token."""
     to, auto = to or device(), settings.attn_implementation == "auto"
-    # cuDNN, which torch prefers on Hopper, plans its attention anew for every shape of a batch: a second each, where a step is
+    # torch prefers cuDNN on Hopper, and cuDNN plans its attention anew for every shape of a batch. That takes a second, a step
     # half of one (https://github.com/modelscope/FunASR/issues/3704; EXPERIMENTS.md, 2026-11-26).
     torch.backends.cuda.enable_cudnn_sdp(False)
     packed = BitsAndBytesConfig(
@@ -46,7 +46,7 @@ def load_base(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
-        # Of integers FSDP2 shards nothing; the same bytes are sharded as what they are not.
+        # FSDP2 shards only floating-point tensors, so the packed bytes are stored under a float dtype.
         bnb_4bit_quant_storage=getattr(torch, settings.dtype) if is_sharded() else torch.uint8,
     )
     model = from_hub(
@@ -58,17 +58,17 @@ def load_base(
         quantization_config=packed if quantization != "none" else None,
         use_safetensors=True,
     )
-    if auto and model.config._attn_implementation == "sdpa":  # not eager, for want of it
+    if auto and model.config._attn_implementation == "sdpa":  # a model without SDPA loads as eager: leave it so
         model.set_attn_implementation(fastest_attention(to))
     for module in packed_linears(model).values():
-        # On AVX512 hosts an eval forward would repack the weight for a kernel without gradients, and training after it
+        # On AVX512 hosts bitsandbytes repacks the weight in an eval forward, for a kernel without gradients. Training after it
         # would silently get none. https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804
         module.support_avx512bf16_for_cpu = False
     if quantization == "nf4_unpacked":
-        unpack(model)
+        unpack_nf4(model)
     model.requires_grad_(False)
     align_special_tokens(model, tokenizer)
-    fuse(model, settings.kernels)
+    use_liger(model, settings.kernels)
     return model
 
 
@@ -78,25 +78,22 @@ def fastest_attention(to: torch.device) -> str:
     return "varlen" if torch.cuda.get_device_capability(to) >= (8, 0) else "sdpa"  # flash attention begins with Ampere
 
 
-def identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
-    """What a manifest says of a loaded base, with what `auto` turned out to be."""
+def model_identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
+    """What a manifest says of a loaded base. `auto` is replaced by what it chose."""
     chosen = {"attn_implementation": base.config._attn_implementation, "kernels": base.kernels}
     return settings.model_dump() | chosen | {"quantization": quantization, "fingerprint": fingerprint(base)}
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Compile each decoder layer where it is, for any batch shape: one compilation, and every parameter keeps its name."""
+    """Compile each decoder layer in place, for any batch shape: torch compiles once, and every parameter keeps its name."""
     for layer in model.get_base_model().base_model.layers:
         layer.compile(dynamic=True)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short identity of the base: hash of its norm weights, which no quantization or adapter touches."""
+    """A short hash that identifies the base: over its norm weights, which no quantization and no adapter touches."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if "norm" in name and "lora" not in name:
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# --- the copy that generates ------------------------------------------------------------------------------------------

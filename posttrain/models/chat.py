@@ -13,9 +13,9 @@ from posttrain.errors import UserError
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-# Llama-3 ships a token for right padding; padding with the end token would hide it from everything that masks padding.
+# Llama-3 ships a token for right padding. With the end token as padding, whatever masks padding would mask the end, too.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
-# What the Llama-3.1 and 3.2 Instruct templates put into the prompt themselves where no clock is offered to them.
+# The date that the Llama-3.1 and 3.2 Instruct templates write into the prompt when no clock is offered to them.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
@@ -23,8 +23,8 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer with the run's chat template, an end token that the template really emits, and a pad token.
 
     Raises:
-        UserError: the model cannot be found or reached, has no chat template, or the template ends no turn, renders
-            a prompt differently once it is answered, or differently from day to day.
+        UserError: the model cannot be found or reached, or has no chat template; or the template ends no turn, or renders
+            a prompt differently once it is answered or on another day.
     """
     from transformers import AutoTokenizer
 
@@ -50,10 +50,10 @@ def _read_template(file: Path) -> str:
 
 
 def pin_date(template: str) -> str:
-    """The chat template with every date of today replaced by a fixed one, so that a prompt is the same on every day.
+    """The chat template with a fixed date in the place of today's, so that a prompt is the same on every day.
 
-    Only the text of the template can be pinned for all that render it: SFT, GRPO, evaluation, and whoever serves the
-    adapter, with whose tokenizer the pinned template is saved.
+    The pinned text is saved with the adapter's tokenizer. So it holds for all who render it: SFT, GRPO, evaluation, and
+    whoever serves the adapter.
 
     Raises:
         UserError: the template reads the clock in a way that cannot be replaced.
@@ -71,8 +71,8 @@ def pin_date(template: str) -> str:
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token with which the chat template ends an assistant turn: the one source of truth for "stop".
 
-    Training on one end token and stopping on another makes every completion run to its limit; TRL reads the
-    tokenizer's `eos_token` for generation and for the truncation mask alike (grpo_trainer.py, `eos_token_ids`).
+    A model that trains on one end token and stops on another runs every completion to its limit. TRL reads the
+    tokenizer's `eos_token` both for generation and for the truncation mask (grpo_trainer.py, `eos_token_ids`).
     """
     turn = [{"role": "user", "content": "1+1?"}]
     prompt = chat_ids(tokenizer, turn, add_generation_prompt=True)
@@ -89,7 +89,7 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> list[int]:
-    """Token ids of a rendered conversation. SFT, GRPO and evaluation all build their prompts with this call."""
+    """Token ids of a rendered conversation. SFT, GRPO and evaluation build their prompts with this call."""
     encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
     )
@@ -103,13 +103,13 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of all special tokens; `all_special_ids` has only those with a role, not a Llama-3 base's `<|eot_id|>`."""
+    """Ids of all special tokens. transformers' `all_special_ids` lacks those without a role, as a Llama-3 base's `<|eot_id|>`."""
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return marked | set(tokenizer.all_special_ids)
 
 
 def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
-    """`from_pretrained` with the errors a user can cause turned into one line and a remedy."""
+    """`from_pretrained`, where an error that the user can mend is one line with the remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     name = settings.name_or_path
@@ -131,5 +131,5 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
 
 
 def looks_local(name: str) -> bool:
-    """A folder on this disk rather than an `owner/name` on the Hub."""
+    """Whether a name means a folder on this disk and not an `owner/name` on the Hub."""
     return Path(name).exists() or name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") != 1

@@ -1,4 +1,4 @@
-"""The policy of a run: a base that is known by its fingerprint and stops where its template does, and an adapter on it."""
+"""The policy of a run: a base, checked to stop where its template does and known by its fingerprint, and an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Lora, Model
 from posttrain.models.adapters import load_adapter, new_adapter
-from posttrain.models.base import identity, load_base
+from posttrain.models.base import load_base, model_identity
 from posttrain.models.special_tokens import check_stop_token
 
 
@@ -24,7 +24,7 @@ def open_policy(
     trainable: bool,
     seed: int = 0,
 ) -> tuple[PeftModel | PreTrainedModel, dict[str, Any]]:
-    """The base alone, with an adapter from a folder, or with a new one; and what a manifest says of the base.
+    """The base alone, with an adapter from a folder, or with a new one; and the manifest's entry of the base.
 
     `seed` decides the random half of a new adapter.
 
@@ -33,9 +33,9 @@ def open_policy(
     """
     base = load_base(settings, quantization, tokenizer)
     check_stop_token(base, tokenizer)
-    known_as = identity(settings, quantization, base)
+    identity = model_identity(settings, quantization, base)
     if adapter is None:
-        return base, known_as
+        return base, identity
     if isinstance(adapter, Lora):
-        return new_adapter(base, adapter, tokenizer, seed), known_as
-    return load_adapter(base, adapter, trainable), known_as
+        return new_adapter(base, adapter, tokenizer, seed), identity
+    return load_adapter(base, adapter, trainable), identity

@@ -1,13 +1,8 @@
-"""Special tokens that a chat template emits: which rows of the embedding are untrained, and which to train."""
+"""Special tokens that a chat template emits: which of their embedding rows are untrained, and which of them to train."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from posttrain.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,18 +10,19 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Lora
+from posttrain.errors import UserError
 from posttrain.models.chat import chat_ids, special_ids, stop_token
 
-TWIN = 0.999  # SmolLM2-Instruct's <|im_start|> and <|im_end|> reach 0.99 and are told apart
+SAME_ROW_COSINE = 0.999  # SmolLM2-Instruct tells <|im_start|> and <|im_end|> apart, and their cosine is 0.99
 
 
 def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """For every special token the template emits: its embedding row's norm against the trained rows.
+    """For every special token that the template emits: how the norm of its embedding row compares with those of ordinary rows.
 
     Llama-3 *base* models never saw `<|eot_id|>` or the header tokens, LoRA leaves their rows frozen, and a model that
-    cannot tell them apart cannot learn to stop (unsloth#873). `z` is the distance of the row's norm from the mean
-    norm of ordinary rows in their standard deviations; `twin` the largest cosine with another special row. A row is
-    called untrained when its norm is far below the others', or when it cannot be told from another special row.
+    cannot tell them apart cannot learn to stop (unsloth#873). `z` is the distance of the row's norm from the mean norm of
+    ordinary rows, in standard deviations. `twin` is the largest cosine with another special row. A row counts as untrained
+    if its norm is far below the others', or if it cannot be told from another special row.
     """
     weight = base_embedding(model).detach().float().cpu()
     specials = [token for token in template_specials(tokenizer) if token < weight.shape[0]]
@@ -46,7 +42,7 @@ def special_token_report(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -
                 "norm": round(norm, 4),
                 "z": round((norm - mean) / spread, 2),
                 "twin": round(twin, 3),
-                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > TWIN,
+                "untrained": norm < mean - 4 * spread or norm < 0.1 * mean or twin > SAME_ROW_COSINE,
             }
         )
     return report
@@ -65,7 +61,7 @@ def base_embedding(model: nn.Module) -> torch.Tensor:
 
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make model config and generation config stop and pad exactly as the tokenizer does."""
+    """Give the model's config and its generation config the tokenizer's stop, pad and begin token."""
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
@@ -73,7 +69,7 @@ def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def check_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a run in which template, tokenizer, model and generation config do not stop on one and the same token."""
+    """Refuse a run unless template, tokenizer, model and generation config stop on one and the same token."""
     stops = {
         "chat template": tokenizer.convert_tokens_to_ids(stop_token(tokenizer)),
         "tokenizer.eos_token_id": tokenizer.eos_token_id,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -187,31 +186,16 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 def check_machine(config: Settings) -> None:
     """Refuse what this machine cannot do, before the run directory is made and anything is loaded.
 
-    A paged optimizer is no such setting: another one takes its place (training/arguments.py), and the manifest has a note.
+    A paged optimizer is no such setting: training/arguments.py replaces it, and the manifest gets a note.
     """
-    import torch
-
-    asked = _flat(config.model_dump(mode="json"))
-    for key in ("engine", "rollouts.engine"):
-        if asked.get(key) == "vllm" and not importlib.util.find_spec("vllm"):
-            raise UserError(
-                f"{key} vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or {key}=transformers"
-            )
-    if asked.get("model.kernels") == "liger" and torch.cuda.is_available() and not importlib.util.find_spec("liger_kernel"):
-        raise UserError("model.kernels liger needs the package: pip install 'posttrain[liger]', or model.kernels=torch")
-    for key, needs_cuda, instead in CUDA_ONLY:
-        if re.fullmatch(needs_cuda, str(asked.get(key))) and not torch.cuda.is_available():
-            raise UserError(f"{key} {asked[key]} needs CUDA, and this machine has none: {instead}")
-    if is_sharded() and ("rollouts.engine" in asked or asked.get("data.num_dev")):
-        what, instead = ("rollouts", "") if "rollouts.engine" in asked else ("dev accuracy", "set data.num_dev=0, or ")
-        raise UserError(
-            f"{what} come from a whole copy of the policy, and FSDP shards it: {instead}launch with configs/accelerate/ddp.yaml"
-        )
+    for need in config.needs():
+        if not _machine_has(need.what):
+            raise UserError(need.otherwise)
 
 
-CUDA_ONLY = (
-    ("model.attn_implementation", "flash_attention_.*", "use model.attn_implementation=sdpa"),
-    ("model.kernels", "liger", "use model.kernels=torch"),
-    ("model.dtype", "float16", "use model.dtype=bfloat16"),
-    ("trainer.tf32", "True", "remove it"),
-)
+def _machine_has(what: str) -> bool:
+    if what == "cuda":
+        import torch
+
+        return torch.cuda.is_available()
+    return not is_sharded() if what == "unsharded" else importlib.util.find_spec(what) is not None

@@ -1,4 +1,4 @@
-"""Rows become examples: checked, told apart, split, and given the prompt that every later stage reads."""
+"""Rows become examples: checked, freed of repeats, split, and given the prompt that every later stage reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any, cast
 
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
-from posttrain.records import (
-    Example,
-    Message,
-)
+from posttrain.records import Example, Message
 from posttrain.tasks.generated import GENERATED_KINDS
 from posttrain.tasks.gsm8k import count_steps, solution_text
 from posttrain.tasks.rows import Row, normalised
@@ -19,7 +16,7 @@ from rewards import gold_answer, grade
 
 
 def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows whose gold answer is a number and grades itself as right; the others with file, line and reason."""
+    """Rows whose gold answer is a number and grades itself as right; and the others, with file, line and reason."""
     good, rejected = [], []
     for row in rows:
         problem = (
@@ -41,7 +38,7 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def special_problem(row: Row, specials: set[str]) -> str:
-    """`<|im_end|>` in a text becomes the token itself: a question could end its own turn and begin the answer."""
+    """The tokenizer makes the token of `<|im_end|>` in a text: a question could end its own turn and begin the answer."""
     found = sorted(token for token in specials if token in row.question or token in row.answer)
     return f"holds {found[0]}, which the tokenizer reads as a special token" if found else ""
 
@@ -77,7 +74,7 @@ def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
 
 
 def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[list[Row], dict[str, int]]:
-    """Drop repeated questions (or repeated pairs), and training rows whose question is in the test split."""
+    """Drop repeated questions, or repeated pairs, and training rows whose question is in the test split."""
     test = {normalised(row.question) for row in rows if row.split == "test"}
     kept, seen, repeats = [], set[str](), {"duplicates": 0, "train_test_overlap": 0}
     for row in rows:
@@ -93,7 +90,7 @@ def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[
 
 
 def split_of(row: Row, config: DataConfig) -> str:
-    """dev comes out of train by a hash of the question, so it stays the same when rows are added or reordered."""
+    """A hash of the question takes dev out of train, so dev stays the same when rows are added or reordered."""
     if row.split != "train" or config.source.kind in GENERATED_KINDS:
         return row.split
     return "dev" if _unit_hash(row.question) < config.dev_fraction else "train"
@@ -104,9 +101,9 @@ def _unit_hash(text: str) -> float:
 
 
 def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
-    """The solved examples before each question: the file's first k, or k training rows of 2 to 5 steps, first by hash.
+    """The solved examples before each question: the file's first k, or the k training rows of 2 to 5 steps with the lowest hash.
 
-    Fixed either way, and never a dev or test question.
+    Both choices are fixed, and neither holds a dev or test question.
     """
     if config.prompt.style != "few_shot":
         return []

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from posttrain.config.schema import GeneratorSource
 from posttrain.errors import UserError
 from posttrain.tasks.rows import SPLITS, Row
 
-# Generator seeds of the splits. reasoning-gym draws item i from Random(seed + i), so ranges must not come near each other.
+# Where the seeds of each split begin. reasoning-gym draws item i from Random(seed + i), so the ranges must be far apart.
 SEED_RANGES = {"train": 0, "dev": 100_000_000, "test": 200_000_000}
 
 
 def generated_rows(source: GeneratorSource, seed: int) -> Iterator[Row]:
-    """Offline word problems from reasoning-gym, each split from seeds of its own, no question twice."""
+    """Offline word problems from reasoning-gym. Each split has seeds of its own, and no question comes twice."""
     import reasoning_gym
 
     solution = leg_counting_solution if source.kind == "leg_counting" else lambda item: item["metadata"]["answer_cot"]
     seen: set[str] = set()
-    for split in reversed(SPLITS):  # test first: a repeat is dropped from the split that is trained on
+    for split in reversed(SPLITS):  # test comes first: a repeat is dropped from the split that is trained on
         wanted = getattr(source, f"num_{split}")
         first = seed * 1_000_000_000 + SEED_RANGES[split]
         items = reasoning_gym.create_dataset(source.kind, size=20 * wanted, seed=first, **source.options)
-        fresh = (item for item in items if item["question"] not in seen and not seen.add(item["question"]))  # type: ignore[func-returns-value]
         rows = [
             Row(f"{source.kind}/{split}", number, split, item["question"].strip(), solution(item))
-            for number, item in enumerate(itertools.islice(fresh, wanted), 1)
+            for number, item in enumerate(itertools.islice(_unseen(items, seen), wanted), 1)
         ]
         if len(rows) < wanted:
             raise UserError(f"{source.kind} with options {source.options} has only {len(rows)} different questions for {split}")
         yield from rows
 
 
+def _unseen(items: Iterable[dict[str, Any]], seen: set[str]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        if item["question"] not in seen:
+            seen.add(item["question"])
+            yield item
+
+
 def leg_counting_solution(item: dict[str, Any]) -> str:
-    """A worked solution in GSM8K's style: one line an animal, a line for the sum, the answer after `####`."""
+    """A worked solution in GSM8K's style: a line for each animal, one for the sum, the answer after `####`."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     lines, legs = [], []

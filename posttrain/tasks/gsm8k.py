@@ -1,4 +1,4 @@
-"""GSM8K (arXiv:2110.14168): its rows, the reading of its worked solutions, and the one answer to "is this GSM8K?"."""
+"""GSM8K (arXiv:2110.14168): its rows, how its worked solutions are read, and the one answer to "is this GSM8K?"."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from posttrain.records import sha256_text
 from posttrain.tasks.rows import Row, normalised
 
 HUB_ID = "openai/gsm8k"
-# `question_set_sha256` of its 1,319 test questions: a score goes to the benchmark's own page under its name, so the name alone is
-# not enough. From test.jsonl of github.com/openai/grade-school-math.
+# `question_set_sha256` of the 1,319 test questions in test.jsonl of github.com/openai/grade-school-math. A score goes to the
+# benchmark's own page, so a data set's name alone is not enough.
 TEST_SHA256 = "7c7e3dd7a8e8403feee1cd3e7ff9ca4938ff6156cc686db1d3beb94fc20dcde3"
 
 
@@ -27,7 +27,7 @@ def is_gsm8k(data: Mapping[str, Any]) -> bool:
 
 
 def is_whole_test_set(questions: Iterable[str]) -> bool:
-    """Whether these are all of its test questions and no other: what a leaderboard's number has to be over."""
+    """Whether these are all of its test questions and no others, as a leaderboard's number requires."""
     return question_set_sha256(questions) == TEST_SHA256
 
 
@@ -36,12 +36,12 @@ def question_set_sha256(questions: Iterable[str]) -> str:
 
 
 def gives_away_its_test_set(data: Mapping[str, Any]) -> bool:
-    """Whether training on this data set is training on test questions: GSM-Symbolic's templates are (arXiv:2410.05229)."""
+    """Whether this data set is made of test questions, as GSM-Symbolic's templates are (arXiv:2410.05229)."""
     return any(source["kind"] == "gsm_symbolic" for source in origins(data.get("source")))
 
 
 def origins(source: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A source as a manifest has it, and those of the questions that it was sampled from."""
+    """A source's entry in a manifest, then the entry of the source that its questions were sampled from, and so on."""
     while source:
         yield source
         source = source.get("sampled_from")
@@ -64,7 +64,7 @@ def hub_rows(source: HubSource) -> Iterator[Row]:
 
 
 def jsonl_rows(folder: Path) -> Iterator[Row]:
-    """train.jsonl and test.jsonl in GSM8K's schema, one of them at least; read as bytes, so a bad line is only that line."""
+    """train.jsonl and test.jsonl in GSM8K's schema, at least one of them. They are read as bytes: a bad line spoils no other."""
     files = [folder / f"{split}.jsonl" for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()]
     if not files:
         raise UserError(f"{folder} holds neither train.jsonl nor test.jsonl: check source.path")

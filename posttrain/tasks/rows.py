@@ -10,7 +10,7 @@ SPLITS = ("train", "dev", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A raw row: where it stands in its source, its split there, and its two texts (or why it has none)."""
+    """A raw row: its place in its source, its split there, and its two texts or the reason why it has none."""
 
     file: str
     line: int

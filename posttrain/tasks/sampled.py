@@ -1,4 +1,4 @@
-"""A policy's own right solutions of training questions, sampled by an evaluation: rejection sampling (arXiv:2308.01825)."""
+"""A policy's own right solutions of training questions, as an evaluation sampled them: rejection sampling (arXiv:2308.01825)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from typing import Any
 
 from posttrain.config.schema import RejectionSampledSource
 from posttrain.errors import UserError
-from posttrain.records import (
-    Example,
-    Prediction,
-    read_jsonl,
-    read_rows,
-)
+from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.examples import gold_problem
 from posttrain.tasks.rows import Row
 
 
 def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
-    """Rejection sampling (arXiv:2308.01825): a policy's own distinct, right solutions of training questions.
+    """A policy's own distinct, right solutions of training questions.
 
-    Read from an evaluation of the train split with several samples; test questions are refused.
+    They come from an evaluation of the train split with several samples. Test questions are refused.
     """
     run_dir = Path(source.run_dir)
     if not (run_dir / "predictions.jsonl").is_file():
@@ -47,10 +42,10 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
 
 
 def accepted(sample: Prediction, accept: str) -> str | None:
-    """The solution that a sample is worth, None for none.
+    """The solution that a sample is worth, or None.
 
-    An untouched model may hardly ever end in the answer form. `rewritten` takes what it says as it stands and adds the form; not
-    where it was cut off, which would teach to stop in the middle, nor where it holds `####`, which the form has once.
+    An untouched model may hardly ever end in the answer form. `rewritten` takes what it says and adds the form as the last
+    line. It takes no completion that was cut off, which would teach to stop in the middle, and none that holds `####` elsewhere.
     """
     text = sample.completion.strip()
     if sample.strict and sample.format_ok:
@@ -69,6 +64,6 @@ def gold_solutions(folder: Path) -> list[tuple[str, str]]:
 
 
 def sampled_source(source: RejectionSampledSource) -> dict[str, Any]:
-    """The source of the questions: what a model trained on the samples has seen."""
+    """The source of the sampled questions, which a model trained on the samples has seen."""
     found: dict[str, Any] = read_manifest(source.run_dir)["data"]["source"]
     return found

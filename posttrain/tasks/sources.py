@@ -1,4 +1,4 @@
-"""What a data set is made from: the rows of a source, their hash, and the manifest's entry, for every kind of source."""
+"""What a data set is made from: the rows of a source of any kind, their hash, and the manifest's entry."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
-from posttrain.records import (
-    sha256_text,
-)
+from posttrain.records import sha256_text
 from posttrain.tasks.generated import generated_rows
 from posttrain.tasks.gsm8k import file_rows, hub_rows, jsonl_rows
 from posttrain.tasks.rows import Row
@@ -46,7 +44,7 @@ def read_source(config: DataConfig) -> Source:
 
 
 def written_shots(file: str | None) -> list[Row]:
-    """Solved examples of a file of their own, for the prompt alone."""
+    """Solved examples from a file of their own. They go into prompts alone."""
     if file is None:
         return []
     if not Path(file).is_file():

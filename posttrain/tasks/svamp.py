@@ -1,4 +1,4 @@
-"""SVAMP (arXiv:2103.07191): a test set of one-step problems, to see what carries over."""
+"""SVAMP (arXiv:2103.07191): a test set of one-step problems, to see whether training carries over to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from posttrain.tasks.rows import Row
 
 
 def svamp_rows(file: Path) -> Iterator[Row]:
-    """SVAMP (arXiv:2103.07191): body and question joined, the equation as its working. Every row is a test row."""
+    """Rows with body and question joined, and the equation as the working. Every row is a test row."""
     if not file.is_file():
         raise UserError(f"no SVAMP file at {file}: check source.path")
     for number, row in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):

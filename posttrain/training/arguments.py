@@ -1,4 +1,4 @@
-"""What the two training scripts share: trainer arguments, resume, dev accuracy, and the finished adapter."""
+"""Arguments for TRL's trainers: the config's `trainer` block, what posttrain sets itself, and the trackers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from posttrain.runs.directory import Run
 
 
 def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
-    """Keyword arguments of SFTConfig or GRPOConfig: the `trainer:` block, and what posttrain owns."""
+    """Keyword arguments of SFTConfig or GRPOConfig: the `trainer:` block, and what posttrain sets itself."""
     half = config.model.dtype == "bfloat16"
-    owned = {
+    set_here = {
         "output_dir": str(run.folder / "checkpoints"),
         "run_name": run.folder.name,
         "seed": config.seed,
@@ -28,20 +28,20 @@ def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
     }
     trainer = dict(config.trainer)
     if device().type == "cpu":
-        owned["use_cpu"] = True
+        set_here["use_cpu"] = True
         if str(trainer.get("optim", "")).startswith("paged_"):
             run.note(f"trainer.optim {trainer['optim']} pages to the host from CUDA; without CUDA adamw_torch is used instead")
             trainer["optim"] = "adamw_torch"
     for key in ("bf16", "fp16"):
-        if trainer.pop(key, owned[key]) != owned[key]:
+        if trainer.pop(key, set_here[key]) != set_here[key]:
             raise UserError(
                 f"trainer.{key} contradicts model.dtype {config.model.dtype}: remove it, the precision follows model.dtype"
             )
-    return trainer | owned
+    return trainer | set_here
 
 
 def tracking(config: TrainConfig, run: Run) -> list[str]:
-    """The trackers, prepared so that a resumed run continues its curve."""
+    """The trackers for TRL, set up so that a resumed run continues its curve."""
     if config.tracking == "wandb":
         if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or Path("~/.netrc").expanduser().is_file()):
             os.environ["WANDB_MODE"] = "offline"

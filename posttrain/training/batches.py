@@ -1,4 +1,4 @@
-"""Which completions share a micro-batch, and how each is cut to its content. Pure functions of TRL's batches."""
+"""Which completions share a micro-batch, and how a micro-batch is cut to its content. Pure functions of TRL's batches."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import nn
 
 from posttrain.errors import UserError
 
-# Equal rewards of 0.2 leave advantages of 1e-8: fp32 rounds their mean. TRL's `frac_reward_zero_std` takes those for signal.
-ROUNDING = 1e-6
+# fp32 rounding of the mean leaves an advantage of 1e-8 in a group of equal rewards of 0.2. TRL's `frac_reward_zero_std` counts
+# such a group as having signal.
+EQUAL_WITHIN = 1e-6
 
 
 def groups_without_signal(scores: torch.Tensor, weights: torch.Tensor, size: int) -> float:
     """Share of groups whose weighted rewards are all equal. scores (completions, functions), weights (functions,)."""
     rewards = (scores * weights.to(scores.device)).sum(1).view(-1, size)
-    return ((rewards.amax(1) - rewards.amin(1)) < ROUNDING).float().mean().item()
+    return ((rewards.amax(1) - rewards.amin(1)) < EQUAL_WITHIN).float().mean().item()
 
 
 def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:
@@ -28,8 +29,8 @@ def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def rows_with_signal(advantages: torch.Tensor) -> torch.Tensor:
-    """Indices of rows with an advantage; one row at least, so that the loss stays connected to the model."""
-    rows = (advantages.abs() > ROUNDING).nonzero().squeeze(1)
+    """Indices of rows with an advantage. There is one at least, so that the loss stays connected to the model."""
+    rows = (advantages.abs() > EQUAL_WITHIN).nonzero().squeeze(1)
     return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=advantages.device)
 
 
@@ -39,7 +40,7 @@ def keep_rows(inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 
 
 def share_kept(loss_type: str, kept: dict[str, Any], whole: dict[str, Any]) -> float:
-    """The factor that makes a loss over some rows the same as over all: some types average over what they are given."""
+    """The factor that makes a loss over some rows equal that over all rows: some loss types average over the rows they get."""
     if loss_type in ("grpo", "dr_grpo", "sapo", "luspo"):
         return len(kept["advantages"]) / len(whole["advantages"])
     if loss_type == "bnpo":
@@ -48,9 +49,9 @@ def share_kept(loss_type: str, kept: dict[str, Any], whole: dict[str, Any]) -> f
 
 
 def by_length(batches: list[dict[str, Any]], per_step: int, signal_first: bool) -> list[dict[str, Any]]:
-    """The micro-batches of each optimizer step with its rows by falling length: little padding, the largest first.
+    """Sort the rows of each optimizer step by falling length, for little padding and the largest micro-batch first.
 
-    With `signal_first` the rows without an advantage, which are left out, gather at the end.
+    With `signal_first` the rows without an advantage, which are left out of the update, come last.
     """
     result = []
     for start in range(0, len(batches), per_step):
@@ -59,20 +60,23 @@ def by_length(batches: list[dict[str, Any]], per_step: int, signal_first: bool) 
         whole = {key: _joined([part[key] for part in parts], size) for key in parts[0]}
         rank = whole["completion_mask"].sum(1)
         if signal_first:
-            rank = rank + (whole["advantages"].abs() > ROUNDING) * (1 + rank.max())
+            rank = rank + (whole["advantages"].abs() > EQUAL_WITHIN) * (1 + rank.max())
         order = rank.argsort(descending=True, stable=True)
         result += [keep_rows(whole, order[i * size : (i + 1) * size]) for i in range(len(parts))]
     return result
 
 
 def _joined(values: list[Any], size: int) -> Any:
-    assert not isinstance(values[0], list), "rows in a list would not be moved"
+    assert not isinstance(values[0], list), "a list of rows would keep TRL's order"
     by_row = isinstance(values[0], torch.Tensor) and values[0].dim() > 0 and len(values[0]) == size
     return torch.cat(values) if by_row else values[0]
 
 
 def trim(inputs: dict[str, Any], prompt: int | None = None) -> dict[str, Any]:
-    """Cut columns that are padding in every row: on the left of prompts, or all but `prompt`, and on the right of completions."""
+    """Cut columns that are padding in every row: left of the prompts and right of the completions.
+
+    `prompt` is the number of prompt columns to keep, where it is not the longest prompt's.
+    """
     prompt = prompt or int(inputs["prompt_mask"].sum(1).max())
     completion = max(1, int(inputs["completion_mask"].sum(1).max()))
     cut = {
@@ -88,14 +92,14 @@ def trim(inputs: dict[str, Any], prompt: int | None = None) -> dict[str, Any]:
 
 
 def rows_by_length(mask: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Rows in parts of at most `size`, by falling length where there is more than one. mask (rows, tokens)."""
+    """Rows in parts of at most `size`, by falling length if there are several parts. mask (rows, tokens)."""
     lengths = mask.sum(1)
     order = lengths.argsort(descending=True, stable=True) if len(mask) > size else torch.arange(len(mask), device=mask.device)
     return list(order.split(size))
 
 
-def in_place(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
-    """Scores of parts of the rows, (rows, tokens) each, put together in the order of the rows, 0 where a part is shorter."""
+def in_row_order(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
+    """Join the scores of parts of the rows, (rows, tokens) each, in the order of the rows, and pad shorter parts with 0."""
     if values[0] is None:
         return None
     padded = [nn.functional.pad(part, (0, width - part.shape[1])) for part in values]

@@ -21,18 +21,18 @@ from posttrain.training.masters import MasterWeights
 
 
 def add_callbacks(trainer: MasterWeights, run: Run, measure: Callable[[], dict[str, float]] | None, every: int | None) -> None:
-    """What every run watches; with `measure`, dev accuracy before, every `every` steps, and after."""
+    """Add what every run watches. With `measure`, dev accuracy comes before, every `every` steps, and after."""
     trainer.add_callback(MovedShare(trainer.report))
     trainer.add_callback(StopOnNonFinite())
     trainer.add_callback(PhaseTimes(trainer.report))
     trainer.add_callback(Metrics(run))
     if measure:
-        # transformers' `log`, not TRL's, which would move what it has gathered of the training steps into this row.
+        # transformers' `log`: TRL's would move into this row what it has gathered over the training steps.
         trainer.add_callback(DevAccuracy(measure, functools.partial(Trainer.log, trainer), every))
 
 
 class Metrics(TrainerCallback):
-    """Every logged row into metrics.jsonl, with step and time."""
+    """Write every logged row to metrics.jsonl, with step and time."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -44,9 +44,9 @@ class Metrics(TrainerCallback):
 
 
 class MovedShare(TrainerCallback):
-    """`lora_moved_share`: the share of trainable entries that the logged optimizer step changed at all.
+    """`lora_moved_share`: the share of trainable entries that the logged optimizer step changed.
 
-    1.0 is healthy. In bf16 a step smaller than half the spacing of its weight rounds away, and the share says so.
+    1.0 is healthy. In bf16 a step smaller than half the spacing of its weight rounds away, and the share falls.
     """
 
     def __init__(self, report: Callable[[str, float], None]) -> None:
@@ -55,16 +55,16 @@ class MovedShare(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if (state.global_step + 1) % max(1, int(args.logging_steps)) == 0:
-            self.before = _flat(optimizer)
+            self.before = _trained_entries(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if self.before is not None:
-            self.report("lora_moved_share", (_flat(optimizer) != self.before).sum().item() / self.before.numel())
+            self.report("lora_moved_share", (_trained_entries(optimizer) != self.before).sum().item() / self.before.numel())
             self.before = None
 
 
 class PhaseTimes(TrainerCallback):
-    """`time/<phase>`: seconds of an optimizer step that each phase took, over the steps since the last row."""
+    """`time/<phase>`: seconds that each phase took of an optimizer step, as the mean of the steps since the last row."""
 
     def __init__(self, report: Callable[[str, float], None]) -> None:
         self.report = report
@@ -94,9 +94,9 @@ class StopOnNonFinite(TrainerCallback):
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Optimizer, **kwargs: Any) -> None:
-        # Which tensor it began in is not known any more: taking the norm has spread it over all. One norm is one wait for
-        # a GPU, where a question to each of hundreds of tensors is hundreds.
-        norm = nn.utils.get_total_norm(p.grad for p in _trained(optimizer) if p.grad is not None)
+        # transformers has clipped by the norm, which spreads a NaN over all tensors: which one began it cannot be told. One norm
+        # waits for the GPU once. A question to each of hundreds of tensors would wait for it hundreds of times.
+        norm = nn.utils.get_total_norm(p.grad for p in _trained_parameters(optimizer) if p.grad is not None)
         if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
             raise FloatingPointError(
                 f"non-finite gradient at step {state.global_step + 1}, not applied. "
@@ -113,7 +113,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """The latest completions with extracted answer and rewards: all into samples.jsonl, one on the console."""
+    """The latest completions with extracted answer and rewards: all go to samples.jsonl, the best to the console."""
 
     def __init__(self, run: Run, latest: Callable[[], Iterator[dict[str, Any]]]) -> None:
         self.run, self.latest = run, latest
@@ -144,12 +144,12 @@ def _sample(step: int, latest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(optimizer: Optimizer) -> torch.Tensor:
-    """All trained entries, of a sharded tensor this process's part: one tensor, for hundreds of small ones cost a GPU more."""
-    parts = [p.detach() for p in _trained(optimizer)]
+def _trained_entries(optimizer: Optimizer) -> torch.Tensor:
+    """All trained entries as one tensor, which costs a GPU less than hundreds. Of a sharded tensor, this process's part."""
+    parts = [p.detach() for p in _trained_parameters(optimizer)]
     return torch.cat([(p.to_local() if isinstance(p, DTensor) else p).flatten() for p in parts])
 
 
-def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Out of the optimizer: a walk through the model takes milliseconds, of a step of a third of a second."""
+def _trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The optimizer's parameters. A walk through the model would take milliseconds of a step of a third of a second."""
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -8,12 +8,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import TrainConfig
 from posttrain.errors import UserError
-from posttrain.models.adapters import adapter_sha256, gathered
+from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter
 from posttrain.runs.directory import Run
 
 
 def last_checkpoint(run: Run, resume: bool) -> str | None:
-    """The newest complete checkpoint: `trainer_state.json` is what transformers writes last."""
+    """The newest complete checkpoint: transformers writes `trainer_state.json` last."""
     found = run.folder.glob("checkpoints/checkpoint-*/trainer_state.json")
     checkpoints = sorted((file.parent for file in found), key=lambda folder: int(folder.name.split("-")[1]))
     if not resume or not checkpoints:
@@ -23,10 +23,10 @@ def last_checkpoint(run: Run, resume: bool) -> str | None:
 
 
 def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase, start_sha256: str) -> None:
-    """Write the finished adapter and its tokenizer; refuse one that training did not change."""
+    """Write the finished adapter and its tokenizer. Refuse an adapter that training did not change."""
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state = gathered(model)
+    state = gather_sharded_adapter(model)
     if not run.is_main:
         return
     folder = run.folder / "adapter"
@@ -48,7 +48,7 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
 
 
 def push_if_asked(config: TrainConfig, run: Run) -> None:
-    """Push a finished run; a failure is told with the command to retry, and the run stays finished."""
+    """Push a finished run. If that fails, say the command to try again; the run stays finished."""
     if config.hub.repo_id and run.is_main:
         from posttrain.hub.push import push_or_explain
 

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.evaluation.stats import wilson
 from posttrain.generation.engines import generate
 from posttrain.generation.loop import Sampling
-from posttrain.generation.steps import release
+from posttrain.generation.steps import release_graphs
 from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
@@ -27,12 +27,12 @@ def dev_accuracy(
     max_new_tokens: int,
     copy: PolicyCopy | None = None,
 ) -> dict[str, float]:
-    """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient one."""
+    """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient accuracy."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
-    with phase("dev", whole=True):
+    with phase("dev", include_nested=True):
         policy = (copy or PolicyCopy(model)).refresh()
-        completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer)
-        release(policy)  # these buffers hold more questions than a rollout's: training gets their memory back
+        completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer).completions
+        release_graphs(policy)  # dev decoding keeps larger buffers than a rollout does: give them back to training
     grades = [
         grade(tokenizer.decode(completion.ids, skip_special_tokens=True), example.answer)
         for example, (completion,) in zip(dev, completions, strict=True)
@@ -58,7 +58,7 @@ class DevAccuracy(TrainerCallback):
         self.last_step = -1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the next step and not at the end of the last: a row logged there would take the place of the loss's."""
+        """Dev accuracy waits for the next step: logging at the end of a step would replace the loss row."""
         if state.global_step == 0 or (self.every and state.global_step % self.every == 0):
             self._run(state)
 

@@ -1,6 +1,6 @@
 """`--dry-run`: what follows from a config before anything is trained. Arithmetic, two rows with their mask, memory, checks.
 
-Needs the data set and the tokenizer, never the weights; without a reachable tokenizer it says so and shows the rest.
+A dry run needs the data set and the tokenizer, never the weights. If it cannot reach the tokenizer, it says so and goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from posttrain.training import examples
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-def show_sft_plan(config: SftConfig) -> None:
+def show_sft_dry_run(config: SftConfig) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
@@ -31,12 +31,12 @@ def show_sft_plan(config: SftConfig) -> None:
     if tokenizer:
         show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
         for example in train[:2]:
-            print(masked(tokenizer, example))
-        show_stop(tokenizer)
+            print(with_prompt_dimmed(tokenizer, example))
+        show_stop_token(tokenizer)
     show_memory(config, value["per_device_train_batch_size"], value["max_length"] or 1024, value["gradient_checkpointing"])
 
 
-def show_grpo_plan(config: GrpoConfig) -> None:
+def show_grpo_dry_run(config: GrpoConfig) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "GRPOConfig")
     group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
@@ -63,8 +63,8 @@ def show_grpo_plan(config: GrpoConfig) -> None:
 
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
-        show_stop(tokenizer)
-    # Without checkpointing a group shares its prompt (posttrain/training/trainers.py).
+        show_stop_token(tokenizer)
+    # Without checkpointing, a group shares its prompt (posttrain/training/shared_prompts.py).
     prompt = 256 if value["gradient_checkpointing"] else 256 // group
     show_memory(
         config,
@@ -75,7 +75,7 @@ def show_grpo_plan(config: GrpoConfig) -> None:
     show_cache(config.model, window, 256 + value["max_completion_length"])
 
 
-def show_eval_plan(config: EvalConfig, asked: list[Example]) -> None:
+def show_eval_dry_run(config: EvalConfig, asked: list[Example]) -> None:
     generation = config.generation
     how = "greedy" if generation.temperature == 0 else f"temperature {generation.temperature}, {generation.samples} samples"
     subset = " (a subset)" if config.data.limit else ""
@@ -85,7 +85,7 @@ def show_eval_plan(config: EvalConfig, asked: list[Example]) -> None:
     tokenizer = tokenizer_or_none(config.model)
     if tokenizer and asked:
         print(tokenizer.apply_chat_template(asked[0].prompt, add_generation_prompt=True, tokenize=False))
-        show_stop(tokenizer)
+        show_stop_token(tokenizer)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -134,8 +134,8 @@ def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: f
     )
 
 
-def masked(tokenizer: Any, example: Example) -> str:
-    """A row as the model sees it, the part without loss dimmed."""
+def with_prompt_dimmed(tokenizer: Any, example: Example) -> str:
+    """A row as the model sees it. The prompt, which has no loss, is dimmed."""
     from posttrain.models.chat import chat_ids
 
     prompt = chat_ids(tokenizer, example.prompt, add_generation_prompt=True)
@@ -143,7 +143,7 @@ def masked(tokenizer: Any, example: Example) -> str:
     return f"{DIM}{tokenizer.decode(prompt)}{PLAIN}{tokenizer.decode(whole[len(prompt) :])}"
 
 
-def show_stop(tokenizer: Any) -> None:
+def show_stop_token(tokenizer: Any) -> None:
     from posttrain.models.special_tokens import template_specials
 
     specials = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} {token}" for token in template_specials(tokenizer))
@@ -170,8 +170,8 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
     lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
     layers = 1 if checkpointing else shape["layers"]
-    # Of a token and layer, in widths of the model and of its MLP: by the tensors that the backward pass reads, and within a
-    # tenth of what a step of GRPO took on an H100 (EXPERIMENTS.md, 2026-11-26).
+    # What the backward pass reads of a token and layer, in widths of the model and of its MLP. The estimate is within a tenth of
+    # what a step of GRPO took on an H100 (EXPERIMENTS.md, 2026-11-26).
     hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
     kept = layers * (hidden * shape["hidden"] + inner * shape["intermediate"]) + shape["layers"] * shape["hidden"]
     activations = rows * length * width * kept
@@ -185,14 +185,14 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
 
 
 def keeps_probabilities(model: Model) -> bool:
-    """Whether attention keeps half a square of probabilities for each head until the backward pass."""
+    """Whether attention keeps its probabilities, half a square for each head, until the backward pass."""
     from posttrain.models.base import device
 
     return model.attn_implementation == "matmul" or (model.attn_implementation == "auto" and device().type == "cpu")
 
 
 def is_fused(model: Model) -> bool:
-    """Whether norms and MLP keep for the backward pass only what they were given (posttrain/kernels/liger.py)."""
+    """Whether norms and MLP keep only their inputs for the backward pass (posttrain/kernels/liger.py)."""
     from posttrain.models.base import device
 
     return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -208,7 +208,7 @@ def show_cache(model: Model, rows: int, length: int) -> None:
 
 
 def lora_parameters(config: TrainConfig, shape: dict[str, Any]) -> float:
-    """Of a rank-r adapter on every linear layer; those on fewer targets are smaller."""
+    """Parameters of the adapter. For one that is continued: rank 32 on every linear layer."""
     rank = config.lora.r if config.lora else 32
     hidden, inner, kv = shape["hidden"], shape["intermediate"], shape["kv_width"]
     sizes = {"q_proj": 2 * hidden, "o_proj": 2 * hidden, "k_proj": hidden + kv, "v_proj": hidden + kv}
@@ -218,7 +218,7 @@ def lora_parameters(config: TrainConfig, shape: dict[str, Any]) -> float:
 
 
 def model_shape(model: Model) -> dict[str, Any] | None:
-    """Sizes out of config.json: of a local folder, or of the local Hub cache."""
+    """Sizes from the config.json of a local folder or of the local Hub cache."""
     file = Path(model.name_or_path, "config.json")
     if not file.is_file():
         from huggingface_hub import try_to_load_from_cache

@@ -20,9 +20,9 @@ def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
 
 
 def with_pass_rate(examples: list[Example], settings: PassRate) -> list[Example]:
-    """The questions whose samples in an evaluation run were right in a share between `low` and `high`.
+    """The questions that an evaluation run solved in a share of its samples between `low` and `high`.
 
-    Questions that a policy always or never solves give groups without signal. Questions it was not asked are left out.
+    Questions that a policy always or never solves give groups without signal. Questions that it was not asked are left out.
     """
     file = Path(settings.run_dir, "predictions.jsonl")
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""An output head that scores labelled positions alone, in the place of TRL's where that is slower or fails."""
+"""An output head that scores labelled positions alone. It replaces TRL's head where that is slower or fails."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 
 class LabelHead:
-    """Takes the place of TRL's fused head on a model and scores only labelled positions. Same call, same outputs.
+    """Replaces TRL's fused head on a model and scores only labelled positions. Same call, same outputs.
 
-    Of FusedCausalLMOutput's fields it fills log_probs and those of `outputs`, "entropy" or "is_top1"; the other is NaN.
+    It fills FusedCausalLMOutput's log_probs and the fields in `outputs`, "entropy" or "is_top1". The other field is NaN.
     """
 
     def __init__(self, model: nn.Module, temperature: float, outputs: tuple[str, ...]) -> None:
@@ -41,16 +41,23 @@ class LabelHead:
 
 
 class _LabelScores(torch.autograd.Function):
-    """Log-probability of each label, the only one with a gradient; entropy and top-1 hit if they are among `outputs`, else NaN.
+    """Log-probability of each label, which alone has a gradient; entropy and top-1 hit if they are in `outputs`, else NaN.
 
-    hidden (labels, width), weight (vocabulary, width), labels (labels,). The gradient of `weight` is computed only when
-    some of its rows are trained.
+    hidden (labels, width), weight (vocabulary, width), labels (labels,). `weight` gets a gradient only if some of its rows
+    are trained.
     """
 
-    ROWS = 256  # a tile of 256 x 49,152 fp32 logits is 50 MB
+    TILE_ROWS = 256  # a tile of 256 x 49,152 fp32 logits is 50 MB
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, outputs):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        outputs: tuple[str, ...],
+    ) -> Any:
         hidden = hidden.to(weight.dtype)
         logits = hidden @ weight.T
         if temperature != 1.0:
@@ -58,7 +65,7 @@ class _LabelScores(torch.autograd.Function):
         log_z = hidden.new_empty(len(labels), dtype=torch.float32)
         entropy, is_top1 = torch.full_like(log_z, float("nan")), torch.full_like(log_z, float("nan"))
         for rows in _tiles(len(labels)):
-            tile = logits[rows].float()  # ATen's argmax of bf16 takes six times as long as of fp32
+            tile = logits[rows].float()  # ATen's argmax takes six times as long for bf16 as for fp32
             if "is_top1" in outputs:
                 is_top1[rows] = (tile.argmax(-1) == labels[rows]).float()
             if "entropy" not in outputs:
@@ -76,7 +83,7 @@ class _LabelScores(torch.autograd.Function):
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         hidden, logits, log_z, labels, weight = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -93,4 +100,5 @@ class _LabelScores(torch.autograd.Function):
 
 
 def _tiles(num_rows: int) -> list[slice]:
-    return [slice(start, start + _LabelScores.ROWS) for start in range(0, num_rows, _LabelScores.ROWS)]
+    size = _LabelScores.TILE_ROWS
+    return [slice(start, start + size) for start in range(0, num_rows, size)]

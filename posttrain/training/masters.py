@@ -1,4 +1,4 @@
-"""fp32 master weights."""
+"""fp32 master weights: what both trainers share, on one device and sharded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import packed_linears
-from posttrain.models.adapters import gathered, scatter
+from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
 from posttrain.phases import phase
 from posttrain.training.label_head import LabelHead
 
@@ -22,7 +22,7 @@ MASTER_DTYPE = torch.float32
 
 
 class MasterWeights(Trainer):
-    """Comes before one of TRL's trainers: it then starts from exactly the weights it was given, in fp32."""
+    """A base that comes before one of TRL's trainers: training then starts from exactly the weights given, in fp32."""
 
     def __init__(
         self, *args: Any, model: PeftModel, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
@@ -35,7 +35,7 @@ class MasterWeights(Trainer):
             if name in masters:
                 parameter.data = masters[name].to(parameter.device)
         if fast_adapter:
-            lora_linear.install(model)
+            lora_linear.fuse_adapters(model)
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
@@ -46,21 +46,21 @@ class MasterWeights(Trainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with phase("backward"):  # the rest of the step is taken out of it
+        with phase("backward"):  # the step's other phases take their time away from it
             return super().training_step(*args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # nobody reads the sum, and counting the model's parameters at every micro-batch takes milliseconds
+        return 0  # nobody reads the sum, and transformers takes milliseconds at every micro-batch to count parameters
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = gathered(self.model)
+        state = gather_sharded_adapter(self.model)
         if state is None:
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir or self.args.output_dir, state_dict=state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not scatter(self.model, Path(resume_from_checkpoint)):
+        if not load_sharded_adapter(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -68,15 +68,15 @@ class MasterWeights(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def report(self, key: str, value: float) -> None:
-        """Add to the mean that the next logged row has of `key`."""
+        """Add a value to the mean of `key` in the next logged row."""
         self._metrics["train" if self.model.training else "eval"][key].append(value)
 
     def log_useful_slots(self, mask: torch.Tensor) -> None:
-        """The share of a micro-batch's positions that hold a token and no padding."""
+        """Report the share of a micro-batch's positions that hold a token and no padding."""
         self.report("update/useful_slots", mask.float().mean().item())
 
     def check_loss(self, loss: torch.Tensor, ids: torch.Tensor) -> None:
-        """Stop before a loss that is not a number is propagated, and name the batch it comes from."""
+        """Stop before the backward pass of a loss that is not a number, and name its batch."""
         if not loss.isfinite():
             text = self.processing_class.decode(ids[0], skip_special_tokens=True)
             raise FloatingPointError(
@@ -86,12 +86,13 @@ class MasterWeights(Trainer):
 
 
 def shard_as_stored(state: Any, model: PeftModel) -> None:
-    """FSDP2 sends weights as they are stored and adds gradients up in fp32; autocast rounds, as on one GPU.
+    """Make FSDP2 send weights as they are stored and add gradients up in fp32. Autocast rounds, as on one GPU.
 
-    accelerate has FSDP2 round instead (utils/dataclasses.py, `set_mixed_precision`). A layer is then sent as bf16, and what CUDA
-    copies so (`torch._foreach_copy_`) comes out with all NaNs alike. One in 1,200 of the words of packed NF4 is a NaN, read as
-    bf16: https://github.com/pytorch/pytorch/issues/159333, https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945.
-    Beside an adapter in fp32 a layer is sent as bytes. Log-probabilities and gradients, too, were rounded to 8 bits.
+    accelerate makes FSDP2 round instead (utils/dataclasses.py, `set_mixed_precision`). FSDP2 then sends a layer as bf16 with
+    `torch._foreach_copy_`, which on CUDA rewrites every bf16 NaN to one bit pattern. Packed NF4 bytes read as bf16 contain NaNs,
+    one in 1,200 words: https://github.com/pytorch/pytorch/issues/159333,
+    https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945. Beside an fp32 adapter, FSDP2 sends a layer as bytes.
+    accelerate's way rounded log-probabilities and gradients to 8 bits, too.
     """
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None:
@@ -115,7 +116,7 @@ def trains_tokens(model: PeftModel) -> bool:
 
 
 def copy_to_reference(model: PeftModel) -> None:
-    """Make adapter "ref", where TRL made one, equal to "default" in every tensor, trained token rows included."""
+    """If TRL made an adapter "ref", make it equal to "default" in every tensor, trained token rows included."""
     if "ref" not in model.peft_config:
         return
     parameters = dict(model.named_parameters())

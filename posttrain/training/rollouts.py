@@ -1,4 +1,4 @@
-"""GRPO's rollouts and rewards: what TRL calls to get completions, and how they are paid."""
+"""GRPO's rollouts and rewards: what TRL calls to get completions and to pay for them."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ Reward = Callable[..., list[float]]
 class Rollouts:
     """A `rollout_func` for GRPOTrainer: one window's completions from a copy of the policy as it is now.
 
-    TRL hands over every prompt once for each of its completions; here a prompt is computed once and continued
-    `num_generations` times. Draws depend on seed, step and process alone, so a resumed run samples what it would have.
+    TRL passes every prompt once for each of its completions. Here a prompt is computed once and continued `num_generations`
+    times. Draws depend on seed, step and process alone, so a resumed run samples what an uninterrupted one would have.
     """
 
     def __init__(self, copy: PolicyCopy, tokenizer: PreTrainedTokenizerBase, seed: int, settings: RolloutSettings) -> None:
         self.copy, self.tokenizer, self.seed = copy, tokenizer, seed
-        assert settings.engine != "trl", "TRL makes its own completions then"
+        assert settings.engine != "trl", "rollouts.engine trl: TRL makes the completions itself"
         self.engine, self.batch_size = settings.engine, settings.batch_size
         self._step, self._calls = -1, 0
 
     def __call__(self, prompts: list[list[dict[str, str]]], trainer: Any) -> dict[str, Any]:
         groups = [list(same) for _, same in itertools.groupby(prompts)]
         sizes = {len(group) for group in groups}
-        size = sizes.pop() if len(sizes) == 1 else 1  # a group cut by the border between two processes
+        size = sizes.pop() if len(sizes) == 1 else 1  # the border between two processes may cut a group
         ids = [chat_ids(self.tokenizer, prompt, add_generation_prompt=True) for prompt in prompts[::size]]
         sampling = Sampling(trainer.max_completion_length, trainer.temperature, trainer.top_p, size, self._next_seed(trainer))
         batch_size = max(1, (self.batch_size or len(prompts)) // size)
-        started, slots = time.perf_counter(), phase.counts["slots"]
+        started = time.perf_counter()
         with phase("fold"):
             policy = self.copy.refresh()
-        results = generate(policy, ids, sampling, self.tokenizer, batch_size, self.engine)
-        flat = [completion for group in results for completion in group]
-        self._report(trainer, time.perf_counter() - started, flat, phase.counts["slots"] - slots)
+        generated = generate(policy, ids, sampling, self.tokenizer, batch_size, self.engine)
+        flat = [completion for group in generated.completions for completion in group]
+        self._report(trainer, time.perf_counter() - started, flat, generated.num_slots)
         return {
             "prompt_ids": [prompt for prompt in ids for _ in range(size)],
             "completion_ids": [completion.ids for completion in flat],
             "logprobs": [completion.logprobs for completion in flat] if flat[0].logprobs else None,
         }
 
-    def _report(self, trainer: Any, seconds: float, completions: list[Completion], slots: int) -> None:
+    def _report(self, trainer: Any, seconds: float, completions: list[Completion], num_slots: int) -> None:
         num_tokens = sum(len(completion.ids) for completion in completions)
         trainer.report("time/rollout_seconds", seconds)
         trainer.report("rollout/tokens_per_second", num_tokens / seconds)
-        if slots:  # the first token of a completion is prefill's
-            trainer.report("rollout/useful_slots", (num_tokens - len(completions)) / slots)
+        if num_slots:  # prefill gives the first token of a completion
+            trainer.report("rollout/useful_slots", (num_tokens - len(completions)) / num_slots)
 
     def _next_seed(self, trainer: Any) -> int:
         step = trainer.state.global_step
@@ -68,9 +68,9 @@ class Rollouts:
 
 
 def reward_functions(settings: Rewards) -> tuple[list[Reward], list[float]]:
-    """Reward functions for GRPOTrainer, logged apart, and their weights. A weight `x` beside the two pays `rewards.x_reward`."""
-    form = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
+    """Reward functions for GRPOTrainer, which logs each, and their weights. A weight `x` beside the two pays `x_reward`."""
+    format_reward = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
     weights = [settings.correctness, settings.format / rewards.FORMAT_REWARD]
     others = settings.others()
-    functions = [rewards.correctness_reward, form, *(getattr(rewards, f"{name}_reward") for name in others)]
+    functions = [rewards.correctness_reward, format_reward, *(getattr(rewards, f"{name}_reward") for name in others)]
     return functions, [*weights, *others.values()]

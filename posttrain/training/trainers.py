@@ -1,25 +1,26 @@
-"""TRL's two trainers with what this project changes in them. Every override of TRL's internals is in this file
-or in masters.py, which both trainers share.
+"""TRL's two trainers with what this project changes in them. This file and masters.py, which both trainers share, hold every
+override of TRL's internals.
 
 1. Master weights. Both trainers cast the adapter of a quantized model to bf16 (trl 1.16: sft_trainer.py and
-   grpo_trainer.py, "the PEFT adapter weights are converted to bf16"). Here it stays fp32, bit for bit as it was given.
+   grpo_trainer.py, "the PEFT adapter weights are converted to bf16"). Here the adapter stays fp32, bit for bit as it was given.
 2. Output head. On CPU TRL's fused head scores every position, prompt included, and multiplies back in fp32
-   (trl/trainer/utils.py, `add_fused_lm_head`: "every position is scored instead"); with trained token rows it fails on
-   every device (it asks PEFT's TrainableTokensWrapper for `bias`). There ours scores the labelled positions, in bf16.
-3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names, which misses
-   `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), so KL would not start at 0.
-4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all; ours go by
-   length, and each is cut to its own longest.
-5. Shared prompts. TRL runs every completion behind a prompt of its own; ours runs each prompt once for all completions of an
-   optimizer step, or of a micro-batch where a step has more prompts than a micro-batch has rows. Without a gradient several
-   micro-batches are scored at once on a GPU.
-6. TRL's own generation (rollouts.engine trl). It runs outside autocast, where bf16 activations do not fit fp32 masters; here
-   inside. Its continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
+   (trl/trainer/utils.py, `add_fused_lm_head`: "every position is scored instead"). With trained token rows TRL's head fails on
+   every device: it asks PEFT's TrainableTokensWrapper for `bias`. In both cases ours scores the labelled positions, in bf16.
+3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names. That misses
+   `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), and KL would not start at 0.
+4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all. Ours are sorted
+   by length, and each micro-batch is cut to its own longest.
+5. Shared prompts. TRL runs the prompt again for every completion. Ours runs each prompt once for all completions of an optimizer
+   step, or of a micro-batch if a step has more prompts than a micro-batch has rows. Without a gradient, a GPU scores several
+   micro-batches at once.
+6. TRL's own generation (rollouts.engine trl). TRL runs it outside autocast, where bf16 activations do not fit fp32 masters. Here
+   it runs inside. TRL's continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
 7. Adapted layers. posttrain/kernels/lora_linear.py computes what PEFT's layers do in a third of the operations.
-8. FSDP2. Weights are sent as they are stored: what packs NF4 into bf16 loses bits otherwise. Checkpoints hold the adapter alone,
-   and are read back by each process: accelerate's gathering fails on packed weights, and its reading never ends.
+8. FSDP2. It sends weights as they are stored: otherwise NF4 packed into bf16 loses bits. Checkpoints hold the adapter alone, and
+   each process reads them back: accelerate's gathering fails on packed weights, and its reading never ends.
 9. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
-Tests fail when upstream changes any of them: those of test_trainers.py, of FSDP2 test_pipeline.py, of the last test_callbacks.py.
+When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for the last, for the
+others in the files of the training tests.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from posttrain.phases import phase
 from posttrain.training.batches import (
     by_length,
     groups_without_signal,
-    in_place,
+    in_row_order,
     keep_rows,
     rows_by_length,
     rows_with_signal,
@@ -48,21 +49,21 @@ from posttrain.training.batches import (
 from posttrain.training.masters import MasterWeights, copy_to_reference
 from posttrain.training.shared_prompts import SharedPrompts
 
-# So many micro-batches are scored at once where no gradient is wanted, as of the reference: it keeps nothing for a backward
-# pass, and a GPU waits for the launches of small batches.
+# Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
+# small batches a GPU waits for launches.
 SCORED_AT_ONCE = {"cpu": 1, "cuda": 4}
-# Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each, and a
-# `top_entropy_quantile` is taken of each.
-ANY_SPLIT = ("grpo", "dr_grpo", "dapo")
+# Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each micro-batch, and
+# `top_entropy_quantile` is a quantile of each micro-batch.
+SPLIT_INVARIANT_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
 class SFT(MasterWeights, SFTTrainer):
-    """SFTTrainer with fp32 master weights; entropy is logged only where it is computed."""
+    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else asks for it
+        with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else starts autocast
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
         if "attention_mask" in inputs:  # packed rows have none, and no padding
@@ -79,19 +80,19 @@ class SFT(MasterWeights, SFTTrainer):
 class GRPO(MasterWeights, GRPOTrainer):
     """GRPOTrainer that continues an adapter against an exact copy of it, on batches trimmed to their content.
 
-    `skip_zero_signal` leaves out rows whose advantage is 0. With beta 0 they add nothing to the gradient, so the update
-    is the same and only the logged entropy and clip ratios are taken over fewer rows.
-    `correct_mismatch` uses the sampler's log-probabilities as the old policy's, so that the clipped ratio corrects for
-    an engine that does not compute exactly what the trainer does.
+    `skip_zero_signal` leaves out rows whose advantage is 0. With beta 0 they add nothing to the gradient: the update is
+    the same, and the logged entropy and clip ratios cover fewer rows.
+    `correct_mismatch` takes the sampler's log-probabilities for the old policy's. The clipped ratio then corrects for an
+    engine that does not compute exactly what the trainer does.
     """
 
-    _buffered_inputs: Any  # TRL's, the micro-batches of a window
+    _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
 
     def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
-        self._step_prompts: SharedPrompts | None = None  # of all micro-batches of this optimizer step
-        self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # the same while one is scored, and its rows there
+        self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
+        self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
             raise UserError(
                 "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
@@ -104,7 +105,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or self.loss_type not in ANY_SPLIT or self.top_entropy_quantile < 1:
+        if self._buffered_inputs is before or self.loss_type not in SPLIT_INVARIANT_LOSSES or self.top_entropy_quantile < 1:
             return inputs
         self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps, self.skip_zero_signal)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -138,10 +139,11 @@ class GRPO(MasterWeights, GRPOTrainer):
         return loss
 
     def _share_across_step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[SharedPrompts, torch.Tensor] | None:
-        """The prompts of all micro-batches of a step, run at the first, and the rows of this one; None where it runs its own.
+        """The prompts of all micro-batches of a step, run at the first of them, and this one's rows; None: it runs its own.
 
-        Only as many prompts as one micro-batch could have anyway: they stay in memory until the step ends. Several processes
-        exchange gradients in the backward pass of the last micro-batch, and the prompts' would come after it.
+        They stay in memory until the step ends, so there may be only as many as one micro-batch could have. With several
+        processes they are not shared: those exchange gradients in the backward pass of the last micro-batch, and the prompts'
+        gradients would come after it.
         """
         args = self.args
         alone = args.gradient_accumulation_steps == 1 or args.gradient_checkpointing or self.accelerator.num_processes > 1
@@ -166,7 +168,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         return self._step_prompts, rows
 
     def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
-        with phase("logprobs"):  # of the old policy and the reference, where they are needed; the rest has names of its own
+        with phase("logprobs"):  # of the old policy and the reference; the rest has phases of its own
             return super()._generate_and_score_completions(*args, **kwargs)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +187,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     ) -> Any:
         score = super()._get_per_token_logps_and_entropies
         width = input_ids.shape[1] - logits_to_keep
-        if self.label_head:  # nobody reads the reference's, which costs passes over all of its logits
+        if self.label_head:  # nobody reads the reference's entropy, which costs passes over all of its logits
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
@@ -197,14 +199,14 @@ class GRPO(MasterWeights, GRPOTrainer):
             if not torch.is_grad_enabled():
                 size *= SCORED_AT_ONCE[input_ids.device.type]
             shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
-            with self.accelerator.autocast():  # which TRL begins within `score`
+            with self.accelerator.autocast():  # TRL begins it only within `score`
                 shared.run(size)
             scores, parts = [], rows_by_length(attention_mask[:, width:], size)
             for rows in parts:
                 keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
                 ids, mask = (whole[rows, : width + keep] for whole in (input_ids, attention_mask))
                 scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
-            result = tuple(in_place(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
         self._last_logps = result[0].detach()
         return result
 
@@ -223,7 +225,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         return scores
 
     def latest(self) -> Iterator[dict[str, Any]]:
-        """The completions of the latest generation batch, with prompt, rewards, advantage and what rewards logged of it."""
+        """The completions of the latest generation batch, each with prompt, rewards, advantage and what the rewards logged."""
         log = self._logs
         for index, (prompt, completion, advantage) in enumerate(
             zip(log["prompt"], log["completion"], log["advantages"], strict=True)
@@ -237,11 +239,8 @@ class GRPO(MasterWeights, GRPOTrainer):
             }
 
     def _log_mismatch(self, inputs: dict[str, Any]) -> None:
-        """Mean absolute difference between the sampler's and the trainer's log-probability of a sampled token."""
+        """Report the mean absolute difference between the sampler's and the trainer's log-probability of a sampled token."""
         if "sampling_per_token_logps" in inputs:
             difference = (self._last_logps - inputs["sampling_per_token_logps"]).abs()
             mask = inputs["completion_mask"].bool()
             self.report("rollout/logp_difference", difference[mask].mean().item())
-
-
-# --- the output head on CPU -------------------------------------------------------------------------------------------

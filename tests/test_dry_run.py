@@ -1,4 +1,4 @@
-"""--dry-run's memory: what a step keeps, by the settings that decide it. Measured beside it: EXPERIMENTS.md, 2026-11-26."""
+"""--dry-run's memory: what a step keeps, by the settings that decide it. EXPERIMENTS.md, 2026-11-26, has what was measured."""
 
 import re
 
