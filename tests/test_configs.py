@@ -162,6 +162,8 @@ def test_its_adapter_is_trained_by_a_config_on_the_same_base(file: str) -> None:
 @pytest.mark.parametrize("file", [file for file in RECOMMENDED if Path(file).name.startswith("grpo")])
 def test_the_pass_rates_it_reads_are_sampled_by_the_command_above_it(file: str) -> None:
     settings = config(file)
+    if settings.data.pass_rate is None:
+        pytest.skip("it trains on every question")
     first = run(next(commands(file)))
     assert isinstance(first, EvalConfig) and first.run_dir == settings.data.pass_rate.run_dir
     assert (first.data.path, first.data.split, first.adapter) == (

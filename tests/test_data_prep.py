@@ -221,6 +221,51 @@ def test_rejection_sampled_beside_gold(prepare, sampled, tiny_data_dir):
     assert done.code == 2 and "no data/gone/train.jsonl, which was sampled from" in done.err
 
 
+def test_rejection_sampled_shortest(prepare, sampled):
+    folder, asked = sampled
+    said = ["Long work.\n#### {a}", "Work.\n#### {a}", "Longest work.\n#### {a}"]
+    judged = [
+        judge(row, sample, text.format(a=row.answer), "stop", len(text)) for row in asked for sample, text in enumerate(said)
+    ]
+    write_jsonl(folder / "predictions.jsonl", judged)
+    source = {"kind": "rejection_sampled", "run_dir": str(folder), "max_per_question": 2}
+    for prefer, first_lines in (("first", ["Long work.", "Work."]), ("shortest", ["Work.", "Long work."])):
+        prepare(source | {"prefer": prefer}, dev_fraction=0)
+        rows = [(row.question, row.completion[0]["content"].split("\n")[0]) for row in prepare.rows()]
+        assert rows == [(ask.question, line) for ask in asked for line in first_lines]
+
+
+def test_rejection_sampled_rewritten(prepare, sampled):
+    """Right answers in another form get the form; those that were cut off, or hold a marker that is not the form's, do not."""
+    folder, asked = sampled
+    said = [
+        ("So 6*7 = {a}.\nThe answer is $\\boxed{{{a}}}$.  ", "stop", "So 6*7 = {a}.\nThe answer is $\\boxed{{{a}}}$.\n#### {a}"),
+        ("The answer is {a}", "stop", "The answer is {a}\n#### {a}"),
+        ("The answer is {a}, as", "length", None),
+        ("Own form.\n#### {a}", "stop", "Own form.\n#### {a}"),
+        ("#### First\nThe answer is {a}", "stop", None),
+        ("#### Answer: {a} apples", "stop", None),
+        ("The answer is {a}.\n\nQuestion: and 3 more?", "stop", None),  # a last line would belong to the next question
+        ("The answer is 99999", "stop", None),
+    ]
+    judged = [
+        judge(row, sample, text.format(a=row.answer), finish, 5) for row in asked for sample, (text, finish, _) in enumerate(said)
+    ]
+    write_jsonl(folder / "predictions.jsonl", judged)
+    source = {"kind": "rejection_sampled", "run_dir": str(folder), "max_per_question": 8}
+    prepare(source | {"accept": "rewritten"}, dev_fraction=0)
+    rows = prepare.rows()
+    check_contract(rows)
+    assert all(judge(row, 0, row.completion[0]["content"], "stop", 1).format_ok for row in rows)
+    for ask in asked:
+        wanted = [text.format(a=ask.answer) for _, _, text in said if text]
+        assert [row.completion[0]["content"] for row in rows if row.question == ask.question] == wanted
+    assert prepare.manifest()["rejected"] == 0
+
+    prepare(source, dev_fraction=0)
+    assert [row.completion[0]["content"].split("\n")[0] for row in prepare.rows()] == ["Own form."] * len(asked)
+
+
 def test_samples_of_test_questions_are_refused(prepare, sampled):
     folder, _ = sampled
     questions = list(read_rows(folder / "questions.jsonl"))

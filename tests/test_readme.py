@@ -15,7 +15,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")),
+    *sorted(ROOT.glob("results/*/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
 WRITTEN = ("data/", "models/", "runs/", "report/", ".venv/")  # by the commands themselves
@@ -213,7 +217,11 @@ def test_the_grpo_step_is_told_by_names_that_exist():
 
 
 def test_the_markers_that_are_filled_are_there():
-    for page, name in (("results/README.md", "results"), ("README.md", "demo")):
+    for page, name in (
+        ("results/README.md", "results"),
+        ("results/qwen2.5-coder-0.5b/README.md", "results"),
+        ("README.md", "demo"),
+    ):
         assert TEXT[page].index(f"<!-- {name}:start -->\n") < TEXT[page].index(f"<!-- {name}:end -->")
 
 

@@ -1,6 +1,7 @@
 """The report says what its run directories say, refuses what must not be compared, changes nothing else."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -499,6 +500,15 @@ def test_curves_leave_out_what_is_not_a_number_and_keep_the_last_of_a_resumed_st
     assert [(p.x, p.y) for p in chart.series[0].points] == [(1, 2.0), (3, 1.0)]
     assert figures.training_charts(replace(run, metrics=[])) == []
     ET.fromstring(charts.svg(figures.training_charts(replace(run, metrics=rows[:1]))[0]))  # a single point
+
+
+def test_a_run_reads_the_same_compressed(runs):
+    plain = load(evals(runs))
+    assert all(run.metrics for run in plain[1])
+    for file in [*runs.glob("*/*.jsonl")]:
+        file.with_suffix(".jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    assert load(evals(runs)) == plain
 
 
 def test_rewards_are_drawn_apart(original):

@@ -13,9 +13,11 @@ from scripts import run, workplace
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# RFT and GRPO from there, which only the small model has yet, are eight more runs; SVAMP, where it is prepared, one for each
-# model that is sampled.
-@pytest.mark.parametrize(("model", "num_runs", "num_sampled"), [("llama3.2-3b", 17, 2), ("smollm2-135m", 25, 3)])
+# SmolLM2 has eight more runs, of RFT and of GRPO from there. SVAMP, where it is prepared, is one for each model that is sampled.
+# Qwen has a chain of its own.
+@pytest.mark.parametrize(
+    ("model", "num_runs", "num_sampled"), [("llama3.2-3b", 17, 2), ("smollm2-135m", 25, 3), ("qwen2.5-coder-0.5b", 8, 0)]
+)
 def test_each_stage_has_settings_that_hold(model, num_runs, num_sampled):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"MODEL": model, "FLAGS": "--print-config", "PATH": path}
@@ -28,12 +30,13 @@ def test_each_stage_has_settings_that_hold(model, num_runs, num_sampled):
     assert adapters <= set(run_dirs), "an adapter that no stage trains"
 
 
-def test_a_dry_run_plans_every_stage_before_anything_has_run(tmp_path, tiny_model_dir, tiny_data_dir):
+@pytest.mark.parametrize(("model", "num_stages"), [("smollm2-135m", 17), ("qwen2.5-coder-0.5b", 8)])
+def test_a_dry_run_plans_every_stage_before_anything_has_run(model, num_stages, tmp_path, tiny_model_dir, tiny_data_dir):
     """Its commands are written down by a stand-in for python, and run here: in processes of their own they take minutes."""
     for name in ("reproduce.sh", "configs", *(f"{script}.py" for script in ("data_prep", "sft_train", "grpo_train", "evaluate"))):
         (tmp_path / name).symlink_to(ROOT / name)
     workplace(tmp_path, tiny_model_dir)
-    for place, source in (("models/smollm2-135m-instruct", tiny_model_dir), ("data/gsm8k", tiny_data_dir)):
+    for place, source in ((f"models/{model}-instruct", tiny_model_dir), ("data/gsm8k", tiny_data_dir)):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).symlink_to(source)
     stand_in, heard = tmp_path / "bin" / "python", tmp_path / "heard.jsonl"
@@ -42,10 +45,10 @@ def test_a_dry_run_plans_every_stage_before_anything_has_run(tmp_path, tiny_mode
         f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(heard)!r}, 'a'))\n"
     )
     stand_in.chmod(0o755)
-    environment = os.environ | {"MODEL": "smollm2-135m", "FLAGS": "--dry-run", "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"MODEL": model, "FLAGS": "--dry-run", "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
     subprocess.run([tmp_path / "reproduce.sh"], cwd=tmp_path, env=environment, timeout=60, check=True)
     prepare, *stages = [json.loads(line) for line in heard.read_text().splitlines()]
-    assert prepare[0] == "data_prep.py" and len(stages) == 17
+    assert prepare[0] == "data_prep.py" and len(stages) == num_stages
     for script, *arguments in stages:
         done = run(script.removesuffix(".py"), *arguments, cwd=tmp_path)
         assert done.code == 0, (script, arguments, done.err)

@@ -225,11 +225,14 @@ class SvampSource(Settings):
 
 
 class RejectionSampledSource(Settings):
-    """The distinct, strictly correct solutions among the samples of an evaluation run of the train split."""
+    """The distinct, correct solutions among the samples of an evaluation run of the train split."""
 
     kind: Literal["rejection_sampled"]
     run_dir: str
     max_per_question: PositiveInt = 4
+    prefer: Literal["first", "shortest"] = "first"  # which of a question's solutions, where it has more
+    # rewritten: also right answers in another form, of completions that ended by themselves, with a last line `#### <number>`
+    accept: Literal["strict", "rewritten"] = "strict"
     with_gold: bool = False  # the worked solutions of all questions as well, as in the paper (arXiv 2308.01825)
 
 

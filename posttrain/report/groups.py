@@ -193,7 +193,7 @@ def _check_results(path: Path, written: Mapping[str, Any], counted: Mapping[str,
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
-    return list(read_rows(file)) if file.is_file() else []
+    return list(read_rows(file)) if holds_rows(file) else []
 
 
 def _grouped(runs: Iterable[EvalRun]) -> list[Group]:

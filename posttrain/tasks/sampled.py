@@ -11,11 +11,12 @@ from posttrain.config.schema import RejectionSampledSource
 from posttrain.errors import UserError
 from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
+from posttrain.tasks.examples import gold_problem
 from posttrain.tasks.rows import Row
 
 
 def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
-    """A policy's own distinct, strictly right solutions of training questions.
+    """A policy's own distinct, right solutions of training questions.
 
     They come from an evaluation of the train split with several samples. Test questions are refused.
     """
@@ -26,14 +27,33 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
     if leaked := [name for name, row in questions.items() if row["split"] != "train"]:
         raise UserError(f"{run_dir} sampled {len(leaked)} rows that are not of the train split (first: {leaked[0]})")
     kept: dict[str, dict[str, str]] = {name: {} for name in questions}
-    for sample in read_jsonl(run_dir / "predictions.jsonl", Prediction):
-        if sample.strict and sample.format_ok and len(kept[sample.id]) < source.max_per_question:
-            kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), sample.completion.strip())
+    samples = read_jsonl(run_dir / "predictions.jsonl", Prediction)
+    if source.prefer == "shortest":
+        samples.sort(key=lambda sample: sample.num_tokens)  # the questions keep their order: it is that of `kept`
+    for sample in samples:
+        solution = accepted(sample, source.accept)
+        if solution is not None and len(kept[sample.id]) < source.max_per_question:
+            kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), solution)
     solutions = [(questions[name]["question"], text) for name, texts in kept.items() for text in texts.values()]
     if source.with_gold:
         solutions += gold_solutions(Path(read_manifest(run_dir).data["path"]))
     for number, (question, text) in enumerate(solutions, 1):
         yield Row(str(run_dir), number, "train", question, text)
+
+
+def accepted(sample: Prediction, accept: str) -> str | None:
+    """The solution that a sample is worth, or None.
+
+    An untouched model may hardly ever end in the answer form. `rewritten` takes what it says and adds the form as the last
+    line. It takes no completion that was cut off, which would teach to stop in the middle, and none that holds `####` elsewhere.
+    """
+    text = sample.completion.strip()
+    if sample.strict and sample.format_ok:
+        return text
+    if accept == "strict" or not sample.correct or sample.finish != "stop" or "####" in text:
+        return None
+    rewritten = f"{text}\n#### {sample.value}"
+    return None if gold_problem(rewritten) else rewritten
 
 
 def gold_solutions(folder: Path) -> list[tuple[str, str]]:
