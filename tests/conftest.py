@@ -14,8 +14,11 @@ import hypothesis
 import pytest
 
 # This holds whatever the caller has set. One thread: sums in another order round differently, two test processes share the
-# cores, and a process that is forked after OpenMP's threads have started waits for them for ever.
+# cores, and a process that is forked after OpenMP's threads have started waits for them for ever. Processes that tests start
+# import this checkout, whichever one is installed.
+ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
@@ -39,8 +42,6 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="make gpu-tests, on a machine with a GPU"))
 
-
-ROOT = Path(__file__).resolve().parent.parent
 
 CHATML = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}

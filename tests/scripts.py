@@ -52,19 +52,19 @@ def run(script, *arguments, cwd="."):
 
 
 def start(script, *arguments, cwd=".", **environment):
-    """The same in a process of its own, forked from this one with everything imported already. It can be killed."""
-    for module in (
-        script,
-        "posttrain.models.adapters",
-        "posttrain.generation.engines",
-        "posttrain.models.chat",
-        "bitsandbytes",
-        "tqdm",
-    ):
-        importlib.import_module(module)
-    process = multiprocessing.get_context("fork").Process(target=_run_and_exit, args=(script, arguments, cwd, environment))
+    """The same in a process of its own, which can be killed. It imports nothing: the server that it is forked from has."""
+    process = _fork_server().Process(target=_run_and_exit, args=(script, arguments, cwd, environment))
     process.start()
     return process
+
+
+@functools.cache
+def _fork_server():
+    """Forks from a process that runs nothing. A fork of this one could inherit a lock that a thread of some test holds."""
+    context = multiprocessing.get_context("forkserver")
+    heavy = ("posttrain.models.policy", "posttrain.generation.engines", "posttrain.training.trainers", "datasets", "tqdm")
+    context.set_forkserver_preload(["scripts", "data_prep", "sft_train", "grpo_train", "evaluate", *heavy])
+    return context
 
 
 def _run_and_exit(script, arguments, cwd, environment):
@@ -81,7 +81,6 @@ def launched(*command, cwd="."):
     with subprocess.Popen(
         [sys.executable, "-m", *map(str, command)],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', ROOT)}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -225,7 +225,9 @@ def test_rejection_sampled_shortest(prepare, sampled):
     folder, asked = sampled
     said = ["Long work.\n#### {a}", "Work.\n#### {a}", "Longest work.\n#### {a}"]
     judged = [
-        judge(row, sample, text.format(a=row.answer), "stop", len(text)) for row in asked for sample, text in enumerate(said)
+        grade_completion(row, sample, text.format(a=row.answer), "stop", len(text))
+        for row in asked
+        for sample, text in enumerate(said)
     ]
     write_jsonl(folder / "predictions.jsonl", judged)
     source = {"kind": "rejection_sampled", "run_dir": str(folder), "max_per_question": 2}
@@ -249,14 +251,16 @@ def test_rejection_sampled_rewritten(prepare, sampled):
         ("The answer is 99999", "stop", None),
     ]
     judged = [
-        judge(row, sample, text.format(a=row.answer), finish, 5) for row in asked for sample, (text, finish, _) in enumerate(said)
+        grade_completion(row, sample, text.format(a=row.answer), finish, 5)
+        for row in asked
+        for sample, (text, finish, _) in enumerate(said)
     ]
     write_jsonl(folder / "predictions.jsonl", judged)
     source = {"kind": "rejection_sampled", "run_dir": str(folder), "max_per_question": 8}
     prepare(source | {"accept": "rewritten"}, dev_fraction=0)
     rows = prepare.rows()
     check_contract(rows)
-    assert all(judge(row, 0, row.completion[0]["content"], "stop", 1).format_ok for row in rows)
+    assert all(grade_completion(row, 0, row.completion[0]["content"], "stop", 1).format_ok for row in rows)
     for ask in asked:
         wanted = [text.format(a=ask.answer) for _, _, text in said if text]
         assert [row.completion[0]["content"] for row in rows if row.question == ask.question] == wanted
