@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_the_tables_are_large_and_without_doubles() -> None:
     assert len({(text, gold) for text, gold, _, _ in VERDICTS}) == len(VERDICTS)
 
 
+def test_every_currency_sign_of_unicode_is_known() -> None:
+    signs = {sign for sign in map(chr, range(0x110000)) if unicodedata.category(sign) == "Sc"}
+    assert {sign for sign in signs if canonical_number(f"{sign}72") != "72"} == set()
+
+
+def test_every_decimal_digit_of_unicode_is_read_at_its_value() -> None:
+    digits = [digit for digit in map(chr, range(0x110000)) if unicodedata.category(digit) == "Nd"]
+    assert [
+        digit for digit in digits if canonical_number(f"{digit}0") != canonical_number(f"{unicodedata.decimal(digit)}0")
+    ] == []
+
+
 def test_num_markers_counts_the_whole_text() -> None:
     assert extract("no marker: 42").num_markers == 0
     assert extract("#### 42\n\nQuestion: 3 pens?\n#### 3").num_markers == 2
@@ -93,7 +106,8 @@ def test_num_markers_counts_the_whole_text() -> None:
         ("1/1024", "0.0009765625"),
         ("42 apples", None), ("4 2", None), ("1,23", None), ("3:30", None), ("3-5", None), ("6*7", None),
         ("42.", None),
-        ("", None), ("abc", None), ("٤٢", None), ("5/0", None), ("1e999999999", None), ("9" * 5000, None),
+        ("", None), ("abc", None), ("٤٢", "42"), ("72 €", "72"), ("CHF 72", "72"), ("½", "0.5"), ("1 234,50", "1234.5"),
+        ("72 kr", None), ("5/0", None), ("1e999999999", None), ("9" * 5000, None),
         ("1" + "e" * 9, None),
     ],
 )  # fmt: skip
@@ -127,7 +141,29 @@ def with_zeros(x: Fraction) -> str:
     return f"{x.numerator}.000" if x.denominator == 1 else plain(x)
 
 
-SPELLINGS = (plain, with_thousands, with_zeros, in_latex, lambda x: plain(x).replace("-", "−"))
+def in_european(x: Fraction) -> str:
+    """Thousands by point and a decimal comma, where there are thousands: 3,5 alone is no number."""
+    text = f"{float(x):,.1f}" if (x * 10).denominator == 1 and abs(x) >= 1000 else ""
+    return text.translate(str.maketrans(",.", ".,")) or plain(x)
+
+
+def in_arabic(x: Fraction) -> str:
+    return plain(x).translate(str.maketrans("0123456789.", "٠١٢٣٤٥٦٧٨٩٫"))
+
+
+def in_full_width(x: Fraction) -> str:
+    return with_thousands(x).translate(str.maketrans("0123456789.,-", "０１２３４５６７８９．，－"))
+
+
+def in_bare_latex(x: Fraction) -> str:
+    one_digit = abs(x.numerator) < 10 and x.denominator < 10
+    return rf"{'-' if x < 0 else ''}\frac{abs(x.numerator)}{x.denominator}" if one_digit else plain(x)
+
+
+SPELLINGS = (
+    plain, with_thousands, with_zeros, in_latex, in_european, in_arabic, in_full_width, in_bare_latex,
+    lambda x: plain(x).replace("-", "−"),
+)  # fmt: skip
 DECORATIONS = (
     "#### {}", "####{}", "####   {}", "####\n{}", "####\u00a0{}", "#### {}.", "#### ${}", r"#### \${}",
     "#### €{}", "#### **{}**",
@@ -182,6 +218,21 @@ def test_grading_is_invariant_to_decoration(x: Fraction, gold: Fraction, decorat
     assert grade(text, plain(x)).correct
 
 
+SECONDS = (
+    "{}, {}", "{} or {}", "{} and {}", "{}:{}", "{}; {}", "({}, {})", r"{} \text{{ or }} {}", r"{}\sqrt{{{}}}", r"{} \pm {}",
+    "{} + {}",
+    r"{} \times {}", "x = {}, y = {}", "{}^{{{}}}", "{} apples and {} pears", r"{}\quad {}", "{}x + {}",
+)  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(st.integers(2, 10**6), st.integers(2, 10**6), st.sampled_from(SECONDS), st.sampled_from(WORKINGS))
+def test_two_numbers_are_never_right(first: int, second: int, pair: str, working: str) -> None:
+    for form in (r"So \boxed{{{}}}.", "#### {}", r"The final answer is $\boxed{{{}}}$.", "#### $\\boxed{{{}}}$"):
+        text = working + form.format(pair.format(first, second))
+        assert extract(text).value is None, text
+
+
 @pytest.mark.parametrize("decoration", DECORATIONS)
 @pytest.mark.parametrize("working", WORKINGS)
 def test_every_decoration_of_a_simple_number(decoration: str, working: str) -> None:
@@ -198,7 +249,7 @@ FRAGMENTS = (
     "(", ")", "{", "}", "<<", ">>", "**", "`", "_", "the answer is ", "Answer: ", "A: ", "\nA:",
     "final answer ", r"\boxed{", r"\frac{1}{2}", r"\frac",
     "\nQuestion: ", "\nQ:", "User:", "\n### Instruction", "<|eot_id|>", "</s>", "[INST]", "to ", "from ",
-    "1st", "Step 3:", "\n2. ", "and ", "is ",
+    "1st", "Step 3:", "\n2. ", "and ", "is ", "or ", "} ", r"\boxed{3, ", "是", "</answer>", "<answer>", "R$", "CHF ", "７",
     "\x00", "\ud800", "\udfff", "٤", "²", "½", "\u00a0", "\u200b", "\u202e", "é", "數", "😀", "9" * 50,
     "9" * 5000, "1e999999999", "0" * 40 + ".", "1/0",
 )  # fmt: skip
@@ -253,7 +304,9 @@ HOSTILE = (
     "Q", "\nQ", "Q:", "1 Q", "\nQuestion ", "1\n> > > ", "*", "1*", "[INST]", "<|", "<|a", "=", "1=", "1+1=",
     "\u200b", "²", "5²", "\x00", "\ud800", "\u00a0",
     "Step 1", "1st", "\n1. a", "1 to ", "\n- ", "(", "x = ", "is ", "1 1/2 ", "2 x 10^", "minus ", "US$",
-    ".5",
+    ".5", r"\boxed{1, ", r"\boxed{a ", "\\boxed{1}or ", "1 or ", "1 234,", "1.234,", "1.234", "是1", "٤", "<answer>1",
+    "US", "USD ", r"\frac1", "½",
+    "a b or ", "Answer: 1 or 2\n", "the answer is 3:4 ", "#### 3:4\n", "}^2", "1^", r"\text{",
 )  # fmt: skip
 
 
