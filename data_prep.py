@@ -23,7 +23,15 @@ from posttrain.evaluation.stats import train_test_overlap
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.runs.manifest import git_state
-from posttrain.tasks.examples import check_rows, few_shot_rows, refuse_too_many, special_tokens, to_example, without_repeats
+from posttrain.tasks.examples import (
+    check_rows,
+    contradictions,
+    few_shot_rows,
+    refuse_too_many,
+    special_tokens,
+    to_example,
+    without_repeats,
+)
 from posttrain.tasks.gsm8k import gives_away_its_test_set
 from posttrain.tasks.rows import SPLITS
 from posttrain.tasks.sources import Source, read_source
@@ -45,14 +53,19 @@ def main() -> None:
     specials = special_tokens(tokenizer)
     rows, rejected = check_rows(source.rows, config, specials)
     refuse_too_many(rejected, config)
+    contrary = contradictions(rows)
     rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
     shots = few_shot_rows(rows, source.shots, config, specials)
     examples = [to_example(row, config, shots) for row in rows]
-    manifest = describe(examples, config, source, repeats, len(rejected), tokenizer)
-    print(summary(manifest))
+    manifest = describe(examples, config, source, repeats | {"contradictions": len(contrary)}, len(rejected), tokenizer)
+    print("\n".join([*shortened(contrary), summary(manifest)]))
     if not args.dry_run:
         write(folder, examples, rejected, manifest)
         print(f"wrote {folder}")
+
+
+def shortened(lines: list[str], most: int = 20) -> list[str]:
+    return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -154,7 +167,8 @@ def summary(manifest: dict[str, Any]) -> str:
     lines = [
         f"{manifest['name']}: {counts}; {manifest['rejected']} rejected, {manifest['duplicates']} duplicates, "
         f"{manifest['train_test_overlap']} train rows that are in the test split (dropped), "
-        "{test_questions} test questions that share {ngram} words in a row with train".format(**manifest["ngram_overlap"]),
+        "{test_questions} test questions that share {ngram} words in a row with train".format(**manifest["ngram_overlap"])
+        + f"; {manifest['contradictions']} rows that contradict another",
         f"tokens ({manifest['tokenizer']}): prompt {manifest['prompt_tokens']}, completion {manifest['completion_tokens']}; "
         f"{manifest['share_over_max_length']:.2%} of rows over {manifest['max_length']}",
     ]

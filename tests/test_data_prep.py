@@ -19,7 +19,7 @@ from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.data_sets import data_entry, read_data_manifest
 from posttrain.tasks.generated import SEED_RANGES
-from posttrain.tasks.rows import SPLITS, normalised
+from posttrain.tasks.rows import SPLITS, asked
 
 ASK = '{question} End with "#### answer".'
 SOLVED = "There are 3*4=<<3*4=12>>12 of them.\nThat leaves 12-2=<<12-2=10>>10.\n#### 10"
@@ -109,7 +109,7 @@ def test_generators(prepare, kind):
     rows = prepare.rows()
     check_contract(rows)
     assert prepare.manifest()["counts"] == {"train": 40, "dev": 10, "test": 20}
-    assert len({normalised(row.question) for row in rows}) == 70  # disjoint, no question twice
+    assert len({asked(row.question) for row in rows}) == 70  # disjoint, no question twice
     warned = "GSM8K test questions" in done.out and "GSM8K test questions" in str(prepare.manifest()["warning"])
     assert warned is (kind == "gsm_symbolic")
 
@@ -495,6 +495,110 @@ def test_bad_rows_are_told_by_line_and_kept_apart(prepare, tmp_path):
     assert all(reason in row["reason"] for row, (_, reason) in zip(rejected, BAD, strict=True))
     assert rejected[0]["question"] == "How many?" and rejected[0]["answer"] == "none"
     assert prepare.manifest()["rejected"] == len(BAD)
+
+
+# --- what is asked
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "why"),
+    [
+        ("What is 7 + 2?", "What is 7 - 2?", "an operator"),
+        ("What is 7 * 2?", "What is 7 / 2?", "another operator"),
+        ("What is 7 + 2?", "What is -7 + 2?", "a sign"),
+        ("What is 7 ^ 2?", "What is 7 2?", "a power"),
+        ("What is 7²?", "What is 72?", "a raised digit"),
+        ("What is 3!?", "What is 3?", "a factorial at the end"),
+        ("Is 7 < 2?", "Is 7 > 2?", "a comparison"),
+        ("Is 7 = 2?", "Is 7 ≠ 2?", "an equation"),
+        ("What is (7 + 2) * 3?", "What is 7 + (2 * 3)?", "brackets"),
+        ("What is half of 1.5?", "What is half of 15?", "a decimal point"),
+        ("He has 3. 5 more come.", "He has 3.5 more come.", "a point that ends a sentence"),
+        ("What is half of .5?", "What is half of 5?", "a leading decimal point"),
+        ("What is half of 1,5?", "What is half of 15?", "a decimal comma"),
+        ("Add 1 2 and 3.", "Add 12 and 3.", "digits in two groups"),
+        ("What is 5% of 20?", "What is 5 of 20?", "a percent sign"),
+        ("He pays $5.", "He pays €5.", "a currency"),
+        ("A board of 5' is cut.", 'A board of 5" is cut.', "feet and inches"),
+        ("Wie viele Bären?", "Wie viele Baren?", "an umlaut"),
+        ("कि", "की", "a vowel sign, which is no letter to `re`"),
+        ("How many a\u0301?", "How many a\u0300?", "a combining mark"),
+        ("a_1 + 2", "a1 + 2", "an index"),
+    ],
+    ids=lambda text: text if " " in text else None,
+)
+def test_other_questions(one, two, why):
+    assert asked(one) != asked(two), why
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "why"),
+    [
+        ("How many are left?", "HOW MANY ARE LEFT", "case and the last sign"),
+        ("How  many\tare\nleft?", " How many are left ? ", "white space"),
+        ("How many are left?", "How many are left  !", "another last sign"),
+        ("Tom\u2019s \u201cpens\u201d", 'Tom\'s "pens"', "the style of quotes"),
+        ("What is 7+2?", "What is 7 + 2?", "spaces around an operator"),
+        ("What is 7 \u2212 2?", "What is 7 - 2?", "the style of a minus"),
+        ("What is 7 \u00d7 2?", "What is 7 * 2?", "the style of a multiplication sign"),
+        ("Tom has 3 apples, and eats.", "Tom has 3 apples and eats", "a comma between words"),
+        ("caf\u00e9?", "cafe\u0301?", "a letter and its mark, composed or not"),
+        ("How\u200b many?", "How many?", "a zero-width space"),
+    ],
+)
+def test_the_same_question(one, two, why):
+    assert asked(one) == asked(two), why
+
+
+def test_questions_that_differ_in_an_operator_are_all_kept(prepare, tmp_path):
+    train = [
+        {"question": f"What is {sum_}?", "answer": f"#### {n}"}
+        for n, sum_ in enumerate(("7 + 2", "7 - 2", "7 * 2", "7 / 2", "-7 + 2"))
+    ]
+    test = [{"question": f"What is {sum_}?", "answer": "#### 1"} for sum_ in ("7 ^ 2", "7.2")]
+    prepare(jsonl(tmp_path / "raw", train=train, test=test), dev_fraction=0)
+    assert prepare.manifest()["counts"] == {"train": 5, "dev": 0, "test": 2}
+
+
+def test_a_question_with_two_answers_is_told(prepare, tmp_path):
+    """The first row stays, and a training row that contradicts a test row goes."""
+    train = [problem(1, "#### 7"), problem(1, "#### 8"), problem(1, "so\n#### 7.0"), problem(2, "#### 3")]
+    done = prepare(jsonl(tmp_path / "raw", train=train, test=[problem(2, "#### 4")]), dev_fraction=0)
+    assert "train.jsonl:1 says 7 and train.jsonl:2 says 8 to the same question: 'Question number 1" in done.out
+    assert "train.jsonl:4 says 3 and test.jsonl:1 says 4" in done.out and "train.jsonl:3" not in done.out
+    assert "2 rows that contradict another" in done.out and prepare.manifest()["contradictions"] == 2
+    assert [(row.split, row.answer) for row in prepare.rows()] == [("train", "7"), ("test", "4")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [
+        ("He has 5.\n####5", "He has 5.\n#### 5"),
+        ("He pays 5.\n#### $5", "He pays 5.\n#### 5"),
+        ("He pays 5.\n#### 5.0 ", "He pays 5.\n#### 5.0"),
+        ("He pays 5. #### 5", "He pays 5.\n#### 5"),
+        ("He has 5.\n  #### 5", "He has 5.\n#### 5"),
+        ("He has 5.\n####  5", "He has 5.\n#### 5"),
+        ("He has 5.\n####\n5", "He has 5.\n#### 5"),
+        ("All.\n#### 25%", "All.\n#### 25"),
+        ("All.\n#### 72 €", "All.\n#### 72"),
+        ("All.\n#### −5", "All.\n#### -5"),  # noqa: RUF001
+        ("All.\n#### ½", "All.\n#### 0.5"),
+        ("All.\n#### 1e3", "All.\n#### 1000"),
+        ("All.\n#### 1 234,50", "All.\n#### 1234.5"),
+        ("All.\n#### ٧٢", "All.\n#### 72"),
+        (r"All." + "\n" + r"#### \frac{1}{3}", "All.\n#### 1/3"),
+        ("All.\n#### <<2+3=5>>5", "All.\n#### 5"),
+        ("####5", "#### 5"),
+        ("Kept.\n#### 109,200,000", "Kept.\n#### 109,200,000"),
+    ],
+)  # fmt: skip
+def test_a_gold_is_written_in_the_one_form(prepare, tmp_path, answer, written):
+    prepare(jsonl(tmp_path / "raw", train=[problem(1, answer)]), dev_fraction=0)
+    (row,) = prepare.rows()
+    assert row.completion[0]["content"] == written
+    assert grade_completion(row, 0, written, "stop", 1).format_ok
+    check_contract([row])
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from typing import Any, cast
@@ -11,14 +12,14 @@ from posttrain.errors import UserError
 from posttrain.records import Example, Message
 from posttrain.tasks.generated import GENERATED_KINDS
 from posttrain.tasks.gsm8k import count_steps, solution_text
-from posttrain.tasks.rows import Row, normalised
+from posttrain.tasks.rows import Row, asked, bare_words
 from rewards import gold_answer, grade
 
 
 def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows whose gold answer is a number and grades itself as right; and the others, with file, line and reason."""
+    """Rows whose gold solution is right by every rule, in the one form; and the others, with file, line and reason."""
     good, rejected = [], []
-    for row in rows:
+    for row in map(in_form, rows):
         problem = (
             row.problem or special_problem(row, specials) or gold_problem(solution_text(row.answer, config.calculator_marks))
         )
@@ -29,6 +30,21 @@ def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> t
         else:
             good.append(row)
     return good, rejected
+
+
+def in_form(row: Row) -> Row:
+    """The row with its answer as the last line `#### 5`, if it is written as `####5`, `#### $5` or on the line of the working."""
+    solution = solution_text(row.answer, "strip")
+    if row.problem or not (gold := gold_or_none(solution)) or grade(solution, gold).format_ok:
+        return row
+    return dataclasses.replace(row, answer=f"{row.answer.partition('####')[0].rstrip()}\n#### {gold}".lstrip())
+
+
+def gold_or_none(solution: str) -> str | None:
+    try:
+        return gold_answer(solution)
+    except ValueError:
+        return None
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
@@ -49,11 +65,10 @@ def gold_problem(solution: str) -> str:
     except ValueError as error:
         return str(error)
     verdict = grade(solution, gold)
-    return (
-        ""
-        if verdict.correct and verdict.strict
-        else f"the gold {gold} does not grade itself: read {verdict.value} by {verdict.method}"
-    )
+    if verdict.correct and verdict.strict and verdict.format_ok:
+        return ""
+    last = solution.splitlines()[-1][-40:]
+    return f"the gold {gold} does not grade itself: read {verdict.value} by {verdict.method}, and the last line is {last!r}"
 
 
 def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
@@ -75,11 +90,11 @@ def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
 
 def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[list[Row], dict[str, int]]:
     """Drop repeated questions, or repeated pairs, and training rows whose question is in the test split."""
-    test = {normalised(row.question) for row in rows if row.split == "test"}
+    test = {asked(row.question) for row in rows if row.split == "test"}
     kept, seen, repeats = [], set[str](), {"duplicates": 0, "train_test_overlap": 0}
     for row in rows:
-        key = normalised(row.question + (row.answer if distinct_by_answer else ""))
-        if row.split != "test" and normalised(row.question) in test:
+        key = asked(row.question) + (f"\0{asked(row.answer)}" if distinct_by_answer else "")
+        if row.split != "test" and asked(row.question) in test:
             repeats["train_test_overlap"] += 1
         elif key in seen:
             repeats["duplicates"] += 1
@@ -87,6 +102,22 @@ def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[
             seen.add(key)
             kept.append(row)
     return kept, repeats
+
+
+def contradictions(rows: list[Row]) -> list[str]:
+    """A line for each row whose question has another answer in an earlier row."""
+    first: dict[str, Row] = {}
+    pairs = [(first.setdefault(asked(row.question), row), row) for row in rows]
+    return [
+        f"{one.file}:{one.line} says {stated_gold(one)} and {two.file}:{two.line} says {stated_gold(two)} "
+        f"to the same question: {two.question.strip()[:60]!r}"
+        for one, two in pairs
+        if stated_gold(one) != stated_gold(two)
+    ]
+
+
+def stated_gold(row: Row) -> str:
+    return gold_answer(solution_text(row.answer, "strip"))
 
 
 def split_of(row: Row, config: DataConfig) -> str:
@@ -97,7 +128,7 @@ def split_of(row: Row, config: DataConfig) -> str:
 
 
 def _unit_hash(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(bare_words(text).encode()).digest()[:8]) / 2**64
 
 
 def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
@@ -121,9 +152,9 @@ def checked_shots(rows: list[Row], written: list[Row], config: DataConfig, speci
         raise UserError(f"{config.prompt.shots}:{bad[0]['line']}: {bad[0]['reason']}; nothing written")
     if len(good) < config.prompt.num_shots:
         raise UserError(f"prompt.num_shots is {config.prompt.num_shots}, but {config.prompt.shots} holds {len(good)}")
-    held_out = {normalised(row.question): split_of(row, config) for row in rows if split_of(row, config) != "train"}
+    held_out = {asked(row.question): split_of(row, config) for row in rows if split_of(row, config) != "train"}
     for shot in good:
-        if split := held_out.get(normalised(shot.question)):
+        if split := held_out.get(asked(shot.question)):
             raise UserError(
                 f"{config.prompt.shots}:{shot.line}: this is a {split} question: an example would give its answer away"
             )
@@ -139,7 +170,7 @@ def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:
         question=row.question,
         prompt=to_prompt(row.question, config, shots),
         completion=[{"role": "assistant", "content": lead + solution}],
-        answer=gold_answer(row.answer),
+        answer=stated_gold(row),
         num_steps=count_steps(row.answer),
     )
 

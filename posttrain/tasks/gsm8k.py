@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.config.schema import HubSource
 from posttrain.errors import UserError
 from posttrain.records import sha256_text
-from posttrain.tasks.rows import Row, normalised
+from posttrain.tasks.rows import Row, bare_words
 
 HUB_ID = "openai/gsm8k"
 # `question_set_sha256` of the 1,319 test questions in test.jsonl of github.com/openai/grade-school-math. A score goes to the
@@ -32,7 +32,7 @@ def is_whole_test_set(questions: Iterable[str]) -> bool:
 
 
 def question_set_sha256(questions: Iterable[str]) -> str:
-    return sha256_text("\n".join(sorted(map(normalised, questions))))
+    return sha256_text("\n".join(sorted(map(bare_words, questions))))
 
 
 def gives_away_its_test_set(data: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from posttrain.errors import UserError
 from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.examples import gold_problem
-from posttrain.tasks.rows import Row
+from posttrain.tasks.rows import Row, asked
 
 
 def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
@@ -33,7 +32,7 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
     for sample in samples:
         solution = accepted(sample, source.accept)
         if solution is not None and len(kept[sample.id]) < source.max_per_question:
-            kept[sample.id].setdefault(re.sub(r"\W+", " ", sample.completion), solution)
+            kept[sample.id].setdefault(asked(sample.completion), solution)
     solutions = [(questions[name]["question"], text) for name, texts in kept.items() for text in texts.values()]
     if source.with_gold:
         solutions += gold_solutions(Path(read_manifest(run_dir).data["path"]))
