@@ -33,7 +33,7 @@ from posttrain.tasks.examples import (
     without_repeats,
 )
 from posttrain.tasks.gsm8k import gives_away_its_test_set
-from posttrain.tasks.rows import SPLITS
+from posttrain.tasks.rows import SPLITS, Row
 from posttrain.tasks.sources import Source, read_source
 from rewards import GRADER_VERSION
 
@@ -53,6 +53,7 @@ def main() -> None:
     specials = special_tokens(tokenizer)
     rows, rejected = check_rows(source.rows, config, specials)
     refuse_too_many(rejected, config)
+    refuse_none(rows, config)
     contrary = contradictions(rows)
     rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
     shots = few_shot_rows(rows, source.shots, config, specials)
@@ -62,6 +63,13 @@ def main() -> None:
     if not args.dry_run:
         write(folder, examples, rejected, manifest)
         print(f"wrote {folder}")
+
+
+def refuse_none(rows: list[Row], config: DataConfig) -> None:
+    if not rows:
+        raise UserError(
+            f"no row in the source of {config.name} ({config.source.kind}): nothing written; check source in its config"
+        )
 
 
 def shortened(lines: list[str], most: int = 20) -> list[str]:

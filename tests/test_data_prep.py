@@ -601,6 +601,119 @@ def test_a_gold_is_written_in_the_one_form(prepare, tmp_path, answer, written):
     check_contract([row])
 
 
+# --- sources that cannot be read
+
+
+def refused(done, *said):
+    lines = [line for line in done.err.splitlines() if "examples/s" not in line]  # the bars of `datasets`
+    assert done.code == 2 and len([line for line in lines if line.strip()]) == 1, done
+    assert all(text in done.err for text in said), done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "train.jsonl holds no row"),
+        (b"\n \n", "train.jsonl holds no row"),
+        (b"\x1f\x8b\x08", "train.jsonl is gzip, not text: unpack it"),
+        (b"PK\x03\x04", "train.jsonl is a zip archive, not text"),
+        (b"PAR1", "train.jsonl is Parquet, not text"),
+        (None, "train.jsonl is a folder, not a file"),
+    ],
+)
+def test_a_file_that_is_no_list_of_rows(prepare, tmp_path, content, said):
+    file = tmp_path / "raw" / "train.jsonl"
+    file.parent.mkdir()
+    file.mkdir() if content is None else file.write_bytes(content)
+    refused(prepare({"kind": "jsonl", "path": str(file.parent)}, ok=False), said)
+    assert not prepare.folder.exists()
+
+
+def test_a_path_that_is_no_folder_of_splits(prepare, tmp_path):
+    file = tmp_path / "train.jsonl.gz"
+    file.write_bytes(b"\x1f\x8b")
+    refused(prepare({"kind": "jsonl", "path": str(file)}, ok=False), "is a file; source.path is the folder")
+    (tmp_path / "raw").mkdir()
+    file.rename(tmp_path / "raw" / file.name)
+    refused(prepare({"kind": "jsonl", "path": str(tmp_path / "raw")}, ok=False), "(it holds train.jsonl.gz)")
+    refused(prepare({"kind": "jsonl", "path": str(tmp_path / "no")}, ok=False), "(it is not there)")
+
+
+def test_every_row_rejected_is_no_row(prepare, tmp_path):
+    source = jsonl(tmp_path / "raw", train=[problem(1, "none")])
+    refused(prepare(source, "max_rejected=1", ok=False), "no row in the source of tiny")
+    assert not prepare.folder.exists()
+
+
+def test_other_columns_are_named(prepare, tmp_path):
+    done = prepare(jsonl(tmp_path / "raw", train=[{"query": "1+1?", "response": "2"}]), ok=False)
+    assert "'question' is missing, empty or not text (the row has 'query', 'response')" in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Body;Question\n", "is not JSON"),
+        (b"\x1f\x8b\x08", "is gzip, not text"),
+        (b'{"rows": []}', "is JSON, but no list of rows"),
+        (b"[]", "no row in the source"),
+        (None, "is a folder, not a file"),
+    ],
+)
+def test_a_file_that_is_not_svamp(prepare, tmp_path, content, said):
+    file = tmp_path / "SVAMP.json"
+    file.mkdir() if content is None else file.write_bytes(content)
+    refused(prepare({"kind": "svamp", "path": str(file)}, ok=False), said)
+    assert not prepare.folder.exists()
+
+
+def test_svamp_rows_that_lack_a_key_are_told_by_line(prepare, tmp_path):
+    file = tmp_path / "SVAMP.json"
+    file.write_text(json.dumps([{"Body": "Tom has 8 pens", "Question": "How many?", "Answer": 5.0}, 3]))
+    done = prepare({"kind": "svamp", "path": str(file)}, ok=False)
+    assert "SVAMP.json:1: 'Equation' missing or empty (the row has 'Body', 'Question', 'Answer')" in done.err
+    assert "SVAMP.json:2: not a JSON object" in done.err
+
+
+@pytest.fixture
+def hub_folder(prepare, tmp_path, monkeypatch):
+    """Run data_prep.py over a folder of Parquet files, as `load_dataset` reads one in place of a repository of the Hub."""
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def run_over(**splits):
+        folder = tmp_path / "hub"
+        for split, rows in splits.items():
+            datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+        return prepare(HUB | {"repo_id": str(folder), "config_name": "default"}, ok=False)
+
+    return run_over
+
+
+def test_hub_columns_are_named(hub_folder):
+    done = hub_folder(train=[{"query": "1+1?", "response": "2"}])
+    refused(done, "/train has the columns query, response; expected are question and answer")
+
+
+def test_hub_splits_are_named(hub_folder):
+    refused(hub_folder(validation=problems(2)), "has the splits validation; expected are train and test")
+
+
+def test_a_folder_of_save_to_disk_is_told(prepare, tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(problems(2))}).save_to_disk(tmp_path / "saved")
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "train"):
+        refused(prepare(HUB | {"repo_id": str(folder)}, ok=False), "is a folder of save_to_disk")
+
+
+def test_a_split_without_a_question_is_told(prepare, tmp_path):
+    prepare(jsonl(tmp_path / "raw", train=problems(3)), dev_fraction=0)
+    with pytest.raises(UserError, match=r"test\.jsonl holds no question \(.* has train 3 dev 0 test 0\)"):
+        data_entry(prepare.folder, "test")
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 

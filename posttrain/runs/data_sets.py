@@ -28,6 +28,11 @@ def data_entry(path: Path | str, split: str) -> Entry:
     manifest, sha256 = read_data_manifest(path), sha256_file(file)
     if manifest["files"].get(file.name) != sha256:
         raise UserError(f"{file} is not what {path}/manifest.json says it is: prepare it again with `{command}`")
+    if not file.stat().st_size:
+        held = " ".join(f"{name} {count}" for name, count in manifest.get("counts", {}).items())
+        raise UserError(
+            f"{file} holds no question ({path} has {held or 'none'}): choose another split, or a source that has this one"
+        )
     return {
         "name": manifest["name"],
         "path": str(path),

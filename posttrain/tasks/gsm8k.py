@@ -14,6 +14,7 @@ from posttrain.records import sha256_text
 from posttrain.tasks.rows import Row, bare_words
 
 HUB_ID = "openai/gsm8k"
+AS_JSONL = "and use `source: {kind: jsonl, path: FOLDER}`"
 # `question_set_sha256` of the 1,319 test questions in test.jsonl of github.com/openai/grade-school-math. A score goes to the
 # benchmark's own page, so a data set's name alone is not enough.
 TEST_SHA256 = "7c7e3dd7a8e8403feee1cd3e7ff9ca4938ff6156cc686db1d3beb94fc20dcde3"
@@ -48,34 +49,91 @@ def origins(source: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def hub_rows(source: HubSource) -> Iterator[Row]:
+    splits = load_hub(source)
+    if not (there := [split for split in ("train", "test") if split in splits]):
+        raise UserError(
+            f"{source.repo_id} has the splits {', '.join(splits) or 'none'}; expected are train and test, or one of them"
+        )
+    for split in there:
+        name = f"{source.repo_id}/{split}"
+        yield from not_empty((checked_row(row, name, line, split) for line, row in enumerate(splits[split], 1)), name)
+
+
+def load_hub(source: HubSource) -> Mapping[str, Any]:
+    """The splits of a data set of the Hub, or of a folder of its files.
+
+    Raises:
+        UserError: it cannot be read, or lacks a column.
+    """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    if any(Path(source.repo_id, name).is_file() for name in ("dataset_dict.json", "state.json")):
+        raise UserError(
+            f"{source.repo_id} is a folder of save_to_disk: write its splits as train.jsonl and test.jsonl, {AS_JSONL}"
+        )
     try:
-        splits = load_dataset(source.repo_id, source.config_name, revision=source.revision)
+        splits: Mapping[str, Any] = load_dataset(source.repo_id, source.config_name, revision=source.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
         raise UserError(
             f"{source.repo_id} could not be read from the Hub ({type(error).__name__}): connect to the network, or download "
-            "its JSONL files and use `source: {kind: jsonl, path: FOLDER}`"
+            f"its JSONL files {AS_JSONL}"
         ) from error
-    for split in ("train", "test"):
-        for line, row in enumerate(splits[split], 1):
-            yield Row(f"{source.repo_id}/{split}", line, split, row["question"], row["answer"])
+    except (ValueError, DatasetsError) as error:  # an unknown configuration, files of no known kind
+        raise UserError(f"{source.repo_id} could not be read: {' '.join(str(error).split())[:300]}") from error
+    for split, rows in splits.items():
+        columns = getattr(rows, "column_names", None) or ["question", "answer"]
+        if split in ("train", "test") and not {"question", "answer"} <= set(columns):
+            raise UserError(
+                f"{source.repo_id}/{split} has the columns {', '.join(columns)}; expected are question and answer: "
+                f"rename them, {AS_JSONL}"
+            )
+    return splits
 
 
 def jsonl_rows(folder: Path) -> Iterator[Row]:
     """train.jsonl and test.jsonl in GSM8K's schema, at least one of them. They are read as bytes: a bad line spoils no other."""
-    files = [folder / f"{split}.jsonl" for split in ("train", "test") if (folder / f"{split}.jsonl").is_file()]
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; source.path is the folder that holds train.jsonl or test.jsonl")
+    files = [folder / f"{split}.jsonl" for split in ("train", "test") if (folder / f"{split}.jsonl").exists()]
     if not files:
-        raise UserError(f"{folder} holds neither train.jsonl nor test.jsonl: check source.path")
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) if folder.is_dir() else ""
+        there = f"it holds {found or 'nothing'}" if folder.is_dir() else "it is not there"
+        raise UserError(f"{folder} holds neither train.jsonl nor test.jsonl ({there}): check source.path")
     for file in files:
-        yield from file_rows(file, file.stem)
+        yield from not_empty(file_rows(file, file.stem), str(file))
+
+
+def not_empty(rows: Iterable[Row], name: str) -> Iterator[Row]:
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise UserError(f"{name} holds no row: fill it, or take the file away to go without this split")
 
 
 def file_rows(file: Path, split: str) -> Iterator[Row]:
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_plain(file).split(b"\n"), 1):
         if line.strip():
             yield parse_line(line, file.name, number, split)
+
+
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+def read_plain(file: Path) -> bytes:
+    """The bytes of a text file.
+
+    Raises:
+        UserError: it is a folder, or packed in some way.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder, not a file: check the path")
+    content = file.read_bytes()
+    if packed := next((kind for start, kind in PACKED.items() if content.startswith(start)), None):
+        raise UserError(f"{file} is {packed}, not text: unpack it first")
+    return content
 
 
 def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
@@ -87,9 +145,14 @@ def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
         return Row(file, number, split, problem=f"not JSON: {error.msg}")
     if not isinstance(row, dict):
         return Row(file, number, split, problem="not a JSON object")
+    return checked_row(row, file, number, split)
+
+
+def checked_row(row: Mapping[str, Any], file: str, number: int, split: str) -> Row:
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            return Row(file, number, split, problem=f"{key!r} is missing, empty or not text")
+            found = f" (the row has {', '.join(map(repr, list(row)[:8]))})" if key not in row else ""
+            return Row(file, number, split, problem=f"{key!r} is missing, empty or not text{found}")
         if re.search("[\ud800-\udfff]", row[key]):
             return Row(file, number, split, problem=f"{key!r} holds half a character, as \\ud83d alone is")
     return Row(file, number, split, row["question"], row["answer"])

@@ -47,6 +47,6 @@ def written_shots(file: str | None) -> list[Row]:
     """Solved examples from a file of their own. They go into prompts alone."""
     if file is None:
         return []
-    if not Path(file).is_file():
+    if not Path(file).exists():
         raise UserError(f"no solved examples at {file}: check prompt.shots, or leave it out for training rows")
     return list(file_rows(Path(file), "train"))
