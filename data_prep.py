@@ -19,10 +19,10 @@ from typing import Any
 from posttrain.config.load import config_sha256, from_command_line
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError, exit_on_user_error
-from posttrain.evaluation.stats import train_test_overlap
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.runs.manifest import git_state
+from posttrain.tasks.contamination import train_test_overlap
 from posttrain.tasks.examples import check_rows, few_shot_rows, refuse_too_many, special_tokens, to_example, without_repeats
 from posttrain.tasks.gsm8k import gives_away_its_test_set
 from posttrain.tasks.rows import SPLITS
