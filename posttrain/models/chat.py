@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
+from posttrain.models.templates import pin_arguments, pin_date
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 # Llama-3 ships a token for right padding. With the end token as padding, whatever masks padding would mask the end, too.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
-# The date that the Llama-3.1 and 3.2 Instruct templates write into the prompt when no clock is offered to them.
-TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
@@ -36,7 +33,7 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
             f"{settings.name_or_path} ships no chat template: set model.chat_template "
             "(configs/templates/llama3.jinja for Llama-3 base models, configs/templates/plain.jinja for k-shot prompts)"
         )
-    tokenizer.chat_template = pin_date(tokenizer.get_chat_template())
+    tokenizer.chat_template = pin_arguments(pin_date(tokenizer.get_chat_template()), settings.template_kwargs)
     tokenizer.eos_token = stop_token(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
     tokenizer.padding_side = "right"
@@ -47,25 +44,6 @@ def _read_template(file: Path) -> str:
     if not file.is_file():
         raise UserError(f"no chat template at {file}: check model.chat_template (relative to the working directory)")
     return file.read_text(encoding="utf-8")
-
-
-def pin_date(template: str) -> str:
-    """The chat template with a fixed date in the place of today's, so that a prompt is the same on every day.
-
-    The pinned text is saved with the adapter's tokenizer. So it holds for all who render it: SFT, GRPO, evaluation, and
-    whoever serves the adapter.
-
-    Raises:
-        UserError: the template reads the clock in a way that cannot be replaced.
-    """
-    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
-    pinned = re.sub(call, lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
-    if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", pinned):
-        raise UserError(
-            "the chat template puts the date of today into the prompt (strftime_now): "
-            "set model.chat_template to a copy with a fixed date in its place"
-        )
-    return pinned
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
