@@ -55,8 +55,10 @@ def main() -> None:
     use_one_gpu()
 
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.template_check import check_template
 
     tokenizer = load_tokenizer(config.model)
+    check_template(tokenizer, asked)
     adapter, origin = find_adapter(config, data)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)

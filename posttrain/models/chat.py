@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
-from posttrain.models.templates import pin_arguments, pin_date
+from posttrain.models.templates import argument_names, pin_arguments, pin_date
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 # Llama-3 ships a token for right padding. With the end token as padding, whatever masks padding would mask the end, too.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
+WITHOUT_SYSTEM = "put the system prompt into prompt.instruction (data_prep: prompt.system=null)"
+# What a template of a family has in it -> the one in configs/templates/ that can be trained on.
+TEMPLATES = {
+    "\uff5cAssistant\uff5c": "deepseek_reasoning",
+    "<|channel|>": "harmony",
+    "[INST]": "mistral",
+    "<start_of_turn>": "gemma",
+    "<think>": "chatml_reasoning",
+}
 
 
 def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
@@ -51,27 +60,87 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
     A model that trains on one end token and stops on another runs every completion to its limit. TRL reads the
     tokenizer's `eos_token` both for generation and for the truncation mask (grpo_trainer.py, `eos_token_ids`).
+    Special tokens before the content, as harmony's `<|channel|>final<|message|>`, belong to what the model says.
     """
+    opening, ending = _around_the_content(tokenizer)
+    specials = special_ids(tokenizer)
+    stop = next((token for token in ending if token in specials), None)
+    if stop is None:
+        raise UserError(
+            "the chat template never ends an assistant turn with a special token: generation could not stop; "
+            f"{pin_hint(tokenizer)} that writes {{{{ eos_token }}}} after the answer"
+        )
+    name = str(tokenizer.convert_ids_to_tokens(stop))
+    if stop in opening:
+        raise UserError(f"the chat template ends a turn with {name}, which also stands before the answer: {pin_hint(tokenizer)}")
+    return name
+
+
+def _around_the_content(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids before and after an answer's content: what two answers of different contents have in common at both ends."""
     turn = [{"role": "user", "content": "1+1?"}]
     prompt = chat_ids(tokenizer, turn, add_generation_prompt=True)
-    whole = chat_ids(tokenizer, [*turn, {"role": "assistant", "content": "2"}])
-    if whole[: len(prompt)] != prompt:
-        raise UserError("the chat template renders a prompt differently once it is answered: pin model.chat_template")
-    specials = special_ids(tokenizer)
-    for token in whole[len(prompt) :]:
-        if token in specials:
-            return str(tokenizer.convert_ids_to_tokens(token))
-    raise UserError("the chat template never ends an assistant turn with a special token: generation could not stop")
+    wholes = [chat_ids(tokenizer, [*turn, {"role": "assistant", "content": content}]) for content in ("2", "7")]
+    if any(whole[: len(prompt)] != prompt for whole in wholes):
+        raise UserError(rendered_differently(tokenizer, prompt, wholes[0]))
+    answers = [whole[len(prompt) :] for whole in wholes]
+    start = num_equal(*answers)
+    if start == len(answers[0]):
+        raise UserError(f"the chat template leaves out the answer: {pin_hint(tokenizer)}")
+    end = num_equal(*(answer[start:][::-1] for answer in answers))
+    return answers[0][:start], answers[0][len(answers[0]) - end :]
+
+
+def num_equal(one: list[int], other: list[int]) -> int:
+    """How many ids two lists have in common at their start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def rendered_differently(tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int]) -> str:
+    """What stands where in the two renderings, and the way on."""
+    same = num_equal(prompt, whole)
+    there, here = (tokenizer.decode(ids[same : same + 8]) for ids in (prompt, whole))
+    way = pin_hint(tokenizer)
+    return f"the chat template renders a prompt differently once it is answered: {there!r} became {here!r}; {way}"
+
+
+def pin_hint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The way on from a template that cannot be trained on: its own argument, ours of that family, or one of the user's."""
+    template = tokenizer.get_chat_template()
+    ours = next((f"configs/templates/{name}.jinja" for mark, name in TEMPLATES.items() if mark in template), "a template")
+    pin = f"pin model.chat_template (data_prep: tokenizer.chat_template) to {ours}"
+    if "enable_thinking" not in argument_names(template):
+        return pin
+    return f"set model.template_kwargs.enable_thinking=false (data_prep: tokenizer.template_kwargs), or {pin}"
 
 
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> list[int]:
     """Token ids of a rendered conversation. SFT, GRPO and evaluation build their prompts with this call."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-    )
+    encoded = _render(tokenizer, messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+    template: str | None = None,
+) -> str:
+    """A rendered conversation, with the tokenizer's template or with another."""
+    how = {"add_generation_prompt": add_generation_prompt, "chat_template": template, "tokenize": False}
+    return str(_render(tokenizer, messages, **how))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except TemplateError as error:
+        way = f"{WITHOUT_SYSTEM}, or " if messages[0]["role"] == "system" else ""
+        raise UserError(f"the chat template does not take these messages ({error}): {way}{pin_hint(tokenizer)}") from error
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
