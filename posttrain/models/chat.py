@@ -46,6 +46,7 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
     tokenizer.eos_token = stop_token(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
     tokenizer.padding_side = "right"
+    tokenizer.response_template = None  # with one, TRL would grade what it parses, and evaluation the whole text
     return tokenizer
 
 
