@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import UserError
 from posttrain.models.chat import WITHOUT_SYSTEM, chat_ids, chat_text, pin_hint, rendered_differently
+from posttrain.models.templates import pin_date
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -27,6 +29,23 @@ def check_template(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Exampl
     check = TemplateCheck(tokenizer)
     for example in sampled(examples):
         check.ids(example)
+
+
+def check_same_template(tokenizer: PreTrainedTokenizerBase, adapter: Path, examples: Iterable[Example]) -> None:
+    """Refuse to ask an adapter in another format than the one it was trained in, which lies beside its weights.
+
+    Raises:
+        UserError: the adapter's own template renders a prompt of this run differently.
+    """
+    file = adapter / "chat_template.jinja"
+    if not file.is_file():
+        return
+    trained, used = pin_date(file.read_text(encoding="utf-8")), tokenizer.get_chat_template()
+    prompts = [example.prompt for example in sampled(examples)] if trained != used else []
+    if any(chat_text(tokenizer, prompt, True, trained) != chat_text(tokenizer, prompt, True) for prompt in prompts):
+        raise UserError(
+            f"{adapter} was trained with another chat template: set model.chat_template={file}, and no model.template_kwargs"
+        )
 
 
 def sampled(examples: Iterable[Example]) -> Iterator[Example]:
