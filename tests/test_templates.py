@@ -276,6 +276,16 @@ def test_arguments_from_the_command_line(tmp_path):
         load_config(file, ["model.template_kwargs.enable_thinking=[1]"], EvalConfig)
 
 
+def test_no_parser_stands_between_a_completion_and_its_reward(load, tmp_path):
+    """TRL pays for what a tokenizer's response template parses, where there is one (grpo_trainer.py, `parse_response`)."""
+    load(CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.response_template = {"type": "object"}
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).response_template
+    assert load_tokenizer(Tokenizer(name_or_path=str(tmp_path))).response_template is None
+
+
 # --- the templates of this project ------------------------------------------------------------------------------------
 
 OWN = {
