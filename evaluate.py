@@ -55,9 +55,13 @@ def main() -> None:
     use_one_gpu()
 
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.template_check import check_same_template, check_template
 
     tokenizer = load_tokenizer(config.model)
+    check_template(tokenizer, asked)
     adapter, origin = find_adapter(config, data)
+    if adapter:
+        check_same_template(tokenizer, adapter, asked)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
         policy = load_policy(config, adapter, tokenizer, run)
