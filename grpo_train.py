@@ -47,6 +47,7 @@ def main() -> None:
 
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
     from posttrain.training.examples import load_examples
@@ -56,6 +57,8 @@ def main() -> None:
     adapters.check_adapter_mode(config, start)
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
+    check_template(tokenizer, train + dev)
+    check_same_template(tokenizer, folder, train + dev)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
