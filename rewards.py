@@ -13,7 +13,7 @@ next question, and then read in this order:
 
 What a number is (tests/grading_cases.py has a case and a reason for each rule):
   - Decimal digits of every script (Unicode's class Nd); thousands by one of comma, apostrophe, underscore, space or LaTeX
-    comma; decimals, `.5`; `1/2`, `3 1/2`, `\\frac{1}{2}`, `\\frac12`, `½`; `1.5e3`, `2 x 10^3`, `2×10³`.
+    comma; decimals, `.5`; `1/2`, `3 1/2`, `\\frac{1}{2}`, `\\frac12`, `½`; `1.5e3`, `2 x 10^3`, raised exponents too.
   - A comma is decimal only behind thousands that no comma groups: `1 234,50`, `1.234,50`. `3,5` is no number.
   - A currency is any sign of the class Sc, with its country (`R$`), or a code (`CHF`).
   - A number glued to a letter is part of a name (`x2`) in scripts with capitals. Others write no space before a number.
