@@ -50,6 +50,7 @@ def main() -> None:
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
+    from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.arguments import global_batch
     from posttrain.training.before import check_grpo, check_trainer
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
@@ -65,6 +66,8 @@ def main() -> None:
     adapters.check_adapter_mode(config, start)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
+    check_template(tokenizer, train + dev)
+    check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
     check_trainer(config, GRPOConfig, base)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:

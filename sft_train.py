@@ -48,6 +48,7 @@ def main() -> None:
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
+    from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.arguments import global_batch
     from posttrain.training.before import check_sft, check_trainer, note_cut_rows
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
@@ -61,6 +62,9 @@ def main() -> None:
         adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
+    check_template(tokenizer, train + dev)
+    if folder:
+        check_same_template(tokenizer, folder, train + dev)
     cut = check_sft(config, base, tokenizer, train, dev)
     check_trainer(config, SFTConfig, base)
     with open_run(config, "sft", config.run_dir, args.resume) as run:

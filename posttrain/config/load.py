@@ -123,4 +123,7 @@ def config_sha256(config: Settings) -> str:
     label = {"name"} if isinstance(config, EvalConfig) else set()  # a data set's name is part of its ids
     apart = dict.fromkeys({"run_dir", "output_dir", "tracking", "hub"} | label, True)
     settings = config.model_dump(mode="json", exclude=apart | {"model": {"same_base"}})
+    for block in ("model", "tokenizer"):  # without arguments, the hash is that of runs before there were any
+        if block in settings and not settings[block]["template_kwargs"]:
+            del settings[block]["template_kwargs"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -228,11 +228,6 @@ def _check_same_chat(folder: Path, made: dict[str, Any], tokenizer: PreTrainedTo
             f"adapter {folder} was trained with another vocabulary than that of {tokenizer.name_or_path}: "
             f"use the tokenizer in {folder}, or set model.same_base=true"
         )
-    if made.get("template", now["template"]) != now["template"]:
-        raise UserError(
-            f"adapter {folder} was trained with another chat template: set model.chat_template={folder}/chat_template.jinja, "
-            "or model.same_base=true to use this one all the same"
-        )
 
 
 def _other_base(folder: Path, named: str, settings: Model, why: str) -> UserError:
