@@ -323,10 +323,14 @@ def test_an_empty_split_is_told(place, script):
 
 
 def test_rows_that_are_cut_are_told_and_recorded(place):
-    done = run("sft_train", "--config", "configs/sft_tiny.yaml", "run_dir=runs/cut", "trainer.max_length=182",
-               "trainer.max_steps=1", "data.num_dev=0", "trainer.eval_strategy=no", cwd=place)  # fmt: skip
+    err = refused(place, "sft_train", "trainer.max_length=8", somewhere_new("sft_train"))
+    limit = int(re.search(r"Set it to (\d+), the longest", err)[1]) - 1
+    changes = ("run_dir=runs/cut", f"trainer.max_length={limit}", "trainer.max_steps=1", "data.num_dev=0")
+    done = run("sft_train", "--config", "configs/sft_tiny.yaml", *changes, "trainer.eval_strategy=no", cwd=place)
     manifest = read_manifest(place / "runs" / "cut")
-    assert done.code == 0 and "rows are longer than trainer.max_length 182: they are trained on without their end" in done.err
+    assert (
+        done.code == 0 and f"rows are longer than trainer.max_length {limit}: they are trained on without their end" in done.err
+    )
     assert manifest.rows_cut > 0 and any(note.startswith(f"{manifest.rows_cut} of ") for note in manifest.notes)
 
 
