@@ -26,7 +26,7 @@ from posttrain.evaluation.predictions import PartFiles, grade_completion, regrad
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import parent_of, read_manifest
+from posttrain.runs.manifest import parent_of, read_manifest, refuse_unfinished
 from posttrain.runs.process import num_processes, use_one_gpu
 from posttrain.tasks import gsm8k
 
@@ -47,6 +47,8 @@ def main() -> None:
     data = data_entry(config.data.path, config.data.split)
     examples = read_jsonl(Path(config.data.path, f"{config.data.split}.jsonl"), Example)
     asked = examples[: config.data.limit]
+    if not asked:
+        raise UserError(f"{config.data.path}/{config.data.split}.jsonl has no question: choose another data.split")
     if args.dry_run:
         from posttrain.training.dry_run import show_eval_dry_run
 
@@ -55,15 +57,22 @@ def main() -> None:
     use_one_gpu()
 
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
+    from posttrain.training.before import check_questions
 
     tokenizer = load_tokenizer(config.model)
     check_template(tokenizer, asked)
-    adapter, origin = find_adapter(config, data)
+    base = check_base(config.model, config.quantization, tokenizer)
+    check_questions(config, base, tokenizer, asked)
+    adapter, origin = find_adapter(config, data, base, tokenizer)
+    begun_with = refuse_unfinished(adapter) if adapter else None
     if adapter:
         check_same_template(tokenizer, adapter, asked)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
+        if begun_with:
+            run.note(begun_with)
         policy = load_policy(config, adapter, tokenizer, run)
         write_questions(asked, tokenizer, run)
         parts = PartFiles(run.folder)
@@ -74,7 +83,7 @@ def main() -> None:
             write_results(run.folder, predictions)
 
 
-def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer: Any) -> tuple[Path | None, dict[str, Any]]:
     """The adapter's folder, and what the manifest says of it.
 
     Raises:
@@ -85,7 +94,7 @@ def find_adapter(config: EvalConfig, data: dict[str, Any]) -> tuple[Path | None,
     from posttrain.models import adapters
 
     folder = adapters.resolve_adapter(config.adapter)
-    adapters.check_adapter_fits(folder, config.model)
+    adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=False, stores=config.engine == "vllm")
     sha256 = adapters.adapter_sha256(folder)
     parent, chain = parent_of(folder, sha256)
     refuse_contaminated(chain, data)

@@ -22,7 +22,7 @@ from posttrain.config.schema import GrpoConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import parent_of
+from posttrain.runs.manifest import parent_of, refuse_unfinished
 from posttrain.runs.process import use_one_gpu
 
 if TYPE_CHECKING:
@@ -45,22 +45,37 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
+    from trl import GRPOConfig
+
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.arguments import global_batch
+    from posttrain.training.before import check_grpo, check_trainer
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
     from posttrain.training.examples import load_examples
 
     folder = adapters.resolve_adapter(config.adapter)
-    start = adapters.check_adapter_fits(folder, config.model)
-    adapters.check_adapter_mode(config, start)
+    begun_with = refuse_unfinished(folder)
     tokenizer = load_tokenizer(config.model)
+    base = check_base(config.model, config.quantization, tokenizer)
+    train_it = config.adapter_mode != "merge_and_new"
+    stores = not train_it or config.rollouts.engine == "vllm"
+    start = adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=train_it, stores=stores)
+    adapters.check_adapter_mode(config, start)
+    met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
     check_template(tokenizer, train + dev)
     check_same_template(tokenizer, folder, train + dev)
+    check_grpo(config, base, tokenizer, train, dev)
+    check_trainer(config, GRPOConfig, base)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
+        if begun_with:
+            run.note(begun_with)
+        if met:
+            run.say(met)
         model = load_policy(config, folder, tokenizer, run)
         trainer = make_trainer(config, run, model, tokenizer, train, dev)
         run.record(global_batch=global_batch(trainer.args))
@@ -72,6 +87,7 @@ def main() -> None:
 def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
     """The SFT policy to train on: continued, rescaled, or merged under a new adapter."""
     from posttrain.models import adapters
+    from posttrain.models.checkpoint import weights_hash
     from posttrain.models.policy import open_policy
 
     sft_sha256 = adapters.adapter_sha256(folder)
@@ -85,7 +101,8 @@ def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizer
     elif config.adapter_mode == "merge_and_new":
         assert config.lora is not None
         model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base", config.seed)
-        identity |= {"name_or_path": str(run.folder / "merged_base"), "quantization": "none"}
+        stored = config.model.model_copy(update={"name_or_path": str(run.folder / "merged_base"), "revision": None})
+        identity |= {"name_or_path": stored.name_or_path, "quantization": "none", "weights": weights_hash(stored)}
     run.say(
         f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
     )
@@ -101,6 +118,7 @@ def make_trainer(
     from posttrain.models.policy_copy import PolicyCopy
     from posttrain.records import as_dataset
     from posttrain.training.arguments import trainer_arguments
+    from posttrain.training.before import told_in_one_line
     from posttrain.training.callbacks import Samples, add_callbacks
     from posttrain.training.dev import dev_accuracy
     from posttrain.training.rollouts import Rollouts, reward_functions
@@ -109,17 +127,18 @@ def make_trainer(
     functions, weights = reward_functions(config.rewards)
     copy = PolicyCopy(model)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
-    trainer = GRPO(
-        model=model,
-        args=GRPOConfig(**arguments),
-        reward_funcs=functions,
-        train_dataset=as_dataset(train, ("prompt", "answer")),
-        processing_class=tokenizer,
-        rollout_func=None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts),
-        fast_adapter=config.fast_adapter,
-        skip_zero_signal=config.rollouts.skip_zero_signal,
-        correct_mismatch=config.rollouts.correct_mismatch,
-    )
+    with told_in_one_line():
+        trainer = GRPO(
+            model=model,
+            args=GRPOConfig(**arguments),
+            reward_funcs=functions,
+            train_dataset=as_dataset(train, ("prompt", "answer")),
+            processing_class=tokenizer,
+            rollout_func=None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts),
+            fast_adapter=config.fast_adapter,
+            skip_zero_signal=config.rollouts.skip_zero_signal,
+            correct_mismatch=config.rollouts.correct_mismatch,
+        )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy)) if dev else None
     trainer.add_callback(Samples(run, trainer.latest))

@@ -22,7 +22,7 @@ from posttrain.config.schema import SftConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import parent_of
+from posttrain.runs.manifest import parent_of, refuse_unfinished
 from posttrain.runs.process import use_one_gpu
 
 if TYPE_CHECKING:
@@ -43,21 +43,37 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
+    from trl import SFTConfig
+
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
-    from posttrain.models.template_check import check_template
+    from posttrain.models.checkpoint import check_base
+    from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.arguments import global_batch
+    from posttrain.training.before import check_sft, check_trainer, note_cut_rows
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
     from posttrain.training.examples import load_examples
 
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
-    if folder:
-        adapters.check_adapter_fits(folder, config.model)
     tokenizer = load_tokenizer(config.model)
+    base = check_base(config.model, config.quantization, tokenizer)
+    begun_with = refuse_unfinished(folder) if folder else None
+    if folder:
+        adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
+    met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
     check_template(tokenizer, train + dev)
+    if folder:
+        check_same_template(tokenizer, folder, train + dev)
+    cut = check_sft(config, base, tokenizer, train, dev)
+    check_trainer(config, SFTConfig, base)
     with open_run(config, "sft", config.run_dir, args.resume) as run:
         run.record(data=data)
+        note_cut_rows(run, config, cut, len(train))
+        if begun_with:
+            run.note(begun_with)
+        if met:
+            run.say(met)
         model = load_policy(config, folder, tokenizer, run)
         trainer = make_trainer(config, run, model, tokenizer, train, dev)
         run.record(global_batch=global_batch(trainer.args))
@@ -97,6 +113,7 @@ def make_trainer(
     from posttrain.models.base import compile_layers
     from posttrain.records import as_dataset
     from posttrain.training.arguments import trainer_arguments
+    from posttrain.training.before import dev_tokens, told_in_one_line
     from posttrain.training.callbacks import add_callbacks
     from posttrain.training.dev import dev_accuracy
     from posttrain.training.trainers import SFT
@@ -104,16 +121,17 @@ def make_trainer(
     if config.compile:
         compile_layers(model)
     columns = ("prompt", "completion")
-    trainer = SFT(
-        model=model,
-        args=SFTConfig(**trainer_arguments(config, run)),
-        train_dataset=as_dataset(train, columns),
-        eval_dataset=as_dataset(dev, columns) if dev else None,
-        processing_class=tokenizer,
-        score_labels_only=config.fast_loss,
-        fast_adapter=config.fast_adapter,
-    )
-    limit = config.trainer.get("max_length", 512)
+    with told_in_one_line():
+        trainer = SFT(
+            model=model,
+            args=SFTConfig(**trainer_arguments(config, run)),
+            train_dataset=as_dataset(train, columns),
+            eval_dataset=as_dataset(dev, columns) if dev else None,
+            processing_class=tokenizer,
+            score_labels_only=config.fast_loss,
+            fast_adapter=config.fast_adapter,
+        )
+    limit = dev_tokens(config, model, tokenizer, dev)
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit)) if dev else None
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer

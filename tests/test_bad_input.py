@@ -7,8 +7,9 @@ import shutil
 import pytest
 from hub_server import serve
 from ruamel.yaml import YAML
-from scripts import CONFIGS, run, run_fresh, tree
+from scripts import CONFIGS, retell, run, run_fresh, tree
 
+from posttrain.records import sha256_file
 from posttrain.runs.manifest import read_manifest
 
 STAGES = {"data_prep": "data", "sft_train": "sft", "grpo_train": "grpo", "evaluate": "eval"}
@@ -149,7 +150,7 @@ def data_config(place, source, **changes):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ({"kind": "jsonl", "path": "nowhere"}, "nowhere holds neither train.jsonl nor test.jsonl: check source.path"),
+        ({"kind": "jsonl", "path": "nowhere"}, "nowhere holds neither train.jsonl nor test.jsonl (it is not there): check source.path"),
         ({"kind": "svamp", "path": "SVAMP.json"}, "no SVAMP file at SVAMP.json: check source.path"),
         ({"kind": "rejection_sampled", "run_dir": "runs/none"}, "no samples in runs/none: evaluate the train split first"),
         (
@@ -184,6 +185,7 @@ def test_an_adapter_that_is_not_there_is_told(place, script):
 
 @pytest.mark.parametrize("script", ADAPTER_READERS)
 def test_an_adapter_of_another_base_is_told_with_both(place, script):
+    (place / "runs" / "sft_tiny" / "manifest.json").unlink()  # which would know better
     file = place / "runs" / "sft_tiny" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "me/other-base"}))
     err = refused(place, script, *with_adapter(place, script, "runs/sft_tiny"))
@@ -195,6 +197,21 @@ def test_an_adapter_without_safetensors_is_told(place, script):
     folder = place / "runs" / "sft_tiny" / "adapter"
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     assert "only safetensors adapters are loaded" in refused(place, script, *with_adapter(place, script, "runs/sft_tiny"))
+
+
+@pytest.mark.parametrize("script", ADAPTER_READERS)
+def test_the_adapter_of_a_failed_run_is_told(place, script):
+    retell(place / "runs" / "sft_tiny", exit="failed: FloatingPointError: loss is nan")
+    err = refused(place, script, *with_adapter(place, script, "runs/sft_tiny"))
+    assert "runs/sft_tiny is not finished (failed: FloatingPointError: loss is nan)" in err and "--resume" in err
+
+
+@pytest.mark.parametrize("script", ADAPTER_READERS)
+def test_an_adapter_of_prompt_tuning_is_told_by_its_kind(place, script):
+    file = place / "runs" / "sft_tiny" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "PROMPT_TUNING"}))
+    err = refused(place, script, *with_adapter(place, script, "runs/sft_tiny"))
+    assert "is of peft_type PROMPT_TUNING, which cannot be folded" in err and err.count("\n") == 1
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -263,6 +280,63 @@ def test_no_network_is_told(place):
         assert "me/model could not be loaded" in err and "Connect to the network, or set model.name_or_path" in err
     assert "openai/gsm8k could not be read from the Hub" in data and "use `source: {kind: jsonl, path: FOLDER}`" in data
     assert "adapter me/adapter is neither a local folder nor reachable on the Hub" in adapter
+
+
+# --- what TRL would refuse late -------------------------------------------------------------------------------------
+
+LATE = {
+    "an evaluation of GRPO": ("grpo_train", "trainer.eval_strategy=steps", "GRPO has no evaluation loss: dev_every_steps"),
+    "the head": ("sft_train", "lora.target_modules=[q_proj,lm_head]", "lora.target_modules names lm_head"),
+    "the end of a name": ("sft_train", "lora.target_modules=[proj]", "names no layer of this model: proj"),
+    "all rows cut": ("sft_train", "trainer.max_length=8", "trainer.max_length 8 cuts every one of the"),
+    "no deepspeed": ("sft_train", "trainer.deepspeed=x.json", "deepspeed"),
+    "no package of an optimizer": ("sft_train", "trainer.optim=galore_adamw", "galore_torch"),
+    "a schedule without its minimum": ("sft_train", "trainer.lr_scheduler_type=cosine_with_min_lr", "min_lr"),
+    "a best model of nothing": ("sft_train", "trainer.load_best_model_at_end=true", "load_best_model_at_end"),
+    "packing without a length": ("sft_train", "trainer={packing: true, max_length: null}", "packing fills rows of this length"),
+    "FSDP without a launch": ("sft_train", "trainer.fsdp=full_shard", "configs/accelerate/fsdp2.yaml"),
+    "an unknown loss": ("sft_train", "trainer.loss_type=xyz", "trainer.loss_type: should be nll or dft"),
+    "beyond the context": ("evaluate", "generation.max_new_tokens=1024", "it leaves the model's context of 1024: set generation"),
+    "beyond it in GRPO": (
+        "grpo_train",
+        "trainer.max_completion_length=1024",
+        "the model's context of 1024: set trainer.max_comp",
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "override", "told"), LATE.values(), ids=LATE.keys())
+def test_what_would_end_late_is_told_at_once(place, script, override, told):
+    err = refused(place, script, override, somewhere_new(script))
+    assert told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", MODEL_READERS)
+def test_an_empty_split_is_told(place, script):
+    split = "test" if script == "evaluate" else "train"
+    file, manifest = place / "data" / "tiny" / f"{split}.jsonl", place / "data" / "tiny" / "manifest.json"
+    file.write_bytes(b"")
+    values = json.loads(manifest.read_text())
+    values["files"][file.name] = sha256_file(file)
+    manifest.write_text(json.dumps(values))
+    assert f"{split}.jsonl has no " in refused(place, script, somewhere_new(script))
+
+
+def test_rows_that_are_cut_are_told_and_recorded(place):
+    err = refused(place, "sft_train", "trainer.max_length=8", somewhere_new("sft_train"))
+    limit = int(re.search(r"Set it to (\d+), the longest", err)[1]) - 1
+    changes = ("run_dir=runs/cut", f"trainer.max_length={limit}", "trainer.max_steps=1", "data.num_dev=0")
+    done = run("sft_train", "--config", "configs/sft_tiny.yaml", *changes, "trainer.eval_strategy=no", cwd=place)
+    manifest = read_manifest(place / "runs" / "cut")
+    assert (
+        done.code == 0 and f"rows are longer than trainer.max_length {limit}: they are trained on without their end" in done.err
+    )
+    assert manifest.rows_cut > 0 and any(note.startswith(f"{manifest.rows_cut} of ") for note in manifest.notes)
+
+
+def test_no_limit_of_length_is_no_mistake(place):
+    changes = ("run_dir=runs/long", "trainer.max_length=null", "trainer.max_steps=1")
+    assert run("sft_train", "--config", "configs/sft_tiny.yaml", *changes, cwd=place).code == 0
 
 
 # --- directories and machines -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -20,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from posttrain.config.trl_batches import group_problems
+from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, sft_problems
 from posttrain.config.trl_fields import TrlKeys
 from posttrain.config.yaml_lines import KeyPath
 
@@ -100,6 +101,7 @@ class Tokenizer(Settings):
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     attn_implementation: Attention = "auto"  # varlen on a GPU, matmul on a CPU (posttrain/kernels/attention.py)
+    same_base: bool = False  # true: these are the adapter's own base, under another name (posttrain/models/adapters.py)
     kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/kernels/liger.py), else torch's own
 
     def needs(self) -> Iterator[Need]:
@@ -120,7 +122,10 @@ class Lora(Settings):
     r: PositiveInt
     alpha: PositiveInt
     dropout: Share = 0.0
-    target_modules: Annotated[list[str], Field(min_length=1)]
+    # whole last parts of layers' names, or all-linear
+    target_modules: Annotated[
+        list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if value == "all-linear" else value)
+    ]
     use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
     train_special_tokens: Literal["auto", "always", "never"] = "auto"  # auto: those whose rows are untrained
 
@@ -284,6 +289,10 @@ class TrainConfig(Settings):
         yield from self.model.needs()
         if self.trainer.get("tf32"):
             yield _needs_cuda("trainer.tf32 True", "remove it")
+        if self.trainer.get("activation_offloading"):
+            yield _needs_cuda("trainer.activation_offloading", "remove it")
+        if self.trainer.get("use_liger_kernel"):
+            yield Need("liger_kernel", "trainer.use_liger_kernel needs the package: pip install 'posttrain[liger]', or remove it")
         if self.data.num_dev:
             yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
@@ -304,6 +313,10 @@ class SftConfig(TrainConfig):
             yield ("model", "kernels"), "compile fuses these operations itself: set auto or torch, or compile to false"
         if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
             yield ("trainer", "eval_strategy"), "needs dev rows: set data.num_dev above 0, or eval_strategy to no"
+        if self.trainer.get("eval_on_start") and not self.data.num_dev:
+            yield ("trainer", "eval_on_start"), "needs dev rows: set data.num_dev above 0, or remove it"
+        for key, text in sft_problems(self.trainer):
+            yield ("trainer", key), text
 
 
 class GrpoConfig(TrainConfig):
@@ -326,6 +339,13 @@ class GrpoConfig(TrainConfig):
                 yield ("trainer", key), "needs rollouts.engine trl; posttrain's own engines are named there"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
             yield ("rollouts", "skip_zero_signal"), "needs trainer.beta 0: a KL term reaches every completion"
+        if self.trainer.get("eval_strategy", "no") != "no" or self.trainer.get("eval_on_start"):
+            yield (
+                ("trainer", "eval_strategy"),
+                "GRPO has no evaluation loss: dev_every_steps measures accuracy on the dev questions",
+            )
+        if self.trainer.get("fsdp"):
+            yield ("trainer", "fsdp"), SHARDED_LAUNCH
         for key, text in group_problems(self.trainer):
             yield ("trainer", key), text
 

@@ -9,6 +9,24 @@ from typing import Any
 
 from posttrain.config.trl_fields import trl_fields
 
+SFT_LOSSES = ("nll", "dft")
+SHARDED_LAUNCH = "a launch shards: accelerate launch --config_file configs/accelerate/fsdp2.yaml, and remove this"
+
+
+def sft_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What TRL's SFT trainer refuses of its keys only once the model is loaded."""
+    unlimited = trainer.get("max_length", 0) is None
+    if trainer.get("packing") and unlimited:
+        yield "max_length", "packing fills rows of this length: set a number, or packing to false"
+    if trainer.get("padding_free") and not trainer.get("packing") and not unlimited:
+        yield "padding_free", "without packing it cuts no row: set packing to true, or max_length to null"
+    if trainer.get("assistant_only_loss"):
+        yield "assistant_only_loss", "the loss is on the completion alone already: remove it"
+    if trainer.get("loss_type", "nll") not in SFT_LOSSES:
+        yield "loss_type", f"should be {' or '.join(SFT_LOSSES)}"
+    if trainer.get("fsdp"):
+        yield "fsdp", SHARDED_LAUNCH
+
 
 def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Faults of batches that do not hold whole groups of completions: the key, and why with the nearest valid value."""

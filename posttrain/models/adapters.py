@@ -6,27 +6,38 @@ LoRA weights are fp32 wherever the optimizer sees them. Autocast rounds them to 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import GrpoConfig, Lora, Model
 from posttrain.errors import UserError
+from posttrain.models.adapter_kinds import (
+    ADAPTER_FILE,
+    check_packed,
+    check_shapes,
+    check_tensors,
+    check_trainable,
+    read_adapter_config,
+)
 from posttrain.models.chat import looks_local
+from posttrain.models.checkpoint import chat_hashes, norms_hash, weights_hash
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.special_tokens import special_tokens_to_train
+from posttrain.runs.manifest import read_manifest, refuse_unfinished, run_of
 
-ADAPTER_FILE = "adapter_model.safetensors"
+MERGED_BASE = "merged_base"  # the folder of a run with adapter_mode merge_and_new
 
 
 def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, seed: int) -> PeftModel:
@@ -36,22 +47,65 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=ALL_LINEAR if ALL_LINEAR in lora.target_modules else list(lora.target_modules),
         use_rslora=lora.use_rslora,
         trainable_token_indices=rows or None,
         task_type="CAUSAL_LM",
     )
-    missing = [target for target in lora.target_modules if not any(n.endswith(target) for n, _ in base.named_modules())]
-    if missing:
-        raise UserError(f"lora.target_modules names no layer of this model: {', '.join(missing)}")
+    targets_met(base, lora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _with_fp32_masters(peft.get_peft_model(base, config))
 
 
+ALL_LINEAR = "all-linear"
+
+
+def targets_met(base: PreTrainedModel, lora: Lora) -> dict[str, int]:
+    """How many layers of the base each target names: by the whole last part of a name, as PEFT has it.
+
+    Raises:
+        UserError: a target names no layer, or the matrix at an end of the model.
+    """
+    ends = {name.rpartition(".")[2] for name, module in base.named_modules() if module in _ends(base)}
+    if found := ends & {target.rpartition(".")[2] for target in lora.target_modules}:
+        raise UserError(
+            f"lora.target_modules names {', '.join(sorted(found))}: neither loss nor rollouts compute an adapter on the model's "
+            "first or last matrix. Remove it; lora.train_special_tokens trains the rows of special tokens"
+        )
+    if ALL_LINEAR in lora.target_modules:
+        linear = [name for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m not in _ends(base)]
+        return dict(Counter(name.rpartition(".")[2] for name in linear))
+    names = [name for name, _ in base.named_modules()]
+    met = {target: sum(name == target or name.endswith(f".{target}") for name in names) for target in lora.target_modules}
+    taken = {
+        m.__class__.__name__
+        for n, m in base.named_modules()
+        if n.rpartition(".")[2] in met and not isinstance(m, nn.Linear | Conv1D)
+    }
+    if taken:
+        raise UserError(f"lora.target_modules names a {' and a '.join(sorted(taken))}: name the linear layers inside it")
+    if missing := [target for target, count in met.items() if not count]:
+        there = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - ends)
+        raise UserError(
+            f"lora.target_modules names no layer of this model: {', '.join(missing)} (it has {', '.join(there)}; or all-linear)"
+        )
+    return met
+
+
+def targets_line(base: PreTrainedModel, lora: Lora) -> str:
+    return "lora.target_modules meet " + ", ".join(f"{name} {count}" for name, count in targets_met(base, lora).items())
+
+
+def _ends(base: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    return base.get_input_embeddings(), base.get_output_embeddings()
+
+
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
     """An adapter from disk, to continue it or to keep it frozen."""
-    return _with_fp32_masters(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
+    model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    check_tensors(folder, model)
+    return _with_fp32_masters(model)
 
 
 def _with_fp32_masters(model: PeftModel) -> PeftModel:
@@ -86,6 +140,7 @@ def resolve_adapter(adapter: str) -> Path:
             if not (folder / ADAPTER_FILE).is_file():
                 raise UserError(f"{folder} has no {ADAPTER_FILE}: only safetensors adapters are loaded")
             return folder
+    refuse_unfinished(Path(adapter, "adapter"))
     if looks_local(adapter):
         raise UserError(f"no adapter at {adapter}: train one first (python sft_train.py --config ...) or correct `adapter`")
     from huggingface_hub import snapshot_download
@@ -99,19 +154,87 @@ def resolve_adapter(adapter: str) -> Path:
         ) from error
 
 
-def check_adapter_fits(folder: Path, settings: Model) -> LoraConfig:
-    """Refuse an adapter that was trained on another base. PEFT compares nothing but tensor shapes."""
-    config = LoraConfig(**_known_fields(json.loads((folder / "adapter_config.json").read_text()), LoraConfig))
-    trained_on = config.base_model_name_or_path
-    if trained_on and not _same_model(trained_on, settings.name_or_path):
+def check_adapter_fits(folder: Path, settings: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> PeftConfig:
+    """Refuse an adapter of a kind that is not read, or one that was trained on another base.
+
+    The run that made the adapter says what its base was. Without a run there is only a name: PEFT compares shapes.
+    """
+    config = read_adapter_config(folder)
+    run_dir = run_of(folder)
+    made = read_manifest(run_dir).model if run_dir else {}
+    named = made.get("name_or_path") or config.base_model_name_or_path
+    if "fingerprint" in made:
+        _check_same_weights(folder, made, settings)
+        if tokenizer is not None and not settings.same_base:
+            _check_same_chat(folder, made, tokenizer)
+    elif named and not settings.same_base and not _same_model(named, settings.name_or_path):
+        raise _other_base(folder, named, settings, "no manifest.json beside it says which weights those are")
+    return config
+
+
+def check_start(
+    folder: Path,
+    settings: Model,
+    quantization: str,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: bool,
+    stores: bool,
+) -> PeftConfig:
+    """All that is asked of an adapter before a run directory is made. `base` has no weights.
+
+    `train`: the adapter is trained on. `stores`: the folded model is written as a model folder.
+
+    Raises:
+        UserError: it is of another base, of a kind that this run cannot fold or train, or not whole.
+    """
+    config = check_adapter_fits(folder, settings, tokenizer)
+    if train:
+        check_trainable(folder, config)
+    check_packed(folder, config, quantization)
+    check_shapes(folder, config, base)
+    if stores and (getattr(config, "lora_bias", False) or config.peft_type == "BEFT"):
         raise UserError(
-            f"adapter {folder} belongs to base {trained_on}, not to {settings.name_or_path}: set model.name_or_path to match"
+            f"adapter {folder} adds biases, and a model folder has no place for them: use another engine or adapter_mode"
         )
     return config
 
 
-def _known_fields(values: dict[str, Any], cls: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}
+def _check_same_weights(folder: Path, made: dict[str, Any], settings: Model) -> None:
+    """Compare the base of a run with the base of these settings: by their weights, or by the norms alone for an older run."""
+    named = made["name_or_path"]
+    if "weights" in made and made["weights"] == weights_hash(settings):
+        return
+    if "weights" not in made and _same_model(named, settings.name_or_path):
+        return
+    same_norms = norms_hash(settings, made["dtype"]) == made["fingerprint"]
+    # A merged base has the norms of the base that it was merged from.
+    told_apart = "weights" not in made and not {Path(named).name, Path(settings.name_or_path).name} & {MERGED_BASE}
+    if same_norms and (told_apart or settings.same_base):
+        return
+    if same_norms:
+        raise _other_base(folder, named, settings, "it has the same norms and may be a fine-tune of the other")
+    raise UserError(
+        f"adapter {folder} belongs to base {named}, not to {settings.name_or_path}: set model.name_or_path to match "
+        f"(its weights are not those of the run in {run_of(folder)})"
+    )
+
+
+def _check_same_chat(folder: Path, made: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    now = chat_hashes(tokenizer)
+    if made.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+        raise UserError(
+            f"adapter {folder} was trained with another vocabulary than that of {tokenizer.name_or_path}: "
+            f"use the tokenizer in {folder}, or set model.same_base=true"
+        )
+
+
+def _other_base(folder: Path, named: str, settings: Model, why: str) -> UserError:
+    return UserError(
+        f"adapter {folder} belongs to base {named}, not to {settings.name_or_path}: set model.name_or_path to match, "
+        f"or model.same_base=true if these are the same weights under another name ({why})"
+    )
 
 
 def _same_model(left: str, right: str) -> bool:
@@ -125,9 +248,9 @@ def adapter_sha256(folder: Path) -> str:
     return tensors_sha256(load_file(folder / ADAPTER_FILE))
 
 
-def live_adapter_sha256(model: PeftModel) -> str:
-    """The hash that the adapter in memory will have on disk."""
-    return tensors_sha256(peft.get_peft_model_state_dict(model, adapter_name="default"))
+def live_adapter_sha256(model: PeftModel, gathered: dict[str, torch.Tensor] | None = None) -> str:
+    """The hash that the adapter in memory will have on disk. `gathered` holds its tensors where they are sharded."""
+    return tensors_sha256(peft.get_peft_model_state_dict(model, state_dict=gathered, adapter_name="default"))
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -180,21 +303,24 @@ def merge(model: PeftModel) -> PreTrainedModel:
 # --- from SFT to GRPO -------------------------------------------------------------------------------------------------
 
 
-def check_adapter_mode(config: GrpoConfig, start: LoraConfig) -> None:
+def check_adapter_mode(config: GrpoConfig, start: PeftConfig) -> None:
     """Refuse a change of the adapter's shape that the mode does not allow.
 
     Raises:
         UserError: the text names what differs and the mode that fits.
     """
-    if config.lora is None:
+    if config.lora is None or config.adapter_mode == "merge_and_new":
         return
+    assert isinstance(start, LoraConfig)
+    if start.alpha_pattern:
+        raise UserError("adapter_mode rescale knows one alpha for all layers, and the adapter has an alpha_pattern: use continue")
     wanted = {
         "r": config.lora.r,
         "target_modules": set(config.lora.target_modules),
         "use_rslora": config.lora.use_rslora,
     }
     there = {"r": start.r, "target_modules": set(start.target_modules or ()), "use_rslora": start.use_rslora}
-    if config.adapter_mode == "rescale" and wanted != there:
+    if wanted != there:
         changed = ", ".join(f"{key} {there[key]} -> {wanted[key]}" for key in wanted if wanted[key] != there[key])
         raise UserError(f"adapter_mode rescale can change lora.alpha alone, not {changed}: use adapter_mode=merge_and_new")
 
@@ -212,6 +338,8 @@ def rescale(model: PeftModel, alpha: int) -> None:
             module.scaling["default"] /= factor
             module.lora_alpha["default"] = alpha
             module.lora_B["default"].weight.data *= factor
+            if module.lora_B["default"].bias is not None:
+                module.lora_B["default"].bias.data *= factor
 
 
 def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> PeftModel:

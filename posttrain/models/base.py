@@ -22,6 +22,7 @@ from posttrain.kernels import attention  # noqa: F401  # registers the names wit
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import packed_linears, unpack_nf4
 from posttrain.models.chat import from_hub
+from posttrain.models.checkpoint import weights_hash
 from posttrain.models.special_tokens import align_special_tokens
 from posttrain.runs.process import is_sharded
 
@@ -81,7 +82,9 @@ def fastest_attention(to: torch.device) -> str:
 def model_identity(settings: Model, quantization: str, base: PreTrainedModel) -> dict[str, Any]:
     """What a manifest says of a loaded base. `auto` is replaced by what it chose."""
     chosen = {"attn_implementation": base.config._attn_implementation, "kernels": base.kernels}
-    return settings.model_dump() | chosen | {"quantization": quantization, "fingerprint": fingerprint(base)}
+    said = {"quantization": quantization, "fingerprint": fingerprint(base), "weights": weights_hash(settings)}
+    same = {"same_base": True} if settings.same_base else {}
+    return settings.model_dump(exclude={"same_base"}) | chosen | said | same
 
 
 def compile_layers(model: PeftModel) -> None:

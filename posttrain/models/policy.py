@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.config.schema import Lora, Model
 from posttrain.models.adapters import load_adapter, new_adapter
 from posttrain.models.base import load_base, model_identity
+from posttrain.models.checkpoint import chat_hashes
 from posttrain.models.special_tokens import check_stop_token
 
 
@@ -33,7 +34,7 @@ def open_policy(
     """
     base = load_base(settings, quantization, tokenizer)
     check_stop_token(base, tokenizer)
-    identity = model_identity(settings, quantization, base)
+    identity = model_identity(settings, quantization, base) | chat_hashes(tokenizer)
     if adapter is None:
         return base, identity
     if isinstance(adapter, Lora):

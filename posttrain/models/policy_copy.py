@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -22,6 +26,8 @@ class PolicyCopy:
     every token. The copy takes the memory of one weight for each adapted layer and shares everything else with the trained
     model. Folding rounds W + sBA to the copy's dtype, so the copy's log-probabilities differ from the trainer's by rounding:
     grpo_train.py logs that difference as `rollout/logp_difference`.
+
+    Plain LoRA is added here. What else PEFT can merge, PEFT merges into a copy of the layer in fp32.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,36 +39,90 @@ class PolicyCopy:
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=base.dtype)
         use_liger(self.model, getattr(base, "kernels", "torch"))
-        self._adopt()
-        if base.config.tie_word_embeddings:
-            self.model.tie_weights()  # fold trained token rows into one matrix, not into two
+        self.folded: list[tuple[nn.Module, nn.Module]] = []
+        self.merged: list[tuple[nn.Module, nn.Module]] = []
+        for name, module in self.model.named_modules():
+            self._adopt(module, live_module(base, name))
+        self._tie_as_in(base)
         self.refresh()
         self.model.eval()
         self.model.generation_config = base.generation_config
 
-    def _adopt(self) -> None:
-        """Share the tensors that no adapter changes, and give every adapted layer a tensor of its own."""
-        own = {name: _base_layer(module) for name, module in self.base.named_modules()}
-        self.folded: list[tuple[nn.Module, nn.Module]] = []
-        for name, module in self.model.named_modules():
-            source = own[name]
-            for key, buffer in list(module._buffers.items()):
-                module._buffers[key] = source._buffers[key] if buffer is not None else None
-            for key, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                adapted = key == "weight" and _is_adapted(self.base.get_submodule(name))
-                tensor = torch.empty_like(base_weight(source)) if adapted else _shared_tensor(source, key)
-                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-                if adapted:
-                    self.folded.append((module, self.base.get_submodule(name)))
+    def _adopt(self, module: nn.Module, source: nn.Module) -> None:
+        """Share the tensors that no adapter changes, and give an adapted layer tensors of its own."""
+        plain = _base_layer(source)
+        for key, buffer in list(module._buffers.items()):
+            module._buffers[key] = plain._buffers[key] if buffer is not None else None
+        merged = isinstance(source, BaseTunerLayer) and not is_plain_lora(source)
+        if merged:
+            self.merged.append((module, source))
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            adapted = key == "weight" and _is_adapted(source)
+            tensor = torch.empty_like(base_weight(plain)) if adapted else _shared_tensor(plain, key)
+            module._parameters[key] = nn.Parameter(tensor.clone() if merged else tensor, requires_grad=False)
+            if adapted and not merged:
+                self.folded.append((module, source))
+
+    def _tie_as_in(self, base: PreTrainedModel) -> None:
+        """One matrix for both ends where the policy has one. An adapter of one end alone unties them."""
+        if not base.config.tie_word_embeddings:
+            return
+        ends = (base.get_input_embeddings(), base.get_output_embeddings())
+        if any(_has_a_matrix_of_its_own(end) for end in ends):
+            self.model.config.tie_word_embeddings = False
+        else:
+            self.model.tie_weights()  # fold trained token rows into one matrix, not into two
 
     @torch.no_grad()
     def refresh(self) -> PreTrainedModel:
         """Fold the present adapter. Returns the model to generate with."""
         for module, source in self.folded:
             module.weight.data.copy_(_folded_weight(source))
+        for module, source in self.merged:
+            for key, tensor in _merged_layer(source)._parameters.items():
+                if tensor is not None and module._parameters.get(key) is None:  # a bias that the base has not
+                    module.register_parameter(key, nn.Parameter(tensor.to(module.weight.dtype), requires_grad=False))
+                elif tensor is not None:
+                    module._parameters[key].data.copy_(tensor)
         return self.model
+
+
+def live_module(base: nn.Module, name: str) -> nn.Module:
+    """The module that computes in the place of the base's module of this name: a trained copy, an adapted layer, itself."""
+    module = base
+    for part in name.split(".") if name else ():
+        plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        module = getattr(plain, part)
+        if isinstance(module, ModulesToSaveWrapper):
+            module = _trained_copy(module)
+    return module
+
+
+def _trained_copy(wrapper: Any) -> nn.Module:
+    chosen = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.modules_to_save[chosen[0]] if chosen and not wrapper.disable_adapters else wrapper.original_module
+
+
+def is_plain_lora(layer: nn.Module) -> bool:
+    """Whether all that the layer adds to its base is scale * B @ A, on one weight."""
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        return False
+    return not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.active_adapters)
+
+
+def _merged_layer(layer: Any) -> nn.Module:
+    """The layer's base in fp32 with the adapter in it, by PEFT's own code. The layer stays as it is."""
+    if layer.disable_adapters:
+        return layer.get_base_layer()
+    merged = copy.deepcopy(layer).float()
+    plain = merged.get_base_layer()
+    adds_bias = any(getattr(layer, "lora_bias", {}).values()) or hasattr(layer, "beft_bias")
+    if adds_bias and plain.bias is None:
+        plain.bias = nn.Parameter(torch.zeros_like(plain.weight[:, 0]))
+    merged.merge()
+    return merged.get_base_layer()
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
@@ -80,6 +140,10 @@ def _base_layer(module: nn.Module) -> nn.Module:
 
 def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) or hasattr(module, "token_adapter") or bool(packed_linears(module))
+
+
+def _has_a_matrix_of_its_own(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not hasattr(module, "token_adapter")
 
 
 def _shared_tensor(module: nn.Module, key: str) -> torch.Tensor:

@@ -67,6 +67,7 @@ class Manifest:
     special_tokens: list[Entry] | None = None  # one for each that the template emits; none before they are looked at
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
+    rows_cut: int = 0  # rows of SFT that trainer.max_length cut
     wandb_run_id: str = ""
     peak_gib: float | None = None
     steps: int | None = None
@@ -135,13 +136,36 @@ def opening_manifest(config: Settings, stage: str, folder: Path) -> Manifest:
 def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[Entry, list[Entry]]:
     """The `parent` entry for a run that starts from this adapter, and the chain that leads to it."""
     parent = {"run_dir": str(adapter_folder.parent), "adapter_sha256": adapter_sha256}
-    above = (adapter_folder.parent, adapter_folder.parent.parent)  # of adapter/, of checkpoints/checkpoint-5/
-    run_dir = next((folder for folder in above if (folder / "manifest.json").is_file()), None)
+    run_dir = run_of(adapter_folder)
     if run_dir is None:
         return parent, [{"stage": "adapter", "name": str(adapter_folder), "adapter_sha256": adapter_sha256}]
     made = read_manifest(run_dir)
     link = {"stage": made.stage, "name": made.name, "adapter_sha256": adapter_sha256, "data": made.data or None}
     return parent, [*made.chain, link]
+
+
+def run_of(adapter_folder: Path) -> Path | None:
+    """The run directory that an adapter lies in."""
+    above = (adapter_folder.parent, adapter_folder.parent.parent)  # of adapter/, of checkpoints/checkpoint-5/
+    return next((folder for folder in above if (folder / "manifest.json").is_file()), None)
+
+
+def refuse_unfinished(adapter_folder: Path) -> str | None:
+    """Refuse the adapter of a run that did not finish. A checkpoint that is named has its use: returns what to say of it.
+
+    Raises:
+        UserError: it is the adapter of a run that failed, or that is still running.
+    """
+    run_dir = run_of(adapter_folder)
+    status = read_manifest(run_dir).exit if run_dir else "ok"
+    if status == "ok":
+        return None
+    if adapter_folder.name.startswith("checkpoint-"):
+        return f"{adapter_folder} is a checkpoint of a run that has not finished ({status})"
+    raise UserError(
+        f"{run_dir} is not finished ({status}), and its adapter is no result: finish the run with --resume, train it again, or "
+        f"name one of its checkpoints ({run_dir}/checkpoints/checkpoint-N)"
+    )
 
 
 def lineage(run_dir: Path) -> Iterator[tuple[Path, Manifest]]:

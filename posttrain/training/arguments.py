@@ -15,13 +15,20 @@ from posttrain.runs.directory import Run
 
 
 def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
-    """Keyword arguments of SFTConfig or GRPOConfig: the `trainer:` block, and what posttrain sets itself."""
+    """Keyword arguments of SFTConfig or GRPOConfig, with the trackers of this run."""
+    if asks_for_pages(config):
+        run.note(f"trainer.optim {config.trainer['optim']} pages to the host from CUDA; without CUDA adamw_torch is used instead")
+    return plain_arguments(config, run.folder) | {"report_to": tracking(config, run)}
+
+
+def plain_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """The `trainer:` block, and what posttrain sets itself. Nothing is written."""
     half = config.model.dtype == "bfloat16"
     set_here = {
-        "output_dir": str(run.folder / "checkpoints"),
-        "run_name": run.folder.name,
+        "output_dir": str(folder / "checkpoints"),
+        "run_name": folder.name,
         "seed": config.seed,
-        "report_to": tracking(config, run),
+        "report_to": [],
         "push_to_hub": False,
         "bf16": half,
         "fp16": config.model.dtype == "float16",
@@ -31,15 +38,19 @@ def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
     trainer = dict(config.trainer)
     if device().type == "cpu":
         set_here["use_cpu"] = True
-        if str(trainer.get("optim", "")).startswith("paged_"):
-            run.note(f"trainer.optim {trainer['optim']} pages to the host from CUDA; without CUDA adamw_torch is used instead")
-            trainer["optim"] = "adamw_torch"
+    if asks_for_pages(config):
+        trainer["optim"] = "adamw_torch"
     for key in ("bf16", "fp16"):
         if trainer.pop(key, set_here[key]) != set_here[key]:
             raise UserError(
                 f"trainer.{key} contradicts model.dtype {config.model.dtype}: remove it, the precision follows model.dtype"
             )
     return trainer | set_here
+
+
+def asks_for_pages(config: TrainConfig) -> bool:
+    """Whether the optimizer pages to the host from a GPU that is not here."""
+    return device().type == "cpu" and str(config.trainer.get("optim", "")).startswith("paged_")
 
 
 def global_batch(args: TrainingArguments) -> int:

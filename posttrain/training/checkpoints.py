@@ -8,7 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import TrainConfig
 from posttrain.errors import UserError
-from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter
+from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter, live_adapter_sha256
 from posttrain.runs.directory import Run
 
 
@@ -23,19 +23,16 @@ def last_checkpoint(run: Run, resume: bool) -> str | None:
 
 
 def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase, start_sha256: str) -> None:
-    """Write the finished adapter and its tokenizer. Refuse an adapter that training did not change."""
+    """Write the finished adapter and its tokenizer. An adapter that training did not change is refused, and not written."""
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = gather_sharded_adapter(model)
     if not run.is_main:
         return
     folder = run.folder / "adapter"
-    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
-    tokenizer.save_pretrained(folder)
-    end = adapter_sha256(folder)
+    end = live_adapter_sha256(model, state)
     run.record(
         peak_gib=peak_memory_gib(),
-        adapter_sha256=end,
         steps=trainer.state.global_step,
         train_seconds=next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row),
     )
@@ -44,6 +41,9 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
             f"training left every adapter weight as it was: in none of its {trainer.state.global_step} steps were learning rate "
             f"and gradient both above 0; check trainer.learning_rate, trainer.warmup_steps and the rewards in {run.folder}"
         )
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
+    tokenizer.save_pretrained(folder)
+    run.record(adapter_sha256=adapter_sha256(folder))
     print(f"adapter: {folder}  sha256 {end[:12]}")
 
 

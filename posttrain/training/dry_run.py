@@ -216,7 +216,7 @@ def lora_parameters(config: TrainConfig, shape: dict[str, Any]) -> float:
     hidden, inner, kv = shape["hidden"], shape["intermediate"], shape["kv_width"]
     sizes = {"q_proj": 2 * hidden, "o_proj": 2 * hidden, "k_proj": hidden + kv, "v_proj": hidden + kv}
     sizes |= {name: hidden + inner for name in ("gate_proj", "up_proj", "down_proj")}
-    targets = config.lora.target_modules if config.lora else list(sizes)
+    targets = config.lora.target_modules if config.lora and config.lora.target_modules != ["all-linear"] else list(sizes)
     return rank * shape["layers"] * sum(sizes.get(target, 2 * hidden) for target in targets)
 
 

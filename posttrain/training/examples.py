@@ -10,12 +10,21 @@ from posttrain.records import Example, Prediction, read_jsonl
 
 
 def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """Training and dev examples, as many as the config asks for."""
+    """Training and dev examples, as many as the config asks for.
+
+    Raises:
+        UserError: there is nothing to train on, or nothing that the trainer was told to evaluate.
+    """
     folder = Path(config.data.path)
     train = read_jsonl(folder / "train.jsonl", Example)
     if config.data.pass_rate:
         train = with_pass_rate(train, config.data.pass_rate)
+    if not train:
+        kept = f" with a pass rate in {config.data.pass_rate.run_dir} between low and high" if config.data.pass_rate else ""
+        raise UserError(f"{folder}/train.jsonl has no row{kept}: there is nothing to train on")
     dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
+    if not dev and config.trainer.get("eval_strategy", "no") != "no":
+        raise UserError(f"{folder}/dev.jsonl has no row: set trainer.eval_strategy=no, or prepare the data with a dev_fraction")
     return train[: config.data.num_train], dev
 
 

@@ -1,0 +1,242 @@
+"""Which base an adapter belongs to, and which checkpoint can be one: before weights are loaded and a directory is made."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scripts import retell
+from tiny_training import LORA, finished_sft
+
+from posttrain.config.load import config_sha256
+from posttrain.config.schema import Lora, Model
+from posttrain.errors import UserError
+from posttrain.models.adapters import check_adapter_fits, resolve_adapter, targets_met
+from posttrain.models.base import fingerprint, load_base
+from posttrain.models.chat import load_tokenizer
+from posttrain.models.checkpoint import check_base, check_context, norms_hash, skeleton, weights_hash
+from posttrain.runs.manifest import read_manifest, refuse_unfinished
+
+
+@pytest.fixture
+def run(sft, tmp_path):
+    """A finished run of its own."""
+    shutil.copytree(sft, tmp_path / "run")
+    retell(tmp_path / "run", exit="ok")
+    return tmp_path / "run"
+
+
+def base_at(tiny_model_dir, folder, change=None):
+    shutil.copytree(tiny_model_dir, folder)
+    if change:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(
+            {name: change(name, tensor) for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    return Model(name_or_path=str(folder))
+
+
+def merged_fine_tune(name, tensor):
+    return tensor + 0.01 if "q_proj" in name else tensor
+
+
+def another(name, tensor):
+    return tensor * 2
+
+
+def old(run):
+    """The run as an earlier version left it."""
+    model = read_manifest(run).model
+    retell(run, model={key: model[key] for key in model if key not in ("weights", "tokenizer", "template")})
+
+
+def test_a_copy_of_the_base_is_the_base(run, tiny_model_dir, tmp_path):
+    copy = base_at(tiny_model_dir, tmp_path / "elsewhere")
+    assert check_adapter_fits(run / "adapter", copy, load_tokenizer(copy)).r == 4
+    old(run)
+    assert check_adapter_fits(run / "adapter", copy, load_tokenizer(copy)).r == 4
+
+
+def test_the_base_that_was_named_may_be_gone_or_on_the_hub(run, tiny_model_dir, tmp_path):
+    copy = base_at(tiny_model_dir, tmp_path / "elsewhere")
+    retell(run, model=read_manifest(run).model | {"name_or_path": "somebody/tiny"})
+    assert check_adapter_fits(run / "adapter", copy).r == 4
+
+
+def test_a_base_cut_into_other_files_is_the_same(tiny_model_dir, settings, load, tmp_path):
+    load().save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    assert weights_hash(Model(name_or_path=str(tmp_path))) == weights_hash(settings)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_the_norms_of_the_files_are_those_of_the_loaded_base(load, settings, dtype):
+    assert norms_hash(settings, dtype) == fingerprint(load(dtype=dtype))
+
+
+WRONG = {
+    "another base": (another, False, r"belongs to base .*: set model.name_or_path to match \(its weights are not those"),
+    "another base, said to be the same": (another, True, "its weights are not those"),
+    "a merged fine-tune": (merged_fine_tune, False, "same norms and may be a fine-tune of the other"),
+}
+
+
+@pytest.mark.parametrize(("change", "same_base", "told"), WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("at_its_place", [False, True])
+def test_a_wrong_base_is_refused(run, tiny_model_dir, tmp_path, change, same_base, told, at_its_place):
+    wrong = base_at(tiny_model_dir, tmp_path / "wrong", change).model_copy(update={"same_base": same_base})
+    if at_its_place:  # the folder that was named holds other weights now
+        retell(run, model=read_manifest(run).model | {"name_or_path": wrong.name_or_path})
+    with pytest.raises(UserError, match=told):
+        check_adapter_fits(run / "adapter", wrong)
+
+
+def test_a_merged_base_is_not_taken_for_its_base_by_its_norms(run, tiny_model_dir, tmp_path):
+    old(run)
+    merged = base_at(tiny_model_dir, tmp_path / "merged_base", merged_fine_tune)
+    with pytest.raises(UserError, match="may be a fine-tune of the other"):
+        check_adapter_fits(run / "adapter", merged)
+
+
+def test_same_base_says_that_another_form_is_the_same(run, tiny_model_dir, tmp_path):
+    other = base_at(tiny_model_dir, tmp_path / "other", merged_fine_tune)
+    assert check_adapter_fits(run / "adapter", other.model_copy(update={"same_base": True})).r == 4
+
+
+def test_an_adapter_without_a_run_has_a_name_alone(run, settings, tiny_model_dir, tmp_path):
+    folder = shutil.copytree(run / "adapter", tmp_path / "foreign" / "x" / "adapter")
+    copy = base_at(tiny_model_dir, tmp_path / "elsewhere")
+    assert check_adapter_fits(folder, settings).r == 4
+    with pytest.raises(UserError, match=r"belongs to base .*, or model.same_base=true if these are the same weights"):
+        check_adapter_fits(folder, copy)
+    assert check_adapter_fits(folder, copy.model_copy(update={"same_base": True})).r == 4
+
+
+def test_same_base_is_recorded_and_changes_no_hash_of_settings(tiny, settings):
+    said = tiny.sft_config(model={"name_or_path": settings.name_or_path, "same_base": True})
+    plain = tiny.sft_config()
+    assert config_sha256(said.model_copy(update={"run_dir": "r"})) == config_sha256(plain.model_copy(update={"run_dir": "r"}))
+    with tiny.sft({}, model={"name_or_path": settings.name_or_path, "same_base": True}) as trainer:
+        assert trainer.run.manifest.model["same_base"] is True
+    assert "same_base" not in read_manifest(finished_sft(tiny)).model
+
+
+def test_another_vocabulary_is_refused(run, settings):
+    tokenizer = load_tokenizer(settings)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="another vocabulary"):
+        check_adapter_fits(run / "adapter", settings, tokenizer)
+    assert check_adapter_fits(run / "adapter", settings.model_copy(update={"same_base": True}), tokenizer).r == 4
+
+
+# --- runs that did not finish -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["running", "failed: UserError: training left every adapter weight as it was"])
+def test_the_adapter_of_a_run_that_did_not_finish_is_refused(run, status):
+    assert refuse_unfinished(run / "adapter") is None
+    checkpoint = shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-2")
+    retell(run, exit=status)
+    with pytest.raises(UserError, match=r"is not finished \(.*\), and its adapter is no result: finish the run with --resume"):
+        refuse_unfinished(run / "adapter")
+    assert "checkpoint of a run that has not finished" in refuse_unfinished(checkpoint)
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(UserError, match="is not finished"):
+        resolve_adapter(str(run))
+
+
+def test_an_adapter_that_training_did_not_change_is_not_written(tiny, sft):
+    with tiny.sft({"max_steps": 1, "learning_rate": 0.0}) as trainer, pytest.raises(UserError, match="left every adapter"):
+        from posttrain.training.checkpoints import save_adapter
+
+        trainer.train()
+        save_adapter(trainer, trainer.run, trainer.processing_class, trainer.run.manifest.start_sha256)
+    assert not (trainer.run.folder / "adapter").exists()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert(tiny_model_dir, tmp_path, tokenizer):
+    folder = tmp_path / "binonly"
+    shutil.copytree(tiny_model_dir, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model.safetensors: only safetensors are loaded. Convert it: python -c"):
+        check_base(Model(name_or_path=str(folder)), "none", tokenizer)
+
+
+FORMS = {
+    "nf4 as none": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "none", "packed as NF4 already"),
+    "nf4 as nf4": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", None),
+    "fp4": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "nf4", r"is quantized \(bitsandbytes\)"),
+    "int8": ("bitsandbytes", {"load_in_8bit": True}, "none", r"is quantized \(bitsandbytes\)"),
+    "gptq": ("gptq", {"bits": 4}, "none", r"is quantized \(gptq\).*set model.name_or_path to the unquantized original"),
+    "awq": ("awq", {"bits": 4}, "nf4", r"is quantized \(awq\)"),
+    "fp8": ("fp8", {}, "none", r"is quantized \(fp8\)"),
+}
+
+
+@pytest.mark.parametrize(("method", "more", "quantization", "told"), FORMS.values(), ids=FORMS.keys())
+def test_a_quantized_checkpoint_is_refused_by_its_form(tiny_model_dir, tmp_path, tokenizer, method, more, quantization, told):
+    file = shutil.copytree(tiny_model_dir, tmp_path / "q") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": method} | more}))
+    settings = Model(name_or_path=str(tmp_path / "q"))
+    if told is None:
+        check_base(settings, quantization, tokenizer)
+    else:
+        with pytest.raises(UserError, match=told):
+            check_base(settings, quantization, tokenizer)
+
+
+def test_tokens_without_a_row_are_refused_where_the_template_has_them(settings):
+    tokenizer = load_tokenizer(settings)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|never|>"]})
+    check_base(settings, "none", tokenizer)  # Gemma3's tokenizer has such a token, too
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|never|>")
+    with pytest.raises(UserError, match=r"rows, none for <\|never\|> \d+: resize the model"):
+        check_base(settings, "none", tokenizer)
+
+
+def test_the_context_is_1024(settings):
+    base = skeleton(settings)
+    check_context(base, 1000, 24, "generation.max_new_tokens")
+    with pytest.raises(UserError, match="set generation.max_new_tokens to 24 or less"):
+        check_context(base, 1000, 25, "generation.max_new_tokens")
+    with pytest.raises(UserError, match="shorten the prompts"):
+        check_context(base, 2000, 1, "generation.max_new_tokens")
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "the end of a name": (["proj"], "names no layer of this model: proj"),
+    "the head": (["q_proj", "lm_head"], "names lm_head"),
+    "the embedding": (["embed_tokens"], "names embed_tokens"),
+    "a block": (["mlp"], "names a LlamaMLP: name the linear layers inside it"),
+}
+
+
+@pytest.mark.parametrize(("targets", "told"), TARGETS.values(), ids=TARGETS.keys())
+def test_a_target_that_takes_no_adapter_is_refused(settings, targets, told):
+    with pytest.raises(UserError, match=told):
+        targets_met(skeleton(settings), Lora(**LORA | {"target_modules": targets}))
+
+
+def test_targets_are_counted_as_peft_meets_them(settings):
+    base = skeleton(settings)
+    assert targets_met(base, Lora(**LORA | {"target_modules": ["q_proj", "mlp.up_proj"]})) == {"q_proj": 2, "mlp.up_proj": 2}
+    every = Lora(**LORA | {"target_modules": "all-linear"})
+    assert every.target_modules == ["all-linear"]
+    assert targets_met(base, every) == dict.fromkeys(LORA["target_modules"], 2)
+
+
+def test_all_linear_is_what_peft_trains(tiny):
+    with tiny.sft(lora=LORA | {"target_modules": "all-linear"}) as trainer:
+        assert {n.split(".")[-4] for n, p in trainer.model.named_parameters() if "lora_A" in n} == {*LORA["target_modules"]}
+
+
+def test_a_base_loads_after_its_skeleton_was_looked_at(settings, tokenizer):
+    check_base(settings, "none", tokenizer)
+    assert not load_base(settings, "none", tokenizer).get_input_embeddings().weight.is_meta
