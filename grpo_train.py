@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from posttrain.records import Example
     from posttrain.training.trainers import GRPO
 
+OTHER_ENGINE = "let transformers' own `generate` make the completions, rollouts.engine=trl"
+NO_DEV = "and no dev accuracy, data.num_dev=0"
+
 
 def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
@@ -45,6 +48,7 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
+    from posttrain.generation.supported import check_engine
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.training.arguments import global_batch
@@ -56,6 +60,9 @@ def main() -> None:
     adapters.check_adapter_mode(config, start)
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
+    check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
+    if dev:
+        check_engine(config.model, "transformers", NO_DEV)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
@@ -95,6 +102,7 @@ def make_trainer(
 ) -> GRPO:
     from trl import GRPOConfig
 
+    from posttrain.generation.guard import EngineGuard
     from posttrain.models.policy_copy import PolicyCopy
     from posttrain.records import as_dataset
     from posttrain.training.arguments import trainer_arguments
@@ -105,6 +113,8 @@ def make_trainer(
 
     functions, weights = reward_functions(config.rewards)
     copy = PolicyCopy(model)
+    guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
+    rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
     trainer = GRPO(
         model=model,
@@ -112,13 +122,13 @@ def make_trainer(
         reward_funcs=functions,
         train_dataset=as_dataset(train, ("prompt", "answer")),
         processing_class=tokenizer,
-        rollout_func=None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts),
+        rollout_func=rollouts,
         fast_adapter=config.fast_adapter,
         skip_zero_signal=config.rollouts.skip_zero_signal,
         correct_mismatch=config.rollouts.correct_mismatch,
     )
     limit = trainer.max_completion_length
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy)) if dev else None
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None
     trainer.add_callback(Samples(run, trainer.latest))
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from posttrain.records import Example
     from posttrain.training.trainers import SFT
 
+NO_DEV = "train without dev accuracy, data.num_dev=0"
+
 
 def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
@@ -43,6 +45,7 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
+    from posttrain.generation.supported import check_engine
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.training.arguments import global_batch
@@ -54,6 +57,8 @@ def main() -> None:
         adapters.check_adapter_fits(folder, config.model)
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
+    if dev:
+        check_engine(config.model, "transformers", NO_DEV)
     with open_run(config, "sft", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)
@@ -92,6 +97,7 @@ def make_trainer(
 ) -> SFT:
     from trl import SFTConfig
 
+    from posttrain.generation.guard import EngineGuard
     from posttrain.models.base import compile_layers
     from posttrain.records import as_dataset
     from posttrain.training.arguments import trainer_arguments
@@ -112,7 +118,8 @@ def make_trainer(
         fast_adapter=config.fast_adapter,
     )
     limit = config.trainer.get("max_length", 512)
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit)) if dev else None
+    guard = EngineGuard(NO_DEV, lambda difference: run.record(engine_difference=difference))
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, guard=guard)) if dev else None
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 
