@@ -19,10 +19,10 @@ from typing import Any
 from posttrain.config.load import config_sha256, from_command_line
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError, exit_on_user_error
-from posttrain.evaluation.stats import train_test_overlap
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.runs.manifest import git_state
+from posttrain.tasks.contamination import train_test_overlap
 from posttrain.tasks.examples import check_rows, few_shot_rows, refuse_too_many, special_tokens, to_example, without_repeats
 from posttrain.tasks.gsm8k import gives_away_its_test_set
 from posttrain.tasks.rows import SPLITS
@@ -89,21 +89,28 @@ def ngram_overlap(examples: list[Example]) -> dict[str, int]:
 
 
 def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -> dict[str, Any]:
-    """Percentiles of the lengths of prompts and whole rows in the tokenizer's tokens, and the share over `max_length`."""
+    """Percentiles of the lengths of prompts and whole rows in the tokenizer's tokens, and the share over `max_length`.
+
+    Raises:
+        UserError: the chat template changes a message.
+    """
     from tqdm import tqdm
 
-    from posttrain.models.chat import chat_ids
+    from posttrain.models.template_check import TemplateCheck
 
-    prompts, wholes = [], []
+    check, prompts, wholes = TemplateCheck(tokenizer), [], []
     for example in tqdm(examples, desc="tokenizing", unit="row", disable=None):
-        prompts.append(len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)))
-        wholes.append(len(chat_ids(tokenizer, example.prompt + example.completion)))
+        prompt, whole = check.ids(example)
+        prompts.append(len(prompt))
+        wholes.append(len(whole))
+    completions = [whole - prompt for whole, prompt in zip(wholes, prompts, strict=True)]
+    assert all(length > 0 for length in completions), "a row without an answer"
     over = sum(length > config.max_length for length in wholes)
     return {
         "tokenizer": config.tokenizer.name_or_path,
         "prompt_tokens": percentiles(prompts),
         "total_tokens": percentiles(wholes),
-        "completion_tokens": percentiles([whole - prompt for whole, prompt in zip(wholes, prompts, strict=True)]),
+        "completion_tokens": percentiles(completions),
         "max_length": config.max_length,
         "share_over_max_length": round(over / max(1, len(wholes)), 5),
     }

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
 from posttrain.errors import UserError, exit_on_user_error
-from posttrain.evaluation import stats
+from posttrain.evaluation import summary
 from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.data_sets import data_entry
@@ -63,11 +63,15 @@ def main() -> None:
 
     from posttrain.generation.supported import check_engine
     from posttrain.models.chat import chat_ids, load_tokenizer
+    from posttrain.models.template_check import check_same_template, check_template
 
     check_engine(config.model, config.engine, OTHER_ENGINE[config.engine])
     tokenizer = load_tokenizer(config.model)
+    check_template(tokenizer, asked)
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     adapter, origin = find_adapter(config, data)
+    if adapter:
+        check_same_template(tokenizer, adapter, asked)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
         policy = load_policy(config, adapter, tokenizer, prompts, run)
@@ -192,7 +196,7 @@ def write_results(folder: Path, predictions: list[Prediction]) -> None:
     manifest = read_manifest(folder)
     questions = list(read_rows(folder / "questions.jsonl"))
     data = manifest.data
-    results = stats.summarize(questions, predictions, dataset=data["name"], limit=manifest.limit, dataset_size=data["size"])
+    results = summary.summarize(questions, predictions, dataset=data["name"], limit=manifest.limit, dataset_size=data["size"])
     results["provenance"] = {key: getattr(manifest, key) for key in PROVENANCE}
     results["prompts_sha256"] = sha256_text("".join(question["prompt_sha256"] for question in questions))
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -203,7 +207,7 @@ def headline(name: str, results: dict[str, Any]) -> str:
     lenient, strict = results["accuracy"]["lenient"], results["accuracy"]["strict"]
     subset = f" ({results['subset']})" if results["subset"] else ""
     return (
-        f"{name}: {stats.with_interval(lenient)} of {results['n']} on {results['dataset']}{subset}; "
+        f"{name}: {summary.with_interval(lenient)} of {results['n']} on {results['dataset']}{subset}; "
         f"strict {strict['value']:.2%}, format {results['format_ok']['value']:.2%}, truncated {results['truncated']['value']:.2%}"
     )
 

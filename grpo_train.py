@@ -51,6 +51,7 @@ def main() -> None:
     from posttrain.generation.supported import check_engine
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
     from posttrain.training.examples import load_examples
@@ -63,6 +64,8 @@ def main() -> None:
     check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
     if dev:
         check_engine(config.model, "transformers", NO_DEV)
+    check_template(tokenizer, train + dev)
+    check_same_template(tokenizer, folder, train + dev)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)

@@ -48,6 +48,7 @@ def main() -> None:
     from posttrain.generation.supported import check_engine
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.template_check import check_template
     from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
     from posttrain.training.examples import load_examples
@@ -59,6 +60,7 @@ def main() -> None:
     train, dev = load_examples(config)
     if dev:
         check_engine(config.model, "transformers", NO_DEV)
+    check_template(tokenizer, train + dev)
     with open_run(config, "sft", config.run_dir, args.resume) as run:
         run.record(data=data)
         model = load_policy(config, folder, tokenizer, run)

@@ -7,7 +7,7 @@ import json
 import random
 
 import rewards
-from posttrain.evaluation.stats import summarize
+from posttrain.evaluation.summary import summarize
 from posttrain.records import Prediction, sha256_text, write_jsonl
 
 BASE = "models/Llama-3.2-3B"

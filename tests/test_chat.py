@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
-from posttrain.models.chat import chat_ids, load_tokenizer, pin_date, special_ids, stop_token
+from posttrain.models.chat import chat_ids, load_tokenizer, special_ids, stop_token
 from posttrain.models.special_tokens import template_specials
+from posttrain.models.templates import pin_date
 
 LLAMA3 = str(ROOT / "configs/templates/llama3.jinja")
 PLAIN = str(ROOT / "configs/templates/plain.jinja")

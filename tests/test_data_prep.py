@@ -594,3 +594,23 @@ def test_the_real_gsm8k(prepare, gsm8k_dir):
     assert [row.question for row in test] == [row["question"] for row in raw]
     assert all(row.answer == row_raw["answer"].split("#### ")[1].replace(",", "") for row, row_raw in zip(test, raw, strict=True))
     assert Counter(row.num_steps for row in test)[2] == 326  # the steps by which accuracy is told
+
+
+# --- the chat template ------------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_changes_the_messages_is_refused_and_nothing_is_written(prepare, tmp_path, tiny_model_dir):
+    """As Mistral's: the system message shows only while nobody has answered."""
+    from conftest import CHATML
+
+    hidden = "messages if messages[-1]['role'] == 'user' or message['role'] != 'system' -%}"
+    file = tmp_path / "template.jinja"
+    file.write_text(CHATML.replace("messages -%}", hidden, 1))
+    tokenizer = {"name_or_path": str(tiny_model_dir), "chat_template": str(file)}
+    prompt = {"instruction": ASK, "system": "Answer briefly."}
+    source = {"kind": "leg_counting", "num_train": 3, "num_dev": 1, "num_test": 1}
+    done = prepare(source, ok=False, tokenizer=tokenizer, prompt=prompt)
+    assert done.code == 2 and "the system prompt differently once somebody has answered" in done.err
+    assert "put the system prompt into prompt.instruction" in done.err and "Traceback" not in done.err
+    assert not prepare.folder.exists()
+    prepare(source, tokenizer=tokenizer)

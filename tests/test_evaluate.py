@@ -14,7 +14,7 @@ import pytest
 from scripts import CONFIGS, ROOT, retell, run, start, tree, workplace
 
 import rewards
-from posttrain.evaluation import stats
+from posttrain.evaluation import summary
 from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_file, write_jsonl
@@ -150,7 +150,7 @@ def test_every_number_follows_from_the_rows(place):
         row == grade_completion(example, row.sample, row.completion, row.finish, row.num_tokens)
         for example, row in paired(asked, rows)
     )
-    counted = stats.summarize(questions, rows, dataset="tiny", limit=40, dataset_size=len(read_train(place)))
+    counted = summary.summarize(questions, rows, dataset="tiny", limit=40, dataset_size=len(read_train(place)))
     assert {key: results[key] for key in counted} == json.loads(json.dumps(counted))
 
 

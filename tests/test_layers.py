@@ -41,7 +41,7 @@ KEEPERS = {
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
     "matplotlib": set(),  # bench/growth.py draws with it
-    "jinja2": {"hub"},
+    "jinja2": {"hub", "models"},
     "huggingface_hub": {"hub", "models", "tasks", "training"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers

@@ -18,7 +18,8 @@ import pytest
 
 from posttrain import report
 from posttrain.errors import UserError
-from posttrain.evaluation.stats import compare, summarize
+from posttrain.evaluation.comparison import compare
+from posttrain.evaluation.summary import summarize
 from posttrain.records import Prediction, read_jsonl, read_rows, write_jsonl
 from posttrain.report import charts, figures, page, tables
 from posttrain.report.charts import Chart, Point, Series

@@ -7,7 +7,7 @@ import shutil
 import made_runs
 import pytest
 
-from posttrain.evaluation import stats
+from posttrain.evaluation import comparison
 from posttrain.records import Prediction, read_jsonl, read_rows
 from posttrain.report import write_report
 
@@ -159,7 +159,7 @@ def test_the_page_forbids_itself_the_network(page):
 
 def test_filters_count_what_the_paired_test_counts(page, runs, questions, predictions):
     last, before = predictions[3], predictions[2]
-    result = stats.compare(questions, before, questions, last)
+    result = comparison.compare(questions, before, questions, last)
     expected = {
         "All": 1319,
         "Wrong": sum(not p.correct for p in last),

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.evaluation import stats
+from posttrain.evaluation import comparison, stats, summary
 from posttrain.records import Prediction
+from posttrain.tasks.contamination import train_test_overlap
 
 
 def predict(id, correct=True, *, sample=0, value="1", method="marker", **changes):
@@ -77,7 +78,7 @@ def recorded(gsm8k_dir):
 
 def test_accuracy_of_the_recorded_solutions(recorded):
     questions, runs = recorded
-    accuracy = stats.summarize(questions, runs["175b_verification"])["accuracy"]["lenient"]
+    accuracy = summary.summarize(questions, runs["175b_verification"])["accuracy"]["lenient"]
     assert (accuracy["k"], accuracy["n"]) == (742, 1319)
     assert accuracy["value"] == pytest.approx(0.56255, abs=5e-6)
     assert accuracy["stderr"] == pytest.approx(0.013664, abs=5e-7)
@@ -87,7 +88,7 @@ def test_accuracy_of_the_recorded_solutions(recorded):
 
 def test_accuracy_by_steps_of_the_recorded_solutions(recorded):
     questions, runs = recorded
-    by_steps = stats.summarize(questions, runs["175b_verification"])["by_steps"]
+    by_steps = summary.summarize(questions, runs["175b_verification"])["by_steps"]
     assert [*by_steps] == ["2", "3", "4", "5", "6", "7+"]
     shares = [by_steps[steps]["value"] for steps in "23456"]
     assert shares == pytest.approx([0.791, 0.647, 0.522, 0.331, 0.264], abs=5e-4)
@@ -97,7 +98,7 @@ def test_accuracy_by_steps_of_the_recorded_solutions(recorded):
 
 def test_paired_test_of_the_recorded_solutions(recorded):
     questions, runs = recorded
-    result = stats.compare(questions, runs["6b_verification"], questions, runs["175b_finetuning"])
+    result = comparison.compare(questions, runs["6b_verification"], questions, runs["175b_finetuning"])
     assert (result["only_first"], result["only_second"]) == (209, 152)
     assert result["p_value"] == pytest.approx(0.0031507, abs=5e-8)
     assert result["difference"] == pytest.approx(-0.043215, abs=5e-7)  # second minus first
@@ -109,7 +110,7 @@ def test_paired_test_of_the_recorded_solutions(recorded):
 def test_pass_at_k_of_the_recorded_solutions(recorded):
     questions, runs = recorded
     samples = [replace(p, sample=i) for i, model in enumerate(MODELS) for p in runs[model]]
-    passed = stats.summarize(questions, samples)["pass_at_k"]
+    passed = summary.summarize(questions, samples)["pass_at_k"]
     assert [passed[k]["value"] for k in "124"] == pytest.approx([0.37926, 0.53273, 0.67248], abs=5e-6)
     correct = [sum(runs[model][i].correct for model in MODELS) for i in range(len(questions))]
     assert np.mean([stats.pass_at_k(4, c, 3) for c in correct]) == pytest.approx(0.61751, abs=5e-6)
@@ -118,7 +119,7 @@ def test_pass_at_k_of_the_recorded_solutions(recorded):
 @pytest.mark.parametrize(("n", "hits"), [(13, 3), (10, 9), (8, 80)])
 def test_overlap_of_the_published_splits(gsm8k_dir, n, hits):
     train, test = ([row["question"] for row in read(gsm8k_dir / f"{split}.jsonl")] for split in ("train", "test"))
-    overlap = stats.train_test_overlap(train, test, n)
+    overlap = train_test_overlap(train, test, n)
     assert (overlap["k"], overlap["n"]) == (hits, 1319)
     if n == 13:
         assert overlap["indices"] == [581, 602, 632]
@@ -277,24 +278,24 @@ def test_summary_counts_what_it_says():
         predict("q4", False),
         predict("q5", method="boxed"),
     ]
-    summary = stats.summarize(questions, predictions, dataset="d", limit=6, dataset_size=9)
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["subset"] == "first 6 of 9"
-    assert [(summary["accuracy"][rule]["k"]) for rule in ("lenient", "strict")] == [4, 2]
-    assert (summary["truncated"]["k"], summary["truncated"]["accuracy"]["k"]) == (2, 1)
-    assert (summary["format_ok"]["k"], summary["multi_marker"]["k"]) == (3, 1)
-    assert {steps: (r["k"], r["n"]) for steps, r in summary["by_steps"].items()} == {
+    made = summary.summarize(questions, predictions, dataset="d", limit=6, dataset_size=9)
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert made["subset"] == "first 6 of 9"
+    assert [(made["accuracy"][rule]["k"]) for rule in ("lenient", "strict")] == [4, 2]
+    assert (made["truncated"]["k"], made["truncated"]["accuracy"]["k"]) == (2, 1)
+    assert (made["format_ok"]["k"], made["multi_marker"]["k"]) == (3, 1)
+    assert {steps: (r["k"], r["n"]) for steps, r in made["by_steps"].items()} == {
         "1": (1, 1),
         "2": (1, 2),
         "6": (1, 1),
         "7+": (1, 2),
     }
-    assert [*summary["by_method"]] == ["marker", "phrase", "boxed", "last_number", "none"]
-    assert sum(r["k"] for r in summary["by_method"].values()) == 4
-    assert sum(r["share"] for r in summary["by_method"].values()) == pytest.approx(1)
-    assert summary["by_method"]["phrase"]["value"] is None  # no completion, no accuracy
-    assert summary["completion_tokens"] == {"mean": 40, "median": 10, "p95": 100, "max": 100, "total": 240}
-    assert "pass_at_k" not in summary
+    assert [*made["by_method"]] == ["marker", "phrase", "boxed", "last_number", "none"]
+    assert sum(r["k"] for r in made["by_method"].values()) == 4
+    assert sum(r["share"] for r in made["by_method"].values()) == pytest.approx(1)
+    assert made["by_method"]["phrase"]["value"] is None  # no completion, no accuracy
+    assert made["completion_tokens"] == {"mean": 40, "median": 10, "p95": 100, "max": 100, "total": 240}
+    assert "pass_at_k" not in made
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_summary_counts_what_it_says():
     ],
 )
 def test_subset_label(n, limit, size, label):
-    assert stats.subset_label(n, limit, size) == label
+    assert summary.subset_label(n, limit, size) == label
 
 
 def sampled(seed, num_samples, n=60, skill=0.0):
@@ -325,7 +326,7 @@ def sampled(seed, num_samples, n=60, skill=0.0):
 def test_copies_of_a_sample_add_no_certainty():
     single = sampled(0, 1)
     copies = [replace(p, sample=s) for p in single for s in range(8)]
-    one, eight = (stats.summarize(ask(60), rows) for rows in (single, copies))
+    one, eight = (summary.summarize(ask(60), rows) for rows in (single, copies))
     assert eight["accuracy"]["lenient"]["n"] == 480
     for key in ("value", "wilson", "bootstrap", "stderr"):
         assert eight["accuracy"]["lenient"][key] == pytest.approx(one["accuracy"]["lenient"][key])
@@ -335,18 +336,18 @@ def test_copies_of_a_sample_add_no_certainty():
 
 
 def test_samples():
-    summary = stats.summarize(ask(60), sampled(1, 6))
-    assert [*summary["pass_at_k"]] == [*summary["maj_at_k"]] == ["1", "2", "4", "6"]
-    assert summary["pass_at_k"]["1"]["value"] == pytest.approx(summary["accuracy"]["lenient"]["value"])
-    rising = [share["value"] for share in summary["pass_at_k"].values()]
+    made = summary.summarize(ask(60), sampled(1, 6))
+    assert [*made["pass_at_k"]] == [*made["maj_at_k"]] == ["1", "2", "4", "6"]
+    assert made["pass_at_k"]["1"]["value"] == pytest.approx(made["accuracy"]["lenient"]["value"])
+    rising = [share["value"] for share in made["pass_at_k"].values()]
     assert rising == sorted(rising)
-    assert summary["maj_at_k"]["1"]["ties"] == 0 < summary["maj_at_k"]["2"]["ties"]
+    assert made["maj_at_k"]["1"]["ties"] == 0 < made["maj_at_k"]["2"]["ties"]
 
 
 def test_order_of_predictions_does_not_matter():
     rows = sampled(2, 4)
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert stats.summarize(ask(60), rows) == stats.summarize(ask(60), shuffled)
+    assert summary.summarize(ask(60), rows) == summary.summarize(ask(60), shuffled)
 
 
 @pytest.mark.parametrize(
@@ -363,14 +364,14 @@ def test_order_of_predictions_does_not_matter():
 )
 def test_incomplete_or_mixed_predictions_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        stats.summarize(ask(3), change([predict(f"q{i}") for i in range(3)]))
+        summary.summarize(ask(3), change([predict(f"q{i}") for i in range(3)]))
 
 
 def test_no_questions_and_double_questions_are_refused():
     with pytest.raises(UserError, match="no questions"):
-        stats.summarize([], [])
+        summary.summarize([], [])
     with pytest.raises(UserError, match="unique"):
-        stats.summarize([*ask(2), ask(1)[0]], [predict("q0"), predict("q1")])
+        summary.summarize([*ask(2), ask(1)[0]], [predict("q0"), predict("q1")])
 
 
 # ---- is the difference real? ----
@@ -379,38 +380,38 @@ def test_no_questions_and_double_questions_are_refused():
 def test_compare_says_real_or_chance_and_turns_around():
     better = [predict(f"q{i}", i >= 5) for i in range(40)]
     worse = [predict(f"q{i}", i >= 25) for i in range(40)]
-    up = stats.compare(ask(40), worse, ask(40), better, names=("base", "sft"))
-    down = stats.compare(ask(40), better, ask(40), worse, names=("sft", "base"))
+    up = comparison.compare(ask(40), worse, ask(40), better, names=("base", "sft"))
+    down = comparison.compare(ask(40), better, ask(40), worse, names=("sft", "base"))
     assert up["real"] and up["difference"] == pytest.approx(0.5) == pytest.approx(-down["difference"])
     assert up["interval"] == pytest.approx([-bound for bound in reversed(down["interval"])])
     assert up["p_value"] == down["p_value"]
     assert up["sentence"].startswith("sft is 50.00 points above base (37.50 % -> 87.50 %, n = 40,")
     almost = [replace(better[0], correct=True), *better[1:]]
-    chance = stats.compare(ask(40), better, ask(40), almost)
+    chance = comparison.compare(ask(40), better, ask(40), almost)
     assert not chance["real"] and "within chance" in chance["sentence"]
-    same = stats.compare(ask(40), better, ask(40), better, subset="first 40 of 1,319")
+    same = comparison.compare(ask(40), better, ask(40), better, subset="first 40 of 1,319")
     assert same["p_value"] == 1 and "level with" in same["sentence"] and "first 40 of 1,319" in same["sentence"]
 
 
 def test_compare_matches_questions_by_id():
     rows, other = sampled(3, 1), sampled(4, 1)
-    straight = stats.compare(ask(60), rows, ask(60), other)
-    assert straight == stats.compare(ask(60), rows, ask(60)[::-1], other[::-1])
+    straight = comparison.compare(ask(60), rows, ask(60), other)
+    assert straight == comparison.compare(ask(60), rows, ask(60)[::-1], other[::-1])
 
 
 def test_compare_strict_reads_strict():
     first = [predict(f"q{i}") for i in range(10)]
     second = [predict(f"q{i}", method="last_number") for i in range(10)]
-    assert stats.compare(ask(10), first, ask(10), second)["difference"] == 0
-    assert stats.compare(ask(10), first, ask(10), second, metric="strict")["difference"] == -1
+    assert comparison.compare(ask(10), first, ask(10), second)["difference"] == 0
+    assert comparison.compare(ask(10), first, ask(10), second, metric="strict")["difference"] == -1
 
 
 def test_compare_of_copied_samples_is_mcnemar():
     first, second = sampled(5, 1), sampled(6, 1, skill=0.2)
-    single = stats.compare(ask(60), first, ask(60), second)
+    single = comparison.compare(ask(60), first, ask(60), second)
     for copies in (2, 3):
         twins = [replace(p, sample=s) for p in second for s in range(copies)]
-        several = stats.compare(ask(60), first, ask(60), twins)
+        several = comparison.compare(ask(60), first, ask(60), twins)
         assert several["test"] == "exact sign-flip"
         for key in ("p_value", "difference", "stderr", "only_first", "discordant"):
             assert several[key] == pytest.approx(single[key])
@@ -431,21 +432,21 @@ def test_compare_refuses_runs_that_were_asked_different_things(rows, message):
     first = [predict(f"q{i}") for i in range(3)]
     second = [predict(row["id"]) for row in rows]
     with pytest.raises(UserError, match=message):
-        stats.compare(ask(3), first, rows, second)
+        comparison.compare(ask(3), first, rows, second)
 
 
 def test_compare_across_prompts_is_labelled_and_across_graders_refused():
     rows = [predict(f"q{i}") for i in range(3)]
-    result = stats.compare(ask(3), rows, ask(3, prompt="other"), rows, require_same_prompt=False)
+    result = comparison.compare(ask(3), rows, ask(3, prompt="other"), rows, require_same_prompt=False)
     assert result["same_prompt"] is False and "prompts differ" in result["sentence"]
     with pytest.raises(UserError, match="gold"):  # the questions must be equal even then
-        stats.compare(ask(3), rows, [q | {"answer": "9"} for q in ask(3)], rows, require_same_prompt=False)
+        comparison.compare(ask(3), rows, [q | {"answer": "9"} for q in ask(3)], rows, require_same_prompt=False)
     with pytest.raises(UserError, match="regrade"):
-        stats.compare(ask(3), rows, ask(3), [replace(p, grader="2") for p in rows])
+        comparison.compare(ask(3), rows, ask(3), [replace(p, grader="2") for p in rows])
 
 
 def test_p_is_never_printed_as_zero():
-    assert [stats.format_p(p) for p in (0.0, 1e-9, 0.0031507, 0.0499, 0.4, 1.0)] == [
+    assert [comparison.format_p(p) for p in (0.0, 1e-9, 0.0031507, 0.0499, 0.4, 1.0)] == [
         "< 0.0001",
         "< 0.0001",
         "= 0.0032",
@@ -457,11 +458,11 @@ def test_p_is_never_printed_as_zero():
 
 @pytest.mark.parametrize("hits", [0, 1, 601, 1318, 1319])
 def test_a_rate_is_printed_alike_everywhere(hits):
-    rate = stats.rate((str(i), i < hits) for i in range(1319))
+    rate = summary.rate((str(i), i < hits) for i in range(1319))
     low, high = stats.wilson(hits, 1319)
-    assert stats.with_interval(rate) == f"{hits / 1319:.2%} [{low:.2%}, {high:.2%}]"
-    assert stats.percents(rate) == tuple(f"{share:.2%}".removesuffix("%") for share in (hits / 1319, low, high))
-    assert stats.interval({"value": 0.5, "bootstrap": [0.4, 0.6]}) == (0.4, 0.6)
+    assert summary.with_interval(rate) == f"{hits / 1319:.2%} [{low:.2%}, {high:.2%}]"
+    assert summary.percents(rate) == tuple(f"{share:.2%}".removesuffix("%") for share in (hits / 1319, low, high))
+    assert summary.interval({"value": 0.5, "bootstrap": [0.4, 0.6]}) == (0.4, 0.6)
 
 
 # ---- contamination ----
@@ -469,6 +470,6 @@ def test_a_rate_is_printed_alike_everywhere(hits):
 
 def test_overlap_ignores_case_and_punctuation_and_needs_n_words_in_a_row():
     train = ["One two, three FOUR five."]
-    assert stats.train_test_overlap(train, ["zero one two three four", "one two x three four"], n=4)["k"] == 1
-    assert stats.train_test_overlap(train, ["three four five", "one two three"], n=4)["k"] == 0
-    assert stats.train_test_overlap(["short text"], ["Short text!", "text"], n=4)["indices"] == [0]
+    assert train_test_overlap(train, ["zero one two three four", "one two x three four"], n=4)["k"] == 1
+    assert train_test_overlap(train, ["three four five", "one two three"], n=4)["k"] == 0
+    assert train_test_overlap(["short text"], ["Short text!", "text"], n=4)["indices"] == [0]

@@ -122,4 +122,7 @@ def config_sha256(config: Settings) -> str:
     """Hash of every setting that can change a result; not of where it goes, what it is called and who is told."""
     label = {"name"} if isinstance(config, EvalConfig) else set()  # a data set's name is part of its ids
     settings = config.model_dump(mode="json", exclude={"run_dir", "output_dir", "tracking", "hub"} | label)
+    for block in ("model", "tokenizer"):  # without arguments, the hash is that of runs before there were any
+        if block in settings and not settings[block]["template_kwargs"]:
+            del settings[block]["template_kwargs"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

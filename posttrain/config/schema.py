@@ -87,6 +87,14 @@ class Tokenizer(Settings):
     name_or_path: str  # a folder or a Hub id
     revision: str | None = None
     chat_template: str | None = None  # a .jinja file, for a model that ships no template, or to pin the template
+    template_kwargs: dict[str, bool | int | float | str] = {}  # arguments of the template, as enable_thinking: false
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        for name in self.template_kwargs:
+            if name in ("messages", "tools", "documents", "add_generation_prompt") or name.endswith("_token"):
+                yield ("template_kwargs", name), "is not a setting: every rendering has its own"
+            elif not name.isidentifier():
+                yield ("template_kwargs", name), "is no name of a template's argument"
 
 
 class Model(Tokenizer):

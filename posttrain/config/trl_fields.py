@@ -34,6 +34,7 @@ SET_BY_POSTTRAIN = {
     "hub_token": "the environment variable HF_TOKEN",
     "model_init_kwargs": "model and quantization",
     "chat_template_path": "model.chat_template",
+    "chat_template_kwargs": "model.template_kwargs",
     "eos_token": "model.chat_template, whose last token ends a turn",
     "reward_weights": "rewards",
     "resume_from_checkpoint": "--resume on the command line",

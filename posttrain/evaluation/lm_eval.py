@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError, exit_on_user_error
-from posttrain.evaluation.stats import Question, group_samples
+from posttrain.evaluation.stats import Question
+from posttrain.evaluation.summary import group_samples
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.manifest import Manifest, read_manifest
 

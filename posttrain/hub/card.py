@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.evaluation import stats
+from posttrain.evaluation import summary
 from posttrain.records import read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
@@ -259,8 +259,8 @@ def result_row(evaluation: Evaluation) -> list[str]:
         evaluation.label,
         f"{data['name']} ({data['split']}{subset})",
         f"{results['n']:,}",
-        stats.with_interval(results["accuracy"]["lenient"]),
-        stats.with_interval(results["accuracy"]["strict"]),
+        summary.with_interval(results["accuracy"]["lenient"]),
+        summary.with_interval(results["accuracy"]["strict"]),
         f"{results['truncated']['value']:.1%}",
         decoding(evaluation),
         evaluation.manifest.model["quantization"],

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
+from posttrain.models.templates import argument_names, pin_arguments, pin_date
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 # Llama-3 ships a token for right padding. With the end token as padding, whatever masks padding would mask the end, too.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
-# The date that the Llama-3.1 and 3.2 Instruct templates write into the prompt when no clock is offered to them.
-TEMPLATE_DATE = datetime.date(2024, 7, 26)
+WITHOUT_SYSTEM = "put the system prompt into prompt.instruction (data_prep: prompt.system=null)"
+# What a template of a family has in it -> the one in configs/templates/ that can be trained on.
+TEMPLATES = {
+    "\uff5cAssistant\uff5c": "deepseek_reasoning",
+    "<|channel|>": "harmony",
+    "[INST]": "mistral",
+    "<start_of_turn>": "gemma",
+    "<think>": "chatml_reasoning",
+}
 
 
 def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
@@ -36,10 +42,11 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
             f"{settings.name_or_path} ships no chat template: set model.chat_template "
             "(configs/templates/llama3.jinja for Llama-3 base models, configs/templates/plain.jinja for k-shot prompts)"
         )
-    tokenizer.chat_template = pin_date(tokenizer.get_chat_template())
+    tokenizer.chat_template = pin_arguments(pin_date(tokenizer.get_chat_template()), settings.template_kwargs)
     tokenizer.eos_token = stop_token(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
     tokenizer.padding_side = "right"
+    tokenizer.response_template = None  # with one, TRL would grade what it parses, and evaluation the whole text
     return tokenizer
 
 
@@ -49,51 +56,92 @@ def _read_template(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def pin_date(template: str) -> str:
-    """The chat template with a fixed date in the place of today's, so that a prompt is the same on every day.
-
-    The pinned text is saved with the adapter's tokenizer. So it holds for all who render it: SFT, GRPO, evaluation, and
-    whoever serves the adapter.
-
-    Raises:
-        UserError: the template reads the clock in a way that cannot be replaced.
-    """
-    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
-    pinned = re.sub(call, lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
-    if "strftime_now" in re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", pinned):
-        raise UserError(
-            "the chat template puts the date of today into the prompt (strftime_now): "
-            "set model.chat_template to a copy with a fixed date in its place"
-        )
-    return pinned
-
-
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token with which the chat template ends an assistant turn: the one source of truth for "stop".
 
     A model that trains on one end token and stops on another runs every completion to its limit. TRL reads the
     tokenizer's `eos_token` both for generation and for the truncation mask (grpo_trainer.py, `eos_token_ids`).
+    Special tokens before the content, as harmony's `<|channel|>final<|message|>`, belong to what the model says.
     """
+    opening, ending = _around_the_content(tokenizer)
+    specials = special_ids(tokenizer)
+    stop = next((token for token in ending if token in specials), None)
+    if stop is None:
+        raise UserError(
+            "the chat template never ends an assistant turn with a special token: generation could not stop; "
+            f"{pin_hint(tokenizer)} that writes {{{{ eos_token }}}} after the answer"
+        )
+    name = str(tokenizer.convert_ids_to_tokens(stop))
+    if stop in opening:
+        raise UserError(f"the chat template ends a turn with {name}, which also stands before the answer: {pin_hint(tokenizer)}")
+    return name
+
+
+def _around_the_content(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids before and after an answer's content: what two answers of different contents have in common at both ends."""
     turn = [{"role": "user", "content": "1+1?"}]
     prompt = chat_ids(tokenizer, turn, add_generation_prompt=True)
-    whole = chat_ids(tokenizer, [*turn, {"role": "assistant", "content": "2"}])
-    if whole[: len(prompt)] != prompt:
-        raise UserError("the chat template renders a prompt differently once it is answered: pin model.chat_template")
-    specials = special_ids(tokenizer)
-    for token in whole[len(prompt) :]:
-        if token in specials:
-            return str(tokenizer.convert_ids_to_tokens(token))
-    raise UserError("the chat template never ends an assistant turn with a special token: generation could not stop")
+    wholes = [chat_ids(tokenizer, [*turn, {"role": "assistant", "content": content}]) for content in ("2", "7")]
+    if any(whole[: len(prompt)] != prompt for whole in wholes):
+        raise UserError(rendered_differently(tokenizer, prompt, wholes[0]))
+    answers = [whole[len(prompt) :] for whole in wholes]
+    start = num_equal(*answers)
+    if start == len(answers[0]):
+        raise UserError(f"the chat template leaves out the answer: {pin_hint(tokenizer)}")
+    end = num_equal(*(answer[start:][::-1] for answer in answers))
+    return answers[0][:start], answers[0][len(answers[0]) - end :]
+
+
+def num_equal(one: list[int], other: list[int]) -> int:
+    """How many ids two lists have in common at their start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def rendered_differently(tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int]) -> str:
+    """What stands where in the two renderings, and the way on."""
+    same = num_equal(prompt, whole)
+    there, here = (tokenizer.decode(ids[same : same + 8]) for ids in (prompt, whole))
+    way = pin_hint(tokenizer)
+    return f"the chat template renders a prompt differently once it is answered: {there!r} became {here!r}; {way}"
+
+
+def pin_hint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The way on from a template that cannot be trained on: its own argument, ours of that family, or one of the user's."""
+    template = tokenizer.get_chat_template()
+    ours = next((f"configs/templates/{name}.jinja" for mark, name in TEMPLATES.items() if mark in template), "a template")
+    pin = f"pin model.chat_template (data_prep: tokenizer.chat_template) to {ours}"
+    if "enable_thinking" not in argument_names(template):
+        return pin
+    return f"set model.template_kwargs.enable_thinking=false (data_prep: tokenizer.template_kwargs), or {pin}"
 
 
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> list[int]:
     """Token ids of a rendered conversation. SFT, GRPO and evaluation build their prompts with this call."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-    )
+    encoded = _render(tokenizer, messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+    template: str | None = None,
+) -> str:
+    """A rendered conversation, with the tokenizer's template or with another."""
+    how = {"add_generation_prompt": add_generation_prompt, "chat_template": template, "tokenize": False}
+    return str(_render(tokenizer, messages, **how))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except TemplateError as error:
+        way = f"{WITHOUT_SYSTEM}, or " if messages[0]["role"] == "system" else ""
+        raise UserError(f"the chat template does not take these messages ({error}): {way}{pin_hint(tokenizer)}") from error
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str:

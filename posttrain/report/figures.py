@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from posttrain.evaluation import stats
+from posttrain.evaluation import summary
 from posttrain.report.charts import Chart, Point, Series
 from posttrain.report.groups import Group, TrainingRun
 
@@ -64,7 +64,7 @@ def _over(name: str, title: str, x_label: str, group: Group, rates: list[dict[st
 
 
 def _point(x: float, rate: Mapping[str, Any]) -> Point:
-    low, high = stats.interval(rate)
+    low, high = summary.interval(rate)
     return Point(x, rate["value"], low, high)
 
 

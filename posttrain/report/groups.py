@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.evaluation import stats
+from posttrain.evaluation import comparison, stats, summary
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 
@@ -60,7 +60,7 @@ class EvalRun:
 
     @cached_property
     def samples(self) -> list[list[Prediction]]:
-        return stats.group_samples(self.questions, self.predictions)
+        return summary.group_samples(self.questions, self.predictions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Group:
 
 
 def _compare(first: EvalRun, second: EvalRun) -> dict[str, Any]:
-    return stats.compare(
+    return comparison.compare(
         first.questions,
         first.predictions,
         second.questions,
@@ -166,7 +166,7 @@ def _eval_run(path: Path, manifest: Manifest, names: Sequence[str]) -> EvalRun:
     results = json.loads((path / "results.json").read_text(encoding="utf-8"))
     questions, predictions = _rows(path)
     if questions:
-        _check_results(path, results, stats.summarize(questions, predictions))
+        _check_results(path, results, summary.summarize(questions, predictions))
     return EvalRun(path, label, manifest, results, questions, predictions)
 
 

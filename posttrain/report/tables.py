@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from posttrain.evaluation import stats
+from posttrain.evaluation import comparison, stats, summary
 from posttrain.report.groups import EvalRun, Group, TrainingRun
 
 Cell = tuple[str, str]  # what it says, and a detail in smaller print
@@ -109,7 +109,7 @@ def _share(rate: Mapping[str, Any] | None, interval: bool = True) -> Cell:
         return ("", "")
     if not interval:
         return (f"{100 * rate['value']:.1f} %", "")
-    value, low, high = stats.percents(rate)
+    value, low, high = summary.percents(rate)
     return (f"{value} %", f"{low} to {high}")
 
 
@@ -118,7 +118,7 @@ def _points(result: Mapping[str, Any]) -> str:
 
 
 def _p(p: float) -> str:
-    return stats.format_p(p).removeprefix("= ")
+    return comparison.format_p(p).removeprefix("= ")
 
 
 def markdown(table: Table) -> str:

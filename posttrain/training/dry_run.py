@@ -27,7 +27,7 @@ def show_sft_dry_run(config: SftConfig) -> None:
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
     steps = num_steps(value, len(train), batch)
     print(f"SFT: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
-    tokenizer = tokenizer_or_none(config.model)
+    tokenizer = tokenizer_or_none(config.model, train + dev)
     if tokenizer:
         show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
         for example in train[:2]:
@@ -57,7 +57,7 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}){others}; "
         f"beta {value['beta']:g}"
     )
-    tokenizer = tokenizer_or_none(config.model)
+    tokenizer = tokenizer_or_none(config.model, train + dev)
     if tokenizer:
         from posttrain.models.chat import chat_ids
 
@@ -82,7 +82,7 @@ def show_eval_dry_run(config: EvalConfig, asked: list[Example]) -> None:
     print(f"evaluate {config.model.name_or_path} + {config.adapter or 'no adapter'}")
     print(f"on {len(asked)} questions{subset} of {config.data.path}, into {config.run_dir}")
     print(f"{how}, at most {generation.max_new_tokens} tokens; engine {config.engine}; base {config.quantization}")
-    tokenizer = tokenizer_or_none(config.model)
+    tokenizer = tokenizer_or_none(config.model, asked)
     if tokenizer and asked:
         print(tokenizer.apply_chat_template(asked[0].prompt, add_generation_prompt=True, tokenize=False))
         show_stop_token(tokenizer)
@@ -110,14 +110,17 @@ def batch_line(value: dict[str, Any]) -> str:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_or_none(model: Model) -> Any:
+def tokenizer_or_none(model: Model, examples: list[Example]) -> Any:
     from posttrain.models.chat import load_tokenizer
+    from posttrain.models.template_check import check_template
 
     try:
-        return load_tokenizer(model)
+        tokenizer = load_tokenizer(model)
     except UserError as error:
         print(f"tokens are not shown: {error}")
         return None
+    check_template(tokenizer, examples)
+    return tokenizer
 
 
 def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: float) -> None:
