@@ -155,6 +155,16 @@ def test_the_guard_asks_once_draws_nothing_and_leaves_the_model_as_it_was(adapte
     assert all("forward" not in vars(module) for module in policy.modules())
 
 
+def test_logits_that_are_no_numbers_are_the_engines_fault_only_if_the_model_has_numbers(copy_of):
+    policy, base = copy_of("Granite")
+    policy.model.norm.forward = lambda hidden: hidden * torch.nan
+    with pytest.raises(UserError, match="a logit is nan, and"):
+        check(policy, base)
+    del policy.model.norm.forward
+    policy.model.norm.weight.data.fill_(torch.nan)
+    EngineGuard("", pytest.fail)("transformers", policy, base, PROMPTS, 24)
+
+
 def test_another_engine_is_not_asked():
     EngineGuard("", pytest.fail)("continuous_batching", None, None, PROMPTS, 24)
 
