@@ -39,6 +39,13 @@ PROVENANCE = (
     "versions", "hardware",
 )  # fmt: skip
 
+# What to say where an engine would decode another model.
+OTHER_ENGINE = {
+    "transformers": "use engine=continuous_batching",
+    "continuous_batching": "use engine=transformers",
+    "vllm": "use engine=transformers",
+}
+
 
 def main() -> None:
     config, args = from_command_line(EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model")
@@ -56,15 +63,18 @@ def main() -> None:
     check_reusable(config, config.run_dir, resume=True)
     use_one_gpu()
 
-    from posttrain.models.chat import load_tokenizer
+    from posttrain.generation.supported import check_engine
+    from posttrain.models.chat import chat_ids, load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.before import check_questions
 
+    check_engine(config.model, config.engine, OTHER_ENGINE[config.engine])
     tokenizer = load_tokenizer(config.model)
     check_template(tokenizer, asked)
     base = check_base(config.model, config.quantization, tokenizer)
     check_questions(config, base, tokenizer, asked)
+    prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     adapter, origin = find_adapter(config, data, base, tokenizer)
     begun_with = refuse_unfinished(adapter) if adapter else None
     if adapter:
@@ -73,10 +83,10 @@ def main() -> None:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
         if begun_with:
             run.note(begun_with)
-        policy = load_policy(config, adapter, tokenizer, run)
+        policy = load_policy(config, adapter, tokenizer, prompts, run)
         write_questions(asked, tokenizer, run)
         parts = PartFiles(run.folder)
-        predict(config, asked, policy, tokenizer, parts, run)
+        predict(config, asked, prompts, policy, tokenizer, parts, run)
         if run.is_main:
             predictions = parts.gather(asked, config.generation.samples)
             run.record(generated_seconds=run.seconds)
@@ -104,14 +114,18 @@ def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer:
     return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
 
 
-def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, run: Run) -> PreTrainedModel:
-    """The plain model to generate with; what it is made of goes into the manifest."""
+def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], run: Run) -> PreTrainedModel:
+    """The plain model to generate with, compared with the one it was made of; what that is goes into the manifest."""
+    from posttrain.generation.guard import EngineGuard
     from posttrain.models.policy import open_policy
     from posttrain.models.policy_copy import PolicyCopy
 
     model, identity = open_policy(config.model, config.quantization, tokenizer, adapter, trainable=False)
     run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
-    return PolicyCopy(model).model
+    policy = PolicyCopy(model).model
+    guard = EngineGuard(OTHER_ENGINE["transformers"], lambda difference: run.record(engine_difference=difference))
+    guard(config.engine, policy, model, prompts, config.generation.max_new_tokens)
+    return policy
 
 
 def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> None:
@@ -138,16 +152,22 @@ def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-def predict(config: EvalConfig, asked: list[Example], policy: Any, tokenizer: Any, parts: PartFiles, run: Run) -> None:
+def predict(
+    config: EvalConfig,
+    asked: list[Example],
+    prompts: list[list[int]],
+    policy: Any,
+    tokenizer: Any,
+    parts: PartFiles,
+    run: Run,
+) -> None:
     """Generate this process's share of what is missing, batch by batch."""
     from tqdm import tqdm
 
     from posttrain.generation.engines import engine_batches, plan_batches
     from posttrain.generation.loop import Sampling
-    from posttrain.models.chat import chat_ids
 
     generation = config.generation
-    prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.samples, config.seed)
     size = batch_size(config, prompts, policy, run)
     share = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from posttrain.records import Example
     from posttrain.training.trainers import GRPO
 
+OTHER_ENGINE = "let transformers' own `generate` make the completions, rollouts.engine=trl"
+NO_DEV = "and no dev accuracy, data.num_dev=0"
+
 
 def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
@@ -47,6 +50,7 @@ def main() -> None:
 
     from trl import GRPOConfig
 
+    from posttrain.generation.supported import check_engine
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
@@ -66,6 +70,9 @@ def main() -> None:
     adapters.check_adapter_mode(config, start)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
+    check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
+    if dev:
+        check_engine(config.model, "transformers", NO_DEV)
     check_template(tokenizer, train + dev)
     check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
@@ -115,6 +122,7 @@ def make_trainer(
 ) -> GRPO:
     from trl import GRPOConfig
 
+    from posttrain.generation.guard import EngineGuard
     from posttrain.models.policy_copy import PolicyCopy
     from posttrain.records import as_dataset
     from posttrain.training.arguments import trainer_arguments
@@ -126,6 +134,8 @@ def make_trainer(
 
     functions, weights = reward_functions(config.rewards)
     copy = PolicyCopy(model)
+    guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
+    rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
     with told_in_one_line():
         trainer = GRPO(
@@ -134,13 +144,13 @@ def make_trainer(
             reward_funcs=functions,
             train_dataset=as_dataset(train, ("prompt", "answer")),
             processing_class=tokenizer,
-            rollout_func=None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts),
+            rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
         )
     limit = trainer.max_completion_length
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy)) if dev else None
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None
     trainer.add_callback(Samples(run, trainer.latest))
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from posttrain.records import Example
     from posttrain.training.trainers import SFT
 
+NO_DEV = "train without dev accuracy, data.num_dev=0"
+
 
 def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
@@ -45,6 +47,7 @@ def main() -> None:
 
     from trl import SFTConfig
 
+    from posttrain.generation.supported import check_engine
     from posttrain.models import adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
@@ -62,6 +65,8 @@ def main() -> None:
         adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
+    if dev:
+        check_engine(config.model, "transformers", NO_DEV)
     check_template(tokenizer, train + dev)
     if folder:
         check_same_template(tokenizer, folder, train + dev)
@@ -110,6 +115,7 @@ def make_trainer(
 ) -> SFT:
     from trl import SFTConfig
 
+    from posttrain.generation.guard import EngineGuard
     from posttrain.models.base import compile_layers
     from posttrain.records import as_dataset
     from posttrain.training.arguments import trainer_arguments
@@ -132,7 +138,8 @@ def make_trainer(
             fast_adapter=config.fast_adapter,
         )
     limit = dev_tokens(config, model, tokenizer, dev)
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit)) if dev else None
+    guard = EngineGuard(NO_DEV, lambda difference: run.record(engine_difference=difference))
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, guard=guard)) if dev else None
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 

@@ -150,7 +150,10 @@ def data_config(place, source, **changes):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ({"kind": "jsonl", "path": "nowhere"}, "nowhere holds neither train.jsonl nor test.jsonl (it is not there): check source.path"),
+        (
+            {"kind": "jsonl", "path": "nowhere"},
+            "nowhere holds neither train.jsonl nor test.jsonl (it is not there): check source.path",
+        ),
         ({"kind": "svamp", "path": "SVAMP.json"}, "no SVAMP file at SVAMP.json: check source.path"),
         ({"kind": "rejection_sampled", "run_dir": "runs/none"}, "no samples in runs/none: evaluate the train split first"),
         (

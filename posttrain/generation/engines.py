@@ -49,7 +49,8 @@ def auto_batch_size(model: PreTrainedModel, num_tokens: int, num_samples: int, n
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # GPT-NeoX groups no heads
+    per_token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
     on_gpu = model.device.type == "cuda"
     memory = memory_bytes(model.device) // (1 if on_gpu else num_processes)
     rows = min(512 if on_gpu else 128, max(1, memory // 3 // (per_token * num_tokens)))

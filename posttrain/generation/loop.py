@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.generation import steps
+from posttrain.generation import masks, steps
 from posttrain.phases import phase
 
 
@@ -40,11 +40,13 @@ class Completion:
 
 
 def prepare_to_decode(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model grouped attention and its output head a contiguous input.
+    """Give a model attention for decoding and its output head a contiguous input.
 
     For a frozen head and a slice as its input, ATen runs a batched product with a copied weight: 5-6 times slower on CPU.
     """
-    model.config._attn_implementation = "grouped"
+    model.config._attn_implementation = steps.decoding_attention(model)
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # the experts' loss takes no 4D mask
     head = model.get_output_embeddings()
     if not getattr(head, "contiguous_input", False):
         head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
@@ -80,7 +82,7 @@ class _Rows:
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int
     ) -> None:
         self.model, self.prompts, self.sampling, self.stop_id = model, prompts, sampling, stop_id
-        self.device = model.device
+        self.device, self.windows = model.device, masks.layer_windows(model.config)
         self.num_rows = len(prompts) * sampling.num_samples
         self.num_slots = 0  # rows x steps so far
         self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
@@ -100,7 +102,8 @@ class _Rows:
         self.valid = torch.zeros(self.num_rows, self.length + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
         self.valid[:, : self.length] = torch.cat(valid)[repeat]
         self.positions = torch.cat(positions)[repeat]
-        make_step = steps.GraphStep if self.device.type == "cuda" else steps.EagerStep
+        graphs = self.device.type == "cuda" and not steps.routes_tokens(self.model.config)
+        make_step = steps.GraphStep if graphs else steps.EagerStep
         self.step = make_step(self.model, self.valid.shape[1])
         self.step.fill(layers, self.sampling.num_samples, self.length)
         return torch.cat(logits)[repeat]
@@ -115,12 +118,18 @@ class _Rows:
             valid[row, width - len(prompt) :] = True
         ids, valid = ids.to(self.device), valid.to(self.device)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
-        causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        # A padding query attends to itself, so that its softmax is not empty. No other query attends to it.
-        mask = (causal & valid[:, None, :]) | torch.eye(width, dtype=torch.bool, device=self.device)
         buffers = steps.Buffers(width)
-        logits = steps.last_logits(self.model, ids, mask[:, None], positions, buffers)
+        logits = steps.last_logits(self.model, ids, self._prompt_masks(valid), positions, buffers)
         return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
+
+    def _prompt_masks(self, valid: torch.Tensor) -> masks.Mask:
+        added = self.model.config._attn_implementation == "eager"  # a model's own attention adds its mask to the scores
+
+        def make(window: int | None) -> torch.Tensor:
+            looks = masks.prompt_mask(valid, window)
+            return masks.as_added(looks, self.model.dtype) if added else looks
+
+        return masks.mask_for_each(self.windows, make)
 
     def choose_tokens(self, logits: torch.Tensor, step: int) -> bool:
         """Choose token number `step` of every live row. False: nothing is left to decode."""

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from posttrain.generation.masks import ALL_LAYERS, Mask, hide_before_window, layer_windows, mask_for_each
 from posttrain.kernels.attention import matmul_attention
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
@@ -122,12 +123,25 @@ def products_attention(
 AttentionInterface.register("grouped", grouped_attention)
 
 
+def decoding_attention(model: PreTrainedModel) -> str:
+    """ "grouped", or the model's own attention where that does more than SDPA.
+
+    transformers says so of a family with attention sinks (gpt-oss) or with scores that are capped (Gemma2: "sdpa does not support
+    softcapping"). Its own attention is slower, and takes the same masks and buffers.
+    """
+    does_more = not type(model)._supports_sdpa or getattr(model.config, "attn_logit_softcapping", None)
+    return "eager" if does_more else "grouped"
+
+
+def routes_tokens(config: Any) -> bool:
+    """Whether layers choose among experts. How many rows each of those gets is known only as they run: no graph holds them."""
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
-def last_logits(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, buffers: Buffers
-) -> torch.Tensor:
+def last_logits(model: PreTrainedModel, ids: torch.Tensor, mask: Mask, positions: torch.Tensor, buffers: Buffers) -> torch.Tensor:
     """Logits of the last position, (rows, vocabulary). Keys and values of all positions go into `buffers`."""
     out = model(
         input_ids=ids,
@@ -148,6 +162,10 @@ class EagerStep:
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.model, self.max_capacity = model, capacity
+        self.windows = layer_windows(model.config)
+        # The mask is added to the scores, which are fp32 in products_attention.
+        on_cpu = model.device.type == "cpu" and model.config._attn_implementation == "grouped"
+        self.mask_dtype = torch.float32 if on_cpu else model.dtype
 
     def fill(self, slices: Sequence[Layers], num_samples: int, length: int) -> None:
         self.buffers = Buffers(min(length + 2 * STEPS_BETWEEN_DROPS, self.max_capacity))
@@ -163,10 +181,15 @@ class EagerStep:
         self.buffers.take(rows, min(length + 2 * STEPS_BETWEEN_DROPS, self.max_capacity))
 
     def __call__(self, current: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        # The mask is added to the scores, which are fp32 in products_attention: made once a step, not once a layer.
-        dtype = torch.float32 if valid.device.type == "cpu" else self.model.dtype
-        mask = torch.zeros(len(valid), 1, 1, self.buffers.capacity, dtype=dtype, device=valid.device)
-        mask.masked_fill_(~valid[:, None, None, : self.buffers.capacity], torch.finfo(self.model.dtype).min)
+        lowest = torch.finfo(self.model.dtype).min
+
+        def make(window: int | None) -> torch.Tensor:  # once a step, not once a layer
+            mask = torch.zeros(len(valid), 1, 1, self.buffers.capacity, dtype=self.mask_dtype, device=valid.device)
+            mask.masked_fill_(~valid[:, None, None, : self.buffers.capacity], lowest)
+            hide_before_window(mask, window, length, lowest)
+            return mask
+
+        mask = mask_for_each(self.windows, make)
         logits = last_logits(self.model, current[:, None], mask, positions[:, None], self.buffers)
         self.buffers.length += 1
         return logits
@@ -214,7 +237,8 @@ class _Graphs:
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         # Added to the scores: 0 where a row may look, the lowest number elsewhere. Made once a step, not once a layer.
         self.lowest = torch.finfo(model.dtype).min
-        self.mask = torch.zeros(num_rows, 1, 1, capacity, dtype=model.dtype, device=device)
+        self.windows = layer_windows(model.config)
+        self.masks = {name: torch.zeros(num_rows, 1, 1, capacity, dtype=model.dtype, device=device) for name in self.windows}
         self.layers: Layers = [
             tuple(tensor.new_zeros(num_rows, tensor.shape[1], capacity, tensor.shape[3]) for tensor in layer) for layer in like
         ]
@@ -233,9 +257,12 @@ class _Graphs:
         valid = valid[:, :span]
         self.ids[:n, 0] = current
         self.positions[:n, 0] = positions
-        self.mask[:num_rows, ..., :span].fill_(self.lowest)
-        self.mask[:n, 0, 0, : valid.shape[1]].masked_fill_(valid, 0.0)
-        self.mask[n:num_rows] = 0.0
+        for name, window in self.windows.items():
+            mask = self.masks[name]
+            mask[:num_rows, ..., :span].fill_(self.lowest)
+            mask[:n, 0, 0, : valid.shape[1]].masked_fill_(valid, 0.0)
+            hide_before_window(mask[:n], window, length, self.lowest)
+            mask[n:num_rows] = 0.0
         self.position.fill_(length)
         if (num_rows, span) not in self.captured:
             self.captured[num_rows, span] = capture(self._step(num_rows, span))
@@ -245,7 +272,8 @@ class _Graphs:
         front = Buffers(span)
         front.position = self.position
         front.layers = [(keys[:num_rows, :, :span], values[:num_rows, :, :span]) for keys, values in self.layers]
-        inputs = self.ids[:num_rows], self.mask[:num_rows, ..., :span], self.positions[:num_rows], front
+        masks = {name: mask[:num_rows, ..., :span] for name, mask in self.masks.items()}
+        inputs = self.ids[:num_rows], masks.get(ALL_LAYERS, masks), self.positions[:num_rows], front
         return lambda: last_logits(self.model, *inputs)
 
 

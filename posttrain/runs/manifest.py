@@ -74,6 +74,7 @@ class Manifest:
     train_seconds: float | None = None
 
     engine: str = ""
+    engine_difference: float | None = None  # of decoded logits from the model's own, by generation/guard.py
     generation: Entry = dataclasses.field(default_factory=dict)
     batch_size: int | None = None
     generated_seconds: float | None = None

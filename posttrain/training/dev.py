@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.evaluation.stats import wilson
 from posttrain.generation.engines import generate
+from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Sampling
 from posttrain.generation.steps import release_graphs
 from posttrain.models.chat import chat_ids
@@ -26,11 +27,14 @@ def dev_accuracy(
     dev: list[Example],
     max_new_tokens: int,
     copy: PolicyCopy | None = None,
+    guard: EngineGuard | None = None,
 ) -> dict[str, float]:
     """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient accuracy."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
     with phase("dev", include_nested=True):
         policy = (copy or PolicyCopy(model)).refresh()
+        if guard:
+            guard("transformers", policy, model, prompts, max_new_tokens)
         completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer).completions
         release_graphs(policy)  # dev decoding keeps larger buffers than a rollout does: give them back to training
     grades = [

@@ -16,6 +16,7 @@ from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
 from posttrain.phases import phase
+from posttrain.training.head_guard import check_head
 from posttrain.training.label_head import LabelHead
 
 MASTER_DTYPE = torch.float32
@@ -29,6 +30,7 @@ class MasterWeights(Trainer):
     ) -> None:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
         assert masters, "the model has no trainable parameter: load the adapter with trainable=True (trl#6700)"
+        leave_experts_alone(model, kwargs["args"])
         super().__init__(*args, model=model, **kwargs)
         shard_as_stored(self.accelerator.state, model)
         for name, parameter in model.named_parameters():
@@ -36,6 +38,7 @@ class MasterWeights(Trainer):
                 parameter.data = masters[name].to(parameter.device)
         if fast_adapter:
             lora_linear.fuse_adapters(model)
+        self._head_checked = False
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
@@ -75,6 +78,16 @@ class MasterWeights(Trainer):
         """Report the share of a micro-batch's positions that hold a token and no padding."""
         self.report("update/useful_slots", mask.float().mean().item())
 
+    def check_head_once(self, inputs: dict[str, Any]) -> None:
+        """Compare the head that trains with the model's own, on the first row of the first batch that has labels."""
+        if self._head_checked:
+            return
+        self._head_checked = True
+        row = int((inputs["labels"] != -100).sum(1).argmax())
+        tensors = {name: value[row : row + 1] for name, value in inputs.items() if torch.is_tensor(value) and value.ndim == 2}
+        with torch.compiler.set_stance("force_eager"), self.accelerator.autocast():
+            check_head(self.model, tensors, getattr(self, "temperature", 1.0), self.model.get_base_model().dtype)
+
     def check_loss(self, loss: torch.Tensor, ids: torch.Tensor) -> None:
         """Stop before the backward pass of a loss that is not a number, and name its batch."""
         if not loss.isfinite():
@@ -83,6 +96,15 @@ class MasterWeights(Trainer):
                 f"loss is {loss.item()} at step {self.state.global_step + 1}, in the batch that begins with {text[:200]!r}; "
                 "nothing was applied. --resume goes on from the last checkpoint"
             )
+
+
+def leave_experts_alone(model: PeftModel, args: Any) -> None:
+    """No loss for the balance of a mixture's experts, which TRL adds unasked: their routers are frozen, as the base made them."""
+    if not hasattr(model.get_base_model().config, "output_router_logits"):
+        return
+    if args.router_aux_loss_coef:
+        raise UserError("trainer.router_aux_loss_coef: routers are frozen here, and no loss can balance them: leave it out")
+    args.router_aux_loss_coef = 0.0
 
 
 def shard_as_stored(state: Any, model: PeftModel) -> None:

@@ -13,6 +13,7 @@ import rewards
 from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as RolloutSettings
 from posttrain.generation.engines import generate
+from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Completion, Sampling
 from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
@@ -28,8 +29,15 @@ class Rollouts:
     times. Draws depend on seed, step and process alone, so a resumed run samples what an uninterrupted one would have.
     """
 
-    def __init__(self, copy: PolicyCopy, tokenizer: PreTrainedTokenizerBase, seed: int, settings: RolloutSettings) -> None:
-        self.copy, self.tokenizer, self.seed = copy, tokenizer, seed
+    def __init__(
+        self,
+        copy: PolicyCopy,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        settings: RolloutSettings,
+        guard: EngineGuard | None = None,
+    ) -> None:
+        self.copy, self.tokenizer, self.seed, self.guard = copy, tokenizer, seed, guard
         assert settings.engine != "trl", "rollouts.engine trl: TRL makes the completions itself"
         self.engine, self.batch_size = settings.engine, settings.batch_size
         self._step, self._calls = -1, 0
@@ -44,6 +52,8 @@ class Rollouts:
         started = time.perf_counter()
         with phase("fold"):
             policy = self.copy.refresh()
+        if self.guard:
+            self.guard(self.engine, policy, self.copy.source, ids, sampling.max_new_tokens)
         generated = generate(policy, ids, sampling, self.tokenizer, batch_size, self.engine)
         flat = [completion for group in generated.completions for completion in group]
         self._report(trainer, time.perf_counter() - started, flat, generated.num_slots)

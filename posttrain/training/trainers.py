@@ -64,6 +64,7 @@ class SFT(MasterWeights, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else starts autocast
+            self.check_head_once(inputs)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
         if "attention_mask" in inputs:  # packed rows have none, and no padding
@@ -120,6 +121,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         if self.correct_mismatch:
             inputs["old_per_token_logps"] = sampled_logps(inputs)
         with phase("forward"):
+            self.check_head_once(_as_labelled(inputs))
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
@@ -244,3 +246,11 @@ class GRPO(MasterWeights, GRPOTrainer):
             difference = (self._last_logps - inputs["sampling_per_token_logps"]).abs()
             mask = inputs["completion_mask"].bool()
             self.report("rollout/logp_difference", difference[mask].mean().item())
+
+
+def _as_labelled(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Prompts and completions as SFT has them: ids, mask, and the completions' tokens as labels."""
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : inputs["prompt_ids"].shape[1]] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
