@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from posttrain.records import Example
+    from posttrain.training.before import Ready
     from posttrain.training.trainers import GRPO
 
 OTHER_ENGINE = "let transformers' own `generate` make the completions, rollouts.engine=trl"
@@ -48,6 +49,28 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
+    from posttrain.training.arguments import global_batch
+    from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+
+    ready = get_ready(config)
+    assert ready.adapter
+    with open_run(config, "grpo", config.run_dir, args.resume) as run:
+        run.record(data=data)
+        ready.tell(run)
+        model = load_policy(config, ready.adapter, ready.tokenizer, run)
+        trainer = make_trainer(config, run, model, ready.tokenizer, ready.train, ready.dev)
+        run.record(global_batch=global_batch(trainer.args))
+        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+        save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+    push_if_asked(config, run)
+
+
+def get_ready(config: GrpoConfig) -> Ready:
+    """What the run begins with. All that can be refused is refused here, before the run directory is made.
+
+    Raises:
+        UserError: adapter, base, tokenizer, template, questions, engine or the trainer's keys do not fit one another.
+    """
     from trl import GRPOConfig
 
     from posttrain.generation.supported import check_engine
@@ -55,9 +78,7 @@ def main() -> None:
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
-    from posttrain.training.arguments import global_batch
-    from posttrain.training.before import check_grpo, check_trainer
-    from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+    from posttrain.training.before import Ready, check_grpo, check_trainer
     from posttrain.training.examples import load_examples
 
     folder = adapters.resolve_adapter(config.adapter)
@@ -77,18 +98,7 @@ def main() -> None:
     check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
     check_trainer(config, GRPOConfig, base)
-    with open_run(config, "grpo", config.run_dir, args.resume) as run:
-        run.record(data=data)
-        if begun_with:
-            run.note(begun_with)
-        if met:
-            run.say(met)
-        model = load_policy(config, folder, tokenizer, run)
-        trainer = make_trainer(config, run, model, tokenizer, train, dev)
-        run.record(global_batch=global_batch(trainer.args))
-        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
-        save_adapter(trainer, run, tokenizer, run.manifest.start_sha256)
-    push_if_asked(config, run)
+    return Ready(tokenizer, folder, train, dev, begun_with, met)
 
 
 def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:

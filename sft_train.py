@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from posttrain.records import Example
+    from posttrain.training.before import Ready
     from posttrain.training.trainers import SFT
 
 NO_DEV = "train without dev accuracy, data.num_dev=0"
@@ -45,6 +46,27 @@ def main() -> None:
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
+    from posttrain.training.arguments import global_batch
+    from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+
+    ready = get_ready(config)
+    with open_run(config, "sft", config.run_dir, args.resume) as run:
+        run.record(data=data)
+        ready.tell(run)
+        model = load_policy(config, ready.adapter, ready.tokenizer, run)
+        trainer = make_trainer(config, run, model, ready.tokenizer, ready.train, ready.dev)
+        run.record(global_batch=global_batch(trainer.args))
+        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+        save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+    push_if_asked(config, run)
+
+
+def get_ready(config: SftConfig) -> Ready:
+    """What the run begins with. All that can be refused is refused here, before the run directory is made.
+
+    Raises:
+        UserError: adapter, base, tokenizer, template, rows or the trainer's keys do not fit one another.
+    """
     from trl import SFTConfig
 
     from posttrain.generation.supported import check_engine
@@ -52,9 +74,7 @@ def main() -> None:
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
-    from posttrain.training.arguments import global_batch
-    from posttrain.training.before import check_sft, check_trainer, note_cut_rows
-    from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+    from posttrain.training.before import Ready, check_sft, check_trainer
     from posttrain.training.examples import load_examples
 
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
@@ -72,19 +92,7 @@ def main() -> None:
         check_same_template(tokenizer, folder, train + dev)
     cut = check_sft(config, base, tokenizer, train, dev)
     check_trainer(config, SFTConfig, base)
-    with open_run(config, "sft", config.run_dir, args.resume) as run:
-        run.record(data=data)
-        note_cut_rows(run, config, cut, len(train))
-        if begun_with:
-            run.note(begun_with)
-        if met:
-            run.say(met)
-        model = load_policy(config, folder, tokenizer, run)
-        trainer = make_trainer(config, run, model, tokenizer, train, dev)
-        run.record(global_batch=global_batch(trainer.args))
-        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
-        save_adapter(trainer, run, tokenizer, run.manifest.start_sha256)
-    push_if_asked(config, run)
+    return Ready(tokenizer, folder, train, dev, begun_with, met, cut)
 
 
 def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
@@ -21,6 +21,30 @@ from posttrain.runs.directory import Run
 from posttrain.training.arguments import plain_arguments
 
 DEV_TOKENS = 512  # of a dev completion, where trainer.max_length says nothing
+
+
+class Ready(NamedTuple):
+    """What a training run begins with, once all that can be refused has been looked at."""
+
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Path | None  # its folder
+    train: list[Example]
+    dev: list[Example]
+    begun_with: str | None  # of an adapter from a run that has not ended
+    met: str  # which layers each LoRA target met
+    rows_cut: int = 0
+
+    def tell(self, run: Run) -> None:
+        """Say and record what a user should know of these."""
+        if self.rows_cut:
+            run.note(
+                f"{self.rows_cut} of {len(self.train)} rows are cut at trainer.max_length: they are trained on without their end"
+            )
+            run.record(rows_cut=self.rows_cut)
+        if self.begun_with:
+            run.note(self.begun_with)
+        if self.met:
+            run.say(self.met)
 
 
 def check_sft(
@@ -48,14 +72,6 @@ def check_sft(
             f"Set it to {max(map(len, rows))}, the longest"
         )
     return cut
-
-
-def note_cut_rows(run: Run, config: SftConfig, cut: int, num_rows: int) -> None:
-    """Say and record that rows are trained on without their end."""
-    if cut:
-        limit = max_length(config)
-        run.note(f"{cut} of {num_rows} rows are longer than trainer.max_length {limit}: they are trained on without their end")
-        run.record(rows_cut=cut)
 
 
 def max_length(config: SftConfig) -> int | None:
