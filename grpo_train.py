@@ -21,7 +21,7 @@ from posttrain.config.load import from_command_line
 from posttrain.config.schema import GrpoConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
-from posttrain.runs.directory import Run, check_reusable, open_run
+from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, refuse_unfinished
 from posttrain.runs.process import use_one_gpu
 
@@ -81,6 +81,7 @@ def get_ready(config: GrpoConfig) -> Ready:
     from posttrain.training.before import Ready, check_grpo, check_trainer
     from posttrain.training.examples import load_examples
 
+    check_machine(config)
     folder = adapters.resolve_adapter(config.adapter)
     begun_with = refuse_unfinished(folder)
     tokenizer = load_tokenizer(config.model)

@@ -21,7 +21,7 @@ from posttrain.config.load import from_command_line
 from posttrain.config.schema import SftConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
-from posttrain.runs.directory import Run, check_reusable, open_run
+from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, refuse_unfinished
 from posttrain.runs.process import use_one_gpu
 
@@ -77,6 +77,7 @@ def get_ready(config: SftConfig) -> Ready:
     from posttrain.training.before import Ready, check_sft, check_trainer
     from posttrain.training.examples import load_examples
 
+    check_machine(config)
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
     tokenizer = load_tokenizer(config.model)
     base = check_base(config.model, config.quantization, tokenizer)

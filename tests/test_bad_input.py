@@ -322,7 +322,7 @@ def test_an_empty_split_is_told(place, script):
     values = json.loads(manifest.read_text())
     values["files"][file.name] = sha256_file(file)
     manifest.write_text(json.dumps(values))
-    assert f"{split}.jsonl has no " in refused(place, script, somewhere_new(script))
+    assert f"{split}.jsonl holds no question" in refused(place, script, somewhere_new(script))
 
 
 def test_rows_that_are_cut_are_told_and_recorded(place):

