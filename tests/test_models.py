@@ -65,10 +65,11 @@ def test_a_model_is_loaded_past_cudnns_attention(tiny_model_dir):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_importing_what_trains_and_generates_says_nothing():
+@pytest.mark.parametrize("module", ["models.adapters", "generation.engines", "training.arguments"])
+def test_importing_what_trains_and_generates_says_nothing(module):
     """On some CPUs bitsandbytes warns of a kernel that is not used here."""
     done = subprocess.run(
-        [sys.executable, "-c", "import posttrain.models.adapters, posttrain.generation.engines"],
+        [sys.executable, "-c", f"import posttrain.{module}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
