@@ -91,11 +91,14 @@ lint: $(READY)
 	ruff format --check .
 	mypy
 
+# Two to four tests at a time: a test process takes about 2 GB. A later -n in PYTEST_FLAGS wins.
+AT_ONCE := -n auto --maxprocesses 4
+
 fast-tests: lint
-	python -m pytest -m 'not slow' $(PYTEST_FLAGS)
+	python -m pytest $(AT_ONCE) -m 'not slow' $(PYTEST_FLAGS)
 
 slow-tests: fast-tests
-	python -m pytest -m slow $(PYTEST_FLAGS)
+	python -m pytest $(AT_ONCE) -m slow $(PYTEST_FLAGS)
 
 # All other tests run on the CPU, also where there is a GPU.
 gpu-tests: $(READY)  ## the tests that need a GPU
