@@ -94,6 +94,7 @@ def describe(
         "counts": {split: sum(example.split == split for example in examples) for split in SPLITS},
         "rejected": num_rejected,
         **repeats,
+        **({"unsolved": unsolved} if (unsolved := sum(not example.completion for example in examples)) else {}),
         "ngram_overlap": ngram_overlap(examples),
         "warning": "made from GSM8K test questions (arXiv:2410.05229): never report GSM8K for a model trained on this"
         if gives_away_its_test_set({"source": source.describe})
@@ -124,7 +125,7 @@ def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -
         prompt, whole = check.ids(example)
         prompts.append(len(prompt))
         wholes.append(len(whole))
-    completions = [whole - prompt for whole, prompt in zip(wholes, prompts, strict=True)]
+    completions = [whole - prompt for whole, prompt, row in zip(wholes, prompts, examples, strict=True) if row.completion]
     assert all(length > 0 for length in completions), "a row without an answer"
     over = sum(length > config.max_length for length in wholes)
     return {
@@ -183,8 +184,10 @@ def summary(manifest: dict[str, Any]) -> str:
         f"{manifest['name']}: {counts}; {manifest['rejected']} rejected, {manifest['duplicates']} duplicates, "
         f"{manifest['train_test_overlap']} train rows that are in the test split (dropped), "
         "{test_questions} test questions that share {ngram} words in a row with train".format(**manifest["ngram_overlap"])
-        + f"; {manifest['contradictions']} rows that contradict another",
-        f"tokens ({manifest['tokenizer']}): prompt {manifest['prompt_tokens']}, completion {manifest['completion_tokens']}; "
+        + f"; {manifest['contradictions']} rows that contradict another"
+        + (f"; {manifest['unsolved']} rows without a worked solution, which SFT needs" if "unsolved" in manifest else ""),
+        f"tokens ({manifest['tokenizer']}): prompt {manifest['prompt_tokens']}, "
+        f"completion {manifest['completion_tokens'] or 'none'}; "
         f"{manifest['share_over_max_length']:.2%} of rows over {manifest['max_length']}",
     ]
     return "\n".join([*lines, f"WARNING: {manifest['warning']}"] if manifest["warning"] else lines)

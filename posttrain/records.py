@@ -25,7 +25,12 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One question. `prompt` and `completion` are chat messages; `answer` is the canonical gold number."""
+    """One question. `prompt` and `completion` are chat messages; `answer` is the canonical gold number.
+
+    `completion` is empty where the source has no worked solution: such a row can be asked and rewarded, not imitated. `columns`
+    holds what source.columns of data_prep.py keeps of the source's row, by that name and as JSON has it (null where the row has
+    nothing): `as_dataset` makes columns of them, which rewards are then given. Without any it is left out of the file.
+    """
 
     id: str
     split: Literal["train", "dev", "test"]
@@ -34,6 +39,12 @@ class Example:
     completion: list[Message]
     answer: str
     num_steps: int
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def reply(self) -> list[Message]:
+        """The completion, or where there is none the answer alone: what a chat template is tried with."""
+        return self.completion or [{"role": "assistant", "content": self.answer}]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,22 +106,32 @@ def cut_torn_tail(file: Path) -> None:
 
 
 def to_json(row: Any) -> str:
-    return json.dumps(dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row, ensure_ascii=False)  # type: ignore[arg-type]
+    values = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row  # type: ignore[arg-type]
+    if isinstance(row, Example) and not row.columns:  # the files of data sets without columns stay the same bytes
+        del values["columns"]
+    return json.dumps(values, ensure_ascii=False)
 
 
 def as_dataset(examples: list[Example], columns: tuple[str, ...]) -> Dataset:
-    """The training view of examples. Test rows are refused: they are for evaluate.py alone.
+    """The training view of examples: `columns` are fields of `Example`, or keys of its `columns`. Test rows are refused.
 
     Raises:
-        UserError: an example of the test split, or no example at all.
+        UserError: an example of the test split, no example at all, or a column that data_prep.py did not keep.
     """
     if not examples:
         raise UserError("no examples to train on: check data.num_train and the data set's manifest.json")
     if leaked := [example.id for example in examples if example.split == "test"]:
         raise UserError(f"refusing to train on {len(leaked)} test rows (first: {leaked[0]}): use the train split")
+    own = {field.name for field in dataclasses.fields(Example)}
+    if lacking := [name for name in columns if name not in own | examples[0].columns.keys()]:
+        raise UserError(f"the rows have no column {lacking[0]!r}: name it in source.columns and prepare them again")
     from datasets import Dataset
 
-    return Dataset.from_list([{name: getattr(example, name) for name in columns} for example in examples])
+    return Dataset.from_list([{name: column(example, name) for name in columns} for example in examples])
+
+
+def column(example: Example, name: str) -> Any:
+    return example.columns[name] if name in example.columns else getattr(example, name)
 
 
 def sha256_text(text: str) -> str:

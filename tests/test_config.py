@@ -45,6 +45,7 @@ DATA = {"name": "x", "output_dir": "data/x", "prompt": PROMPT, "tokenizer": {"na
 SOURCES: list[dict[str, Any]] = [
     {"kind": "hub", "repo_id": "a/b", "revision": "0" * 40},
     {"kind": "jsonl", "path": "raw"},
+    {"kind": "files", "path": "raw", "fields": {"question": "q", "answer": "a"}},
     {"kind": "leg_counting", "num_train": 1, "num_dev": 1, "num_test": 1},
     {"kind": "svamp", "path": "raw"},
     {"kind": "rejection_sampled", "run_dir": "runs/x"},
@@ -55,7 +56,7 @@ VALID: list[tuple[type[Settings], dict[str, Any]]] = [
     (EvalConfig, {"run_dir": "runs/x", "model": {"name_or_path": "m"}, "data": {"path": "data/x"}}),
     *((DataConfig, {**DATA, "source": source}) for source in SOURCES),
 ]
-IDS = ["sft", "grpo", "eval", "hub", "jsonl", "generator", "svamp", "rejection_sampled"]
+IDS = ["sft", "grpo", "eval", "hub", "jsonl", "files", "generator", "svamp", "rejection_sampled"]
 by_schema = pytest.mark.parametrize("cls, valid", VALID, ids=IDS)
 
 

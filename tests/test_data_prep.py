@@ -278,7 +278,7 @@ def test_samples_of_test_questions_are_refused(prepare, sampled):
     assert done.code == 2 and "1 rows that are not of the train split" in done.err and not prepare.folder.exists()
 
 
-HUB = {"kind": "hub", "repo_id": "openai/gsm8k", "revision": "e53f048856ff4f594e959d75785d2c2d37b678ee"}
+HUB = {"kind": "hub", "repo_id": "openai/gsm8k", "config_name": "main", "revision": "e53f048856ff4f594e959d75785d2c2d37b678ee"}
 
 
 def hub_errors():
@@ -305,11 +305,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line(prepare, monkeypatch, number):
 
 
 def test_hub_rows_are_those_of_the_two_files(prepare, monkeypatch, tmp_path):
+    import datasets
+
     asked = {}
 
     def load_dataset(*args, **kwargs):
         asked["args"], asked["revision"] = args, kwargs["revision"]
-        return {"train": problems(30)[5:], "test": problems(5)}
+        return {"train": datasets.Dataset.from_list(problems(30)[5:]), "test": datasets.Dataset.from_list(problems(5))}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     prepare(HUB)
@@ -482,8 +484,9 @@ def test_bad_rows_are_told_by_line_and_kept_apart(prepare, tmp_path):
     done = prepare(source, ok=False)
     lines = done.err.splitlines()
     assert done.code == 2 and f"{len(BAD)} bad rows, nothing written" in lines[0] and not prepare.folder.exists()
-    for number, (shown, (_, reason)) in enumerate(zip(lines[1:-1], BAD, strict=True), 3):
-        assert shown.startswith(f"train.jsonl:{number}: ") and reason in shown
+    told = [(number, reason) for number, (_, reason) in enumerate(BAD, 3) if number != 10]  # that is the fault of line 9
+    for shown, (number, reason) in zip(lines[1:-1], told, strict=True):
+        assert shown.startswith(f"train.jsonl:{number}: ") and reason in shown and shown.endswith(" (2 rows)") is (number == 9)
     assert f"max_rejected={len(BAD)}" in lines[-1]
 
     prepare(source, f"max_rejected={len(BAD) - 1}", ok=False)
@@ -647,7 +650,7 @@ def test_every_row_rejected_is_no_row(prepare, tmp_path):
 
 def test_other_columns_are_named(prepare, tmp_path):
     done = prepare(jsonl(tmp_path / "raw", train=[{"query": "1+1?", "response": "2"}]), ok=False)
-    assert "'question' is missing, empty or not text (the row has 'query', 'response')" in done.err
+    assert "'question' is missing, empty or not text (the row has 'query', 'response'); other keys are mapped by" in done.err
 
 
 @pytest.mark.parametrize(
@@ -693,11 +696,13 @@ def hub_folder(prepare, tmp_path, monkeypatch):
 
 def test_hub_columns_are_named(hub_folder):
     done = hub_folder(train=[{"query": "1+1?", "response": "2"}])
-    refused(done, "/train has the columns query, response; expected are question and answer")
+    refused(
+        done, "/train: no row has 'question'; the keys are query, response.", "`fields: {question: query, solution: response}`"
+    )
 
 
 def test_hub_splits_are_named(hub_folder):
-    refused(hub_folder(validation=problems(2)), "has the splits validation; expected are train and test")
+    refused(hub_folder(test_sft=problems(2)), "names the split 'test_sft'", "`splits: {train: test_sft, test: NAME}`")
 
 
 def test_a_folder_of_save_to_disk_is_told(prepare, tmp_path):
@@ -705,7 +710,7 @@ def test_a_folder_of_save_to_disk_is_told(prepare, tmp_path):
 
     datasets.DatasetDict({"train": datasets.Dataset.from_list(problems(2))}).save_to_disk(tmp_path / "saved")
     for folder in (tmp_path / "saved", tmp_path / "saved" / "train"):
-        refused(prepare(HUB | {"repo_id": str(folder)}, ok=False), "is a folder of save_to_disk")
+        refused(prepare(HUB | {"repo_id": str(folder)}, ok=False), "is a folder of save_to_disk: use `source: {kind: files")
 
 
 def test_a_split_without_a_question_is_told(prepare, tmp_path):

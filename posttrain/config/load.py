@@ -126,4 +126,6 @@ def config_sha256(config: Settings) -> str:
     for block in ("model", "tokenizer"):  # without arguments, the hash is that of runs before there were any
         if block in settings and not settings[block]["template_kwargs"]:
             del settings[block]["template_kwargs"]
+    if "source" in settings:  # the same of the keys that map a source's rows
+        settings["source"] = {key: value for key, value in settings["source"].items() if value is not None}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -42,15 +42,21 @@ def add_faults(document: Document, error: ValidationError, cls: type[BaseModel])
     for detail in error.errors(include_url=False):
         by_path.setdefault(_key_path(detail, document.values), []).append(detail)
     for path, details in by_path.items():
+        inside = any(other[: len(path)] == path for other in by_path if other != path)
+        if inside and all(detail["type"].endswith("_type") for detail in details):
+            continue  # a value of several types: what is wrong inside of it says more
         if not any(path[: len(prefix)] == prefix for prefix in broken):
             document.fault(path, _message(path, details, cls))
 
 
 def _key_path(detail: ErrorDetails, values: Any) -> KeyPath:
     """The key at fault: pydantic's path without the names of union members that it also holds."""
-    if detail["type"] == "rule":
-        return detail["loc"]
     path: KeyPath = ()
+    if detail["type"] == "rule":  # its last key may be missing
+        for part in detail["loc"]:
+            if not (isinstance(values, dict) and part not in values and values.get("kind") == part):
+                path, values = (*path, part), values.get(part) if isinstance(values, dict) else None
+        return path
     for part in detail["loc"]:
         if isinstance(part, int) or (isinstance(values, dict) and part in values):
             path, values = (*path, part), values[part]

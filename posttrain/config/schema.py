@@ -212,11 +212,64 @@ class Prompt(Settings):
             yield ("shots",), f"style chat shows no solved examples: use style few_shot for {self.shots}"
 
 
-class HubSource(Settings):
+SplitName = Literal["train", "dev", "test"]
+Scalar = str | int | float | bool
+# What rewards are given under these names is the trainer's own (trl/trainer/grpo_trainer.py, `_calculate_rewards`).
+TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids", "answer", "trainer_state", "log_extra", "log_metric"}
+
+
+class Fields(Settings):
+    """Where in a row of the source its texts are. A dot leads into nested rows: `extra.answer`, `turns.0`."""
+
+    question: str | None = None
+    solution: str | None = None
+    answer: str | None = None
+    messages: str | None = None
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if not (self.question or self.messages):
+            yield ("question",), "missing: the key of a row's question (or give messages, the key of its chat)"
+        if self.question and self.messages:
+            yield ("question",), "is the last user turn of messages: remove one of the two"
+        if self.solution and self.messages:
+            yield ("solution",), "is the last assistant turn of messages: remove one of the two"
+        if not (self.solution or self.answer or self.messages):
+            yield ("answer",), "missing: the key of a row's answer (or give solution, where its last line holds the answer)"
+
+
+class Mapped(Settings):
+    """Rows of any schema: which of their keys are question, solution and answer, which rows are taken, and for what."""
+
+    fields: Fields | None = None
+    split_column: str | None = None
+    splits: Annotated[dict[SplitName, str | list[str]], Field(min_length=1)] | None = None
+    test_fraction: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    where: dict[str, Scalar | list[Scalar]] | None = None
+    columns: list[str] | None = None
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        for name in self.columns or ():
+            if name in TAKEN:
+                yield ("columns",), f"{name} is given to rewards already, by the trainer"
+
+
+class HubSource(Mapped):
     kind: Literal["hub"]
     repo_id: str
     revision: CommitId
-    config_name: str = "main"
+    config_name: str | None = None
+
+
+class FilesSource(Mapped):
+    kind: Literal["files"]
+    path: str | Annotated[dict[SplitName, str], Field(min_length=1)]
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super().problems()
+        if isinstance(self.path, dict):
+            for key in ("split_column", "splits"):
+                if getattr(self, key):
+                    yield (key,), "does not go with a path for each split"
 
 
 class JsonlSource(Settings):
@@ -249,7 +302,7 @@ class RejectionSampledSource(Settings):
     with_gold: bool = False  # the worked solutions of all questions as well, as in the paper (arXiv 2308.01825)
 
 
-Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource
+Source = HubSource | JsonlSource | FilesSource | GeneratorSource | SvampSource | RejectionSampledSource
 
 # --- stages -------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def sampled(examples: Iterable[Example]) -> Iterator[Example]:
 
 def shape(example: Example) -> tuple[object, ...]:
     """What a template may branch on: the roles, whether a message is empty, and marks of reasoning in the answer."""
-    answer = example.completion[0]["content"]
+    answer = example.reply[0]["content"]
     roles = [(message["role"], not message["content"]) for message in example.prompt]
     return (*roles, *(mark in answer for mark in REASONING), answer == answer.strip())
 
@@ -77,7 +77,7 @@ class TemplateCheck:
         self._check_prompt(asked, example)
         self._check_answer(asked, example)
         prompt = chat_ids(self.tokenizer, example.prompt, add_generation_prompt=True)
-        whole = chat_ids(self.tokenizer, example.prompt + example.completion)
+        whole = chat_ids(self.tokenizer, example.prompt + example.reply)
         self._check_ids(prompt, whole, example)
         return prompt, whole
 
@@ -87,13 +87,13 @@ class TemplateCheck:
                 way = self._way(message["role"])
                 raise UserError(f"the chat template leaves out or rewrites the {message['role']} message: {way}")
         end = str(self.tokenizer.eos_token)
-        if any(end in message["content"] for message in example.prompt + example.completion):
+        if any(end in message["content"] for message in example.prompt + example.reply):
             raise UserError(f"{example.id} holds {end}, with which the chat template ends a turn: take that row out")
 
     def _check_answer(self, asked: str, example: Example) -> None:
         """Around the answer stands what stands around any other. Space at its own ends may go, as in Gemma's template."""
-        content = example.completion[0]["content"].strip()
-        said = self._said(asked, example.prompt, example.completion)
+        content = example.reply[0]["content"].strip()
+        said = self._said(asked, example.prompt, example.reply)
         opening, ending = self._frame(asked, example.prompt)
         inner = said.removesuffix(ending)
         if not said.endswith(ending) or content not in (inner.strip(), inner.removeprefix(opening).strip()):
@@ -120,7 +120,7 @@ class TemplateCheck:
         """Tokens may join across the border of two texts, and the tokenizer reads special tokens out of any text."""
         bos, stop, answer = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
-            raise UserError(f"{example.id}: {self._differs(example.prompt, example.completion)}")
+            raise UserError(f"{example.id}: {self._differs(example.prompt, example.reply)}")
         if bos is not None and prompt[:2] == [bos, bos]:
             raise UserError(f"the chat template begins a prompt with {self.tokenizer.bos_token} twice: {self._pin}")
         if stop not in answer:

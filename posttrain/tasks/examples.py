@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,8 +12,8 @@ from posttrain.errors import UserError
 from posttrain.records import Example, Message
 from posttrain.tasks.generated import GENERATED_KINDS
 from posttrain.tasks.gsm8k import count_steps, solution_text
-from posttrain.tasks.rows import Row, asked, bare_words
-from rewards import gold_answer, grade
+from posttrain.tasks.rows import Row, asked, unit_hash
+from rewards import canonical_number, gold_answer, grade
 
 
 def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -34,10 +34,29 @@ def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> t
 
 def in_form(row: Row) -> Row:
     """The row with its answer as the last line `#### 5`, if it is written as `####5`, `#### $5` or on the line of the working."""
+    if row.problem:
+        return row
+    if row.gold is not None:
+        row = dataclasses.replace(row, answer=worked(row.answer, row.gold))
     solution = solution_text(row.answer, "strip")
-    if row.problem or not (gold := gold_or_none(solution)) or grade(solution, gold).format_ok:
+    if contrary := contrary_gold(solution, row.gold):
+        return dataclasses.replace(row, problem=contrary)
+    if not (gold := gold_or_none(solution)) or grade(solution, gold).format_ok:
         return row
     return dataclasses.replace(row, answer=f"{row.answer.partition('####')[0].rstrip()}\n#### {gold}".lstrip())
+
+
+def worked(solution: str, gold: str) -> str:
+    """A solution and an answer from two keys of a row, in the one form."""
+    return solution if "####" in solution else f"{solution.rstrip()}\n#### {gold.strip()}".lstrip()
+
+
+def contrary_gold(solution: str, gold: str | None) -> str:
+    """A solution that states an answer of its own must state the one that the row gives beside it."""
+    stated = gold_or_none(solution)
+    if gold is None or stated is None or stated == canonical_number(gold):
+        return ""
+    return f"the solution ends in #### {stated}, and the row's answer is {gold.strip()[:60]!r}"
 
 
 def gold_or_none(solution: str) -> str | None:
@@ -74,18 +93,28 @@ def gold_problem(solution: str) -> str:
 def refuse_too_many(rejected: list[dict[str, Any]], config: DataConfig) -> None:
     if len(rejected) <= config.max_rejected:
         return
-    lines = [f"{row['file']}:{row['line']}: {row['reason']}" for row in rejected[:20]]
-    more = [f"... and {len(rejected) - 20} more"] if len(rejected) > 20 else []
+    lines = once_each(rejected)
+    more = [f"... and {len(lines) - 20} other faults"] if len(lines) > 20 else []
     raise UserError(
         "\n".join(
             [
                 f"{len(rejected)} bad rows, nothing written:",
-                *lines,
+                *lines[:20],
                 *more,
                 f"mend them, or set max_rejected={len(rejected)} to leave them out (they are then listed in rejected.jsonl)",
             ]
         )
     )
+
+
+def once_each(rejected: list[dict[str, Any]]) -> list[str]:
+    """A line for each fault, at the first row that has it, with the number of those that have it, too."""
+    counts = Counter((row["file"], row["reason"]) for row in rejected)
+    first = {(row["file"], row["reason"]): row for row in reversed(rejected)}
+    return [
+        f"{file}:{first[file, reason]['line']}: {reason}" + (f" ({count} rows)" if count > 1 else "")
+        for (file, reason), count in counts.items()
+    ]
 
 
 def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[list[Row], dict[str, int]]:
@@ -122,13 +151,9 @@ def stated_gold(row: Row) -> str:
 
 def split_of(row: Row, config: DataConfig) -> str:
     """A hash of the question takes dev out of train, so dev stays the same when rows are added or reordered."""
-    if row.split != "train" or config.source.kind in GENERATED_KINDS:
+    if row.split != "train" or row.has_dev or config.source.kind in GENERATED_KINDS:
         return row.split
-    return "dev" if _unit_hash(row.question) < config.dev_fraction else "train"
-
-
-def _unit_hash(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(bare_words(text).encode()).digest()[:8]) / 2**64
+    return "dev" if unit_hash(row.question) < config.dev_fraction else "train"
 
 
 def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
@@ -143,7 +168,7 @@ def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, speci
     train = [row for row in rows if split_of(row, config) == "train" and 2 <= count_steps(row.answer) <= 5]
     if len(train) < config.prompt.num_shots:
         raise UserError(f"{config.prompt.num_shots} shots need as many training rows of 2 to 5 steps; there are {len(train)}")
-    return sorted(train, key=lambda row: _unit_hash("shot " + row.question))[: config.prompt.num_shots]
+    return sorted(train, key=lambda row: unit_hash("shot " + row.question))[: config.prompt.num_shots]
 
 
 def checked_shots(rows: list[Row], written: list[Row], config: DataConfig, specials: set[str]) -> list[Row]:
@@ -165,13 +190,14 @@ def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:
     solution = solution_text(row.answer, config.calculator_marks)
     lead = " " if config.prompt.style == "few_shot" else ""
     return Example(
-        id=f"{config.name}-{row.split}-{row.line}",
+        id=f"{config.name}-{row.split}-{row.number or row.line}",
         split=cast(Any, split_of(row, config)),
         question=row.question,
         prompt=to_prompt(row.question, config, shots),
-        completion=[{"role": "assistant", "content": lead + solution}],
+        completion=[{"role": "assistant", "content": lead + solution}] if row.solved else [],
         answer=stated_gold(row),
         num_steps=count_steps(row.answer),
+        columns=dict(row.columns),
     )
 
 

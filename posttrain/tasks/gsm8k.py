@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import HubSource
 from posttrain.errors import UserError
 from posttrain.records import sha256_text
 from posttrain.tasks.rows import Row, bare_words
 
 HUB_ID = "openai/gsm8k"
-AS_JSONL = "and use `source: {kind: jsonl, path: FOLDER}`"
+MAP_THEM = "; other keys are mapped by `source: {kind: files, path: ..., fields: {question: KEY, answer: KEY}}`"
 # `question_set_sha256` of the 1,319 test questions in test.jsonl of github.com/openai/grade-school-math. A score goes to the
 # benchmark's own page, so a data set's name alone is not enough.
 TEST_SHA256 = "7c7e3dd7a8e8403feee1cd3e7ff9ca4938ff6156cc686db1d3beb94fc20dcde3"
@@ -46,50 +45,6 @@ def origins(source: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     while source:
         yield source
         source = source.get("sampled_from")
-
-
-def hub_rows(source: HubSource) -> Iterator[Row]:
-    splits = load_hub(source)
-    if not (there := [split for split in ("train", "test") if split in splits]):
-        raise UserError(
-            f"{source.repo_id} has the splits {', '.join(splits) or 'none'}; expected are train and test, or one of them"
-        )
-    for split in there:
-        name = f"{source.repo_id}/{split}"
-        yield from not_empty((checked_row(row, name, line, split) for line, row in enumerate(splits[split], 1)), name)
-
-
-def load_hub(source: HubSource) -> Mapping[str, Any]:
-    """The splits of a data set of the Hub, or of a folder of its files.
-
-    Raises:
-        UserError: it cannot be read, or lacks a column.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if any(Path(source.repo_id, name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise UserError(
-            f"{source.repo_id} is a folder of save_to_disk: write its splits as train.jsonl and test.jsonl, {AS_JSONL}"
-        )
-    try:
-        splits: Mapping[str, Any] = load_dataset(source.repo_id, source.config_name, revision=source.revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
-        raise UserError(
-            f"{source.repo_id} could not be read from the Hub ({type(error).__name__}): connect to the network, or download "
-            f"its JSONL files {AS_JSONL}"
-        ) from error
-    except (ValueError, DatasetsError) as error:  # an unknown configuration, files of no known kind
-        raise UserError(f"{source.repo_id} could not be read: {' '.join(str(error).split())[:300]}") from error
-    for split, rows in splits.items():
-        columns = getattr(rows, "column_names", None) or ["question", "answer"]
-        if split in ("train", "test") and not {"question", "answer"} <= set(columns):
-            raise UserError(
-                f"{source.repo_id}/{split} has the columns {', '.join(columns)}; expected are question and answer: "
-                f"rename them, {AS_JSONL}"
-            )
-    return splits
 
 
 def jsonl_rows(folder: Path) -> Iterator[Row]:
@@ -137,21 +92,25 @@ def read_plain(file: Path) -> bytes:
 
 
 def parse_line(line: bytes, file: str, number: int, split: str) -> Row:
+    row = parsed(line)
+    return Row(file, number, split, problem=row) if isinstance(row, str) else checked_row(row, file, number, split)
+
+
+def parsed(line: bytes) -> dict[str, Any] | str:
+    """The object on a line of JSONL, or what is wrong with the line."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Row(file, number, split, problem=f"invalid UTF-8 at byte {error.start}")
+        return f"invalid UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
-        return Row(file, number, split, problem=f"not JSON: {error.msg}")
-    if not isinstance(row, dict):
-        return Row(file, number, split, problem="not a JSON object")
-    return checked_row(row, file, number, split)
+        return f"not JSON: {error.msg}"
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
 def checked_row(row: Mapping[str, Any], file: str, number: int, split: str) -> Row:
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            found = f" (the row has {', '.join(map(repr, list(row)[:8]))})" if key not in row else ""
+            found = f" (the row has {', '.join(map(repr, list(row)[:8]))}){MAP_THEM}" if key not in row else ""
             return Row(file, number, split, problem=f"{key!r} is missing, empty or not text{found}")
         if re.search("[\ud800-\udfff]", row[key]):
             return Row(file, number, split, problem=f"{key!r} holds half a character, as \\ud83d alone is")

@@ -59,7 +59,11 @@ def gold_solutions(folder: Path) -> list[tuple[str, str]]:
     """Questions and worked solutions of a prepared data set's training rows."""
     if not (folder / "train.jsonl").is_file():
         raise UserError(f"no {folder}/train.jsonl, which was sampled from: prepare it again, or set source.with_gold=false")
-    return [(row.question, row.completion[-1]["content"].strip()) for row in read_jsonl(folder / "train.jsonl", Example)]
+    return [
+        (row.question, row.completion[-1]["content"].strip())
+        for row in read_jsonl(folder / "train.jsonl", Example)
+        if row.completion
+    ]
 
 
 def sampled_source(source: RejectionSampledSource) -> dict[str, Any]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
 from posttrain.records import sha256_text
+from posttrain.tasks.fields import mapped_rows, wanted_keys
+from posttrain.tasks.files import file_tables
 from posttrain.tasks.generated import generated_rows
-from posttrain.tasks.gsm8k import file_rows, hub_rows, jsonl_rows
+from posttrain.tasks.gsm8k import file_rows, jsonl_rows
+from posttrain.tasks.hub import hub_tables
 from posttrain.tasks.rows import Row
 from posttrain.tasks.sampled import sampled_rows, sampled_source
 from posttrain.tasks.svamp import svamp_rows
@@ -28,7 +32,9 @@ def read_source(config: DataConfig) -> Source:
     source = config.source
     match source.kind:
         case "hub":
-            rows = list(hub_rows(source))
+            rows = list(mapped_rows(hub_tables(source, wanted_keys(source)), source))
+        case "files":
+            rows = list(mapped_rows(file_tables(source, wanted_keys(source)), source))
         case "jsonl":
             rows = list(jsonl_rows(Path(source.path)))
         case "svamp":
@@ -38,9 +44,15 @@ def read_source(config: DataConfig) -> Source:
         case _:
             rows = list(generated_rows(source, config.seed))
     shots = written_shots(config.prompt.shots)
-    digest = sha256_text("".join(f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}\n" for row in [*rows, *shots]))
+    digest = sha256_text("".join(map(_content, [*rows, *shots])))
     origin = {"sampled_from": sampled_source(source)} if source.kind == "rejection_sampled" else {}
-    return Source(rows, digest, source.model_dump(mode="json") | origin, shots)
+    return Source(rows, digest, source.model_dump(mode="json", exclude_none=True) | origin, shots)
+
+
+def _content(row: Row) -> str:
+    """What of a row makes its data set another one."""
+    apart = "" if row.gold is None and not row.columns else f"\0{row.gold}\0{json.dumps(row.columns, sort_keys=True)}"
+    return f"{row.split}\0{row.question}\0{row.answer}\0{row.problem}{apart}\n"
 
 
 def written_shots(file: str | None) -> list[Row]:

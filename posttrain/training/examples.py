@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.config.schema import PassRate, TrainConfig
+from posttrain.config.schema import PassRate, SftConfig, TrainConfig
 from posttrain.errors import UserError
 from posttrain.records import Example, Prediction, read_jsonl
 
@@ -23,9 +23,21 @@ def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
         kept = f" with a pass rate in {config.data.pass_rate.run_dir} between low and high" if config.data.pass_rate else ""
         raise UserError(f"{folder}/train.jsonl has no row{kept}: there is nothing to train on")
     dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
+    if isinstance(config, SftConfig):
+        refuse_unsolved(train, dev if config.trainer.get("eval_strategy", "no") != "no" else [], folder)
     if not dev and config.trainer.get("eval_strategy", "no") != "no":
         raise UserError(f"{folder}/dev.jsonl has no row: set trainer.eval_strategy=no, or prepare the data with a dev_fraction")
     return train[: config.data.num_train], dev
+
+
+def refuse_unsolved(train: list[Example], dev: list[Example], folder: Path) -> None:
+    """SFT imitates worked solutions. GRPO and evaluation ask for the answer alone."""
+    for rows, split in ((train, "training"), (dev, "dev")):
+        if unsolved := sum(not example.completion for example in rows):
+            raise UserError(
+                f"{unsolved} of {len(rows)} {split} rows in {folder} have no worked solution, which SFT learns from: map one "
+                "(source.fields.solution of the data config), sample some (source.kind rejection_sampled), or use grpo_train.py"
+            )
 
 
 def with_pass_rate(examples: list[Example], settings: PassRate) -> list[Example]:
