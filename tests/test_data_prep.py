@@ -685,11 +685,11 @@ def hub_folder(prepare, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    def run_over(**splits):
+    def run_over(more=(), **splits):
         folder = tmp_path / "hub"
         for split, rows in splits.items():
             datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
-        return prepare(HUB | {"repo_id": str(folder), "config_name": "default"}, ok=False)
+        return prepare(HUB | {"repo_id": str(folder), "config_name": "default"} | dict(more), ok=False)
 
     return run_over
 
@@ -702,7 +702,8 @@ def test_hub_columns_are_named(hub_folder):
 
 
 def test_hub_splits_are_named(hub_folder):
-    refused(hub_folder(test_sft=problems(2)), "names the split 'test_sft'", "`splits: {train: test_sft, test: NAME}`")
+    source = {"splits": {"train": "train_sft", "test": "test"}}
+    refused(hub_folder(source, test=problems(2)), "no split 'train_sft'; the source has test: correct source.splits")
 
 
 def test_a_folder_of_save_to_disk_is_told(prepare, tmp_path):

@@ -135,7 +135,9 @@ def test_the_splits_of_a_saved_folder_under_any_name(prepare, tmp_path):  # noqa
     from datasets import Dataset, DatasetDict
 
     parts = {"train_a": own_rows(5), "train_b": own_rows(5, 20), "held": own_rows(5, 40), "junk": [{"other": 1}]}
-    DatasetDict({name: Dataset.from_list(without_nested(rows)) for name, rows in parts.items()}).save_to_disk(str(tmp_path / "raw"))
+    DatasetDict({name: Dataset.from_list(without_nested(rows)) for name, rows in parts.items()}).save_to_disk(
+        str(tmp_path / "raw")
+    )
     source = files(str(tmp_path / "raw"))
     refused(prepare(source, ok=False), "raw/train_a names the split 'train_a'", "`splits: {train: train_a, test: NAME}`")
     prepare(source | {"splits": {"train": ["train_a", "train_b"], "test": "held"}}, dev_fraction=0)

@@ -302,7 +302,7 @@ class RejectionSampledSource(Settings):
     with_gold: bool = False  # the worked solutions of all questions as well, as in the paper (arXiv 2308.01825)
 
 
-Source = HubSource | JsonlSource | FilesSource | GeneratorSource | SvampSource | RejectionSampledSource
+Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource | FilesSource
 
 # --- stages -------------------------------------------------------------------------------------------------
 

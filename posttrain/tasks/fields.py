@@ -34,11 +34,12 @@ def mapped_rows(tables: Sequence[Table], source: Mapped) -> Iterator[Row]:
         UserError: a key that the settings name is in no row, a split has an unknown name, or the filter leaves nothing.
     """
     fields = source.fields or GSM8K_FORM
-    tables = [table for table in tables if source.split_column or split_of(table.split, table.name, source) is not None]
-    check_keys(tables, source, fields)
-    rows = [row for table, first in numbered(tables, source) for row in table_rows(table, first, source, fields)]
+    check_splits(tables, source)
+    taken = [table for table in tables if source.split_column or split_of(table.split, table.name, source) is not None]
+    check_keys(taken, source, fields)
+    rows = [row for table, first in numbered(taken, source) for row in table_rows(table, first, source, fields)]
     if not rows:
-        raise UserError(f"source.where leaves none of the rows: {values_there(tables, source)}")
+        raise UserError(f"source.where leaves none of the rows: {values_there(taken, source)}")
     if source.test_fraction and any(row.split == "test" for row in rows):
         raise UserError("the source has test rows of its own: remove source.test_fraction")
     has_dev = any(row.split == "dev" for row in rows)
@@ -69,6 +70,18 @@ def wanted_keys(source: Mapped) -> set[str]:
     """Every path into a row that the settings name."""
     fields = (source.fields or GSM8K_FORM).model_dump().values()
     return {path for path in (*fields, source.split_column, *(source.where or ()), *(source.columns or ())) if path}
+
+
+def check_splits(tables: Sequence[Table], source: Mapped) -> None:
+    """Refuse a name in source.splits that the source does not have."""
+    column = source.split_column
+    there = (
+        [scalar(at(record.values, column)) for table in tables for record in table.rows] if column else [t.split for t in tables]
+    )
+    names = [name for wanted in (source.splits or {}).values() for name in ([wanted] if isinstance(wanted, str) else wanted)]
+    if lacking := [name for name in names if name not in there]:
+        has = ", ".join(list(dict.fromkeys(name for name in there if name))[:8]) or "none"
+        raise UserError(f"there is no split {lacking[0]!r}; the source has {has}: correct source.splits")
 
 
 def check_keys(tables: Sequence[Table], source: Mapped, fields: Fields) -> None:
