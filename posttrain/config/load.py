@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from posttrain.config.messages import add_faults, did_you_mean, one_line_each
+from posttrain.config.reference import explained
 from posttrain.config.schema import EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
 from posttrain.errors import UserError
@@ -50,12 +51,17 @@ def from_command_line(
 
     `flags` adds switches that only this script has, name -> help: `regrade="..."` makes `--regrade`.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("-h", "--help", metavar="KEY", nargs="?", const="", help="this text, or what a key of the config does")
     parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="say, trainer.learning_rate=2e-4")
     for name, text in (_FLAGS | flags).items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     args = parser.parse_intermixed_args(argv)
+    if args.help is not None:
+        _print_and_exit(explained(cls, args.help) if args.help else parser.format_help().rstrip())
     if args.schema:
         _print_and_exit(json.dumps(cls.model_json_schema(), indent=2))
     if args.config is None:

@@ -78,7 +78,7 @@ def _message(path: KeyPath, details: list[ErrorDetails], cls: type[BaseModel]) -
 
 def _unknown_key(path: KeyPath, cls: type[BaseModel]) -> str:
     *block, key = map(str, path)
-    if block == ["trainer"] and key in SET_BY_POSTTRAIN:
+    if block in ([], ["trainer"]) and key in SET_BY_POSTTRAIN:
         return f"posttrain sets this itself: use {SET_BY_POSTTRAIN[key]}"
     known = known_keys(cls)
     if ".".join(map(str, path)) in known:
@@ -86,6 +86,8 @@ def _unknown_key(path: KeyPath, cls: type[BaseModel]) -> str:
     names = [name.split(".") for name in known]
     beside = {name[-1]: ".".join(name) for name in names if name[:-1] == block}
     elsewhere = {name[-1]: ".".join(name) for name in reversed(names)}
+    if key in elsewhere:  # TRL's own key at the top level, say
+        return f"unknown key (did you mean {elsewhere[key]!r}?)"
     for candidates, cutoff in ((beside, 0.65), (elsewhere, 0.8)):
         if close := difflib.get_close_matches(key, candidates, 1, cutoff):
             return f"unknown key (did you mean {candidates[close[0]]!r}?)"

@@ -60,7 +60,9 @@ def _needs_whole_policy(what: str, remedy: str = "") -> Need:
 class Settings(BaseModel):
     """A block of keys. An int may stand for a float; nothing else is converted: "no" is text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
+    )
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         """Faults of several keys together, each with the key that it is reported at."""
@@ -85,10 +87,15 @@ class Settings(BaseModel):
 
 
 class Tokenizer(Settings):
-    name_or_path: str  # a folder or a Hub id
+    name_or_path: str
+    """A folder, or an id of the Hub. [in posttrain/models/chat.py]"""
     revision: str | None = None
-    chat_template: str | None = None  # a .jinja file, for a model that ships no template, or to pin the template
-    template_kwargs: dict[str, bool | int | float | str] = {}  # arguments of the template, as enable_thinking: false
+    """The commit of a Hub id; null is its newest. [in posttrain/models/chat.py]"""
+    chat_template: str | None = None
+    """A .jinja file to use in place of the tokenizer's template, or where it has none. [in posttrain/models/chat.py]"""
+    template_kwargs: dict[str, bool | int | float | str] = {}
+    """Arguments of the chat template, as enable_thinking: false; they are saved with the adapter.
+    [in posttrain/models/templates.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         for name in self.template_kwargs:
@@ -100,9 +107,16 @@ class Tokenizer(Settings):
 
 class Model(Tokenizer):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    attn_implementation: Attention = "auto"  # varlen on a GPU, matmul on a CPU (posttrain/kernels/attention.py)
-    same_base: bool = False  # true: these are the adapter's own base, under another name (posttrain/models/adapters.py)
-    kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/kernels/liger.py), else torch's own
+    """What weights and activations are computed in; an adapter's master weights are fp32 whatever this says.
+    [in posttrain/models/base.py]"""
+    attn_implementation: Attention = "auto"
+    """How attention is computed; auto is varlen on a GPU and matmul on a CPU. [in posttrain/models/base.py]"""
+    same_base: bool = False
+    """true: this is the adapter's own base under another name, so the check of names and weights is left out.
+    [in posttrain/models/adapters.py]"""
+    kernels: Kernels = "auto"
+    """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
+    [in posttrain/kernels/liger.py]"""
 
     def needs(self) -> Iterator[Need]:
         if self.attn_implementation.startswith("flash_attention_"):
@@ -120,22 +134,31 @@ class Lora(Settings):
     """A new adapter. Its weights are fp32 for the optimizer, whatever `model.dtype` says."""
 
     r: PositiveInt
+    """Rank of the two matrices. [in posttrain/models/adapters.py]"""
     alpha: PositiveInt
+    """The adapter is scaled by alpha / r. [in posttrain/models/adapters.py]"""
     dropout: Share = 0.0
-    # whole last parts of layers' names, or all-linear
+    """Share of the adapter's inputs that a training step drops; GRPO trains without. [share, in posttrain/models/adapters.py]"""
     target_modules: Annotated[
         list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if value == "all-linear" else value)
     ]
-    use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
-    train_special_tokens: Literal["auto", "always", "never"] = "auto"  # auto: those whose rows are untrained
+    """Which layers get an adapter: whole last parts of their names, or all-linear. [in posttrain/models/adapters.py]"""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r. [in posttrain/models/adapters.py]"""
+    train_special_tokens: Literal["auto", "always", "never"] = "auto"
+    """Train the rows of the template's special tokens: auto those that the base left untrained.
+    [in posttrain/models/adapters.py]"""
 
 
 class PassRate(Settings):
     """Keep the questions that an evaluation run over the train split solved in some samples, not in all."""
 
     run_dir: str
+    """An evaluation run of the train split with several samples of each question. [in posttrain/training/examples.py]"""
     low: Share = 0.1
+    """Leave out questions that it solved in a smaller share of samples. [share, in posttrain/training/examples.py]"""
     high: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Leave out questions that it solved in a larger share of samples. [share, in posttrain/training/examples.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.low >= self.high:
@@ -143,23 +166,32 @@ class PassRate(Settings):
 
 
 class TrainData(Settings):
-    path: str  # a folder written by data_prep.py
+    path: str
+    """A folder that data_prep.py wrote. [in posttrain/training/examples.py]"""
     num_train: PositiveInt | None = None
-    num_dev: NonNegativeInt = 200  # 0: no dev evaluation
+    """The first so many rows of the train split; null is all. [rows, in posttrain/training/examples.py]"""
+    num_dev: NonNegativeInt = 200
+    """The first so many rows of the dev split, for dev accuracy; 0 measures none. [rows, in posttrain/training/examples.py]"""
     pass_rate: PassRate | None = None
+    """Keep the questions that an evaluation solved sometimes. [in posttrain/training/examples.py]"""
 
 
 class Hub(Settings):
-    repo_id: str | None = None  # None: nothing is pushed
+    repo_id: str | None = None
+    """Where the finished adapter is pushed; null pushes nothing. [in posttrain/training/checkpoints.py]"""
     private: bool = True
+    """Whether a repository that the push creates is private. [in posttrain/hub/push.py]"""
 
 
 class Rewards(Settings):
     """Weights. A further field `x` is the weight of `x_reward` in rewards.py."""
 
     correctness: float = 1.0
+    """Paid for a right answer. [reward, in posttrain/training/rollouts.py]"""
     format: float = 0.2
-    gate_format: bool = False  # pay for the format only where the answer is right
+    """Paid for an answer in the asked form. [reward, in posttrain/training/rollouts.py]"""
+    gate_format: bool = False
+    """Pay for the form only where the answer is right. [in posttrain/training/rollouts.py]"""
 
     def others(self) -> dict[str, float]:
         own = ("correctness", "format", "gate_format")
@@ -168,17 +200,28 @@ class Rewards(Settings):
 
 class Rollouts(Settings):
     engine: Literal[Engine, "trl"] = "transformers"
-    batch_size: PositiveInt | None = None  # sequences decoded at once; None: the whole generation batch
-    skip_zero_signal: bool = False  # leave completions without an advantage out of the update; needs beta 0
-    correct_mismatch: bool = False  # clip against the sampler's log-probabilities instead of the trainer's
+    """What makes the completions: transformers is this project's own loop, trl leaves it to TRL.
+    [in posttrain/training/rollouts.py]"""
+    batch_size: PositiveInt | None = None
+    """Completions that are decoded at once; null is the whole generation batch.
+    [completions, in posttrain/training/rollouts.py]"""
+    skip_zero_signal: bool = False
+    """Leave completions without an advantage out of the update; needs trainer.beta 0. [in posttrain/training/trainers.py]"""
+    correct_mismatch: bool = False
+    """Clip against the sampler's log-probabilities instead of the trainer's. [in posttrain/training/trainers.py]"""
 
 
 class Generation(Settings):
     max_new_tokens: PositiveInt = 512
+    """A completion is cut off here. [tokens, in posttrain/generation/loop.py]"""
     samples: PositiveInt = 1
+    """Completions of each question; above 1 for pass@k and maj@k. [in evaluate.py]"""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of sampling; 0 is greedy. [in posttrain/generation/loop.py]"""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens with this share of the probability. [share, in posttrain/generation/loop.py]"""
     batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Completions that are decoded at once; auto fits them to memory. [completions, in evaluate.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.samples > 1 and self.temperature == 0:
@@ -187,16 +230,24 @@ class Generation(Settings):
 
 class EvalData(Settings):
     path: str
+    """A folder that data_prep.py wrote. [in evaluate.py]"""
     split: Literal["train", "dev", "test"] = "test"
-    limit: PositiveInt | None = None  # a subset; every report of its number says so
+    """Which of its splits is asked. [in evaluate.py]"""
+    limit: PositiveInt | None = None
+    """The first so many questions alone: every report of the number says so; null is all. [questions, in evaluate.py]"""
 
 
 class Prompt(Settings):
     style: Literal["chat", "few_shot"] = "chat"
+    """chat: one question, one answer; few_shot: solved examples before it. [in posttrain/tasks/examples.py]"""
     system: str | None = None
-    instruction: str  # holds {question}
+    """The system message; "" is an empty one, null leaves it to the template. [in posttrain/tasks/examples.py]"""
+    instruction: str
+    """The user's message; {question} in it is where the question goes. [in posttrain/tasks/examples.py]"""
     num_shots: NonNegativeInt = 0
-    shots: str | None = None  # JSONL of solved examples, {question, answer} as in GSM8K; null: training rows, chosen by hash
+    """Solved examples before each question, with style few_shot. [examples, in posttrain/tasks/examples.py]"""
+    shots: str | None = None
+    """JSONL of solved examples in GSM8K's form; null takes training rows, chosen by hash. [in posttrain/tasks/sources.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if "{question}" not in self.instruction:
@@ -222,9 +273,14 @@ class Fields(Settings):
     """Where in a row of the source its texts are. A dot leads into nested rows: `extra.answer`, `turns.0`."""
 
     question: str | None = None
+    """The key of a row's question. [in posttrain/tasks/fields.py]"""
     solution: str | None = None
+    """The key of a row's worked solution; without answer, its last line holds the answer. [in posttrain/tasks/fields.py]"""
     answer: str | None = None
+    """The key of a row's answer. [in posttrain/tasks/fields.py]"""
     messages: str | None = None
+    """The key of a row's chat: its last user turn is the question, the assistant's after it the solution.
+    [in posttrain/tasks/fields.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if not (self.question or self.messages):
@@ -241,11 +297,20 @@ class Mapped(Settings):
     """Rows of any schema: which of their keys are question, solution and answer, which rows are taken, and for what."""
 
     fields: Fields | None = None
+    """Which keys of a row are what; null: GSM8K's, question and answer (a solution that ends in its answer).
+    [in posttrain/tasks/fields.py]"""
     split_column: str | None = None
+    """The key that says a row's split: train, dev (validation, valid, val) or test, or a name in splits.
+    [in posttrain/tasks/fields.py]"""
     splits: Annotated[dict[SplitName, str | list[str]], Field(min_length=1)] | None = None
+    """The source's own names of train, dev and test; its other splits are left out. [in posttrain/tasks/fields.py]"""
     test_fraction: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    """Share of train that becomes test, by a hash of the question; null: 0.2 of rows that nothing gives a split, else 0.
+    [share, in posttrain/tasks/fields.py]"""
     where: dict[str, Scalar | list[Scalar]] | None = None
+    """Only rows whose key has this value, or one of these. [in posttrain/tasks/fields.py]"""
     columns: list[str] | None = None
+    """Further keys that prepared rows keep, for rewards. [in posttrain/tasks/fields.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         for name in self.columns or ():
@@ -255,14 +320,22 @@ class Mapped(Settings):
 
 class HubSource(Mapped):
     kind: Literal["hub"]
+    """A data set of the Hub. [in posttrain/tasks/sources.py]"""
     repo_id: str
+    """Its id, or a folder of its files. [in posttrain/tasks/hub.py]"""
     revision: CommitId
+    """Its commit: 40 hexadecimal digits. [in posttrain/tasks/hub.py]"""
     config_name: str | None = None
+    """Its configuration; null where it has one alone. [in posttrain/tasks/hub.py]"""
 
 
 class FilesSource(Mapped):
     kind: Literal["files"]
+    """Files of any schema. [in posttrain/tasks/sources.py]"""
     path: str | Annotated[dict[SplitName, str], Field(min_length=1)]
+    """A file, a folder, a pattern with stars, or one of these for each split; .json, .jsonl, .csv, .tsv, .parquet,
+    save_to_disk.
+    [in posttrain/tasks/files.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         yield from super().problems()
@@ -274,32 +347,47 @@ class FilesSource(Mapped):
 
 class JsonlSource(Settings):
     kind: Literal["jsonl"]
-    path: str  # a folder with train.jsonl and test.jsonl, rows {"question", "answer"}
+    """GSM8K's two files, read byte by byte: a bad line spoils no other. [in posttrain/tasks/sources.py]"""
+    path: str
+    """A folder with train.jsonl and test.jsonl, rows of question and answer. [in posttrain/tasks/sources.py]"""
 
 
 class GeneratorSource(Settings):
     kind: Literal["leg_counting", "gsm_symbolic"]
+    """Word problems that reasoning-gym makes on this machine. [in posttrain/tasks/generated.py]"""
     num_train: PositiveInt
+    """Training questions. [rows, in posttrain/tasks/generated.py]"""
     num_dev: PositiveInt
+    """Dev questions. [rows, in posttrain/tasks/generated.py]"""
     num_test: PositiveInt
-    options: dict[str, int | float | str] = {}  # for reasoning_gym.create_dataset
+    """Test questions. [rows, in posttrain/tasks/generated.py]"""
+    options: dict[str, int | float | str] = {}
+    """Passed to reasoning_gym.create_dataset. [in posttrain/tasks/generated.py]"""
 
 
 class SvampSource(Settings):
     kind: Literal["svamp"]
-    path: str  # SVAMP.json; every row is a test row
+    """SVAMP, as a test set. [in posttrain/tasks/sources.py]"""
+    path: str
+    """SVAMP.json; every row is a test row. [in posttrain/tasks/sources.py]"""
 
 
 class RejectionSampledSource(Settings):
     """The distinct, correct solutions among the samples of an evaluation run of the train split."""
 
     kind: Literal["rejection_sampled"]
+    """A policy's own right solutions of training questions. [in posttrain/tasks/sources.py]"""
     run_dir: str
+    """An evaluation run of the train split with several samples of each question. [in posttrain/tasks/sampled.py]"""
     max_per_question: PositiveInt = 4
-    prefer: Literal["first", "shortest"] = "first"  # which of a question's solutions, where it has more
-    # rewritten: also right answers in another form, of completions that ended by themselves, with a last line `#### <number>`
+    """At most so many solutions of a question. [rows, in posttrain/tasks/sampled.py]"""
+    prefer: Literal["first", "shortest"] = "first"
+    """Which of a question's solutions, where it has more. [in posttrain/tasks/sampled.py]"""
     accept: Literal["strict", "rewritten"] = "strict"
-    with_gold: bool = False  # the worked solutions of all questions as well, as in the paper (arXiv 2308.01825)
+    """rewritten: also right answers in another form, of completions that ended by themselves, with the last line added.
+    [in posttrain/tasks/sampled.py]"""
+    with_gold: bool = False
+    """The worked solutions of all questions as well (arXiv 2308.01825). [in posttrain/tasks/sampled.py]"""
 
 
 Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource | FilesSource
@@ -311,32 +399,56 @@ class DataConfig(Settings):
     """data_prep.py"""
 
     name: str
+    """Of the data set; it begins the id of each row. [in posttrain/tasks/examples.py]"""
     output_dir: str
+    """The folder to write. [in data_prep.py]"""
     seed: NonNegativeInt = 0
+    """Of generated questions. [in posttrain/tasks/sources.py]"""
     source: Annotated[Source, Field(discriminator="kind")]
+    """What the rows are made from. [in posttrain/tasks/sources.py]"""
     calculator_marks: Literal["keep", "strip"] = "strip"
+    """Whether GSM8K's <<48/2=24>> stay in solutions. [in posttrain/tasks/examples.py]"""
     prompt: Prompt
-    dev_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # of train, chosen by the hash of the question
+    """What stands around each question. [in posttrain/tasks/examples.py]"""
+    dev_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.03
+    """Share of train that becomes dev, by a hash of the question, unless the source has a dev split.
+    [share, in posttrain/tasks/examples.py]"""
     tokenizer: Tokenizer
+    """Whose chat template and tokens the rows are checked with. [in data_prep.py]"""
     max_length: PositiveInt = 512
-    max_rejected: NonNegativeInt = 0  # with more bad rows than this, nothing is written
+    """The share of longer rows is told; none is dropped. [tokens, in data_prep.py]"""
+    max_rejected: NonNegativeInt = 0
+    """With more bad rows than this, nothing is written. [rows, in posttrain/tasks/examples.py]"""
 
 
 class TrainConfig(Settings):
     """What SFT and GRPO share."""
 
     run_dir: str
+    """The run's folder: config, manifest, metrics, checkpoints, adapter. [in posttrain/runs/directory.py]"""
     model: Model
+    """The base model. [in posttrain/models/base.py]"""
     quantization: Quantization = "nf4"
-    adapter: str | None = None  # a run directory, an adapter folder or a Hub id
+    """nf4 holds the base in 4 bits; nf4_unpacked holds the same values as bf16, faster and nearly four times as large.
+    [in posttrain/models/base.py]"""
+    adapter: str | None = None
+    """What is continued: a run directory, an adapter's folder or a Hub id. [in posttrain/models/adapters.py]"""
     lora: Lora | None = None
+    """The shape of a new adapter. [in posttrain/models/adapters.py]"""
     data: TrainData
-    trainer: dict[str, Any] = {}  # TRL's own keys
+    """What it trains on. [in posttrain/training/examples.py]"""
+    trainer: dict[str, Any] = {}
+    """TRL's own keys, checked against the installed TRL. [in posttrain/training/arguments.py]"""
     tracking: Tracking = "none"
+    """Where the curves go beside the run directory. [in posttrain/training/arguments.py]"""
     hub: Hub = Hub()
+    """Whether the finished adapter is pushed. [in posttrain/training/checkpoints.py]"""
     seed: NonNegativeInt = 42
-    fast_adapter: bool = True  # use posttrain/kernels/lora_linear.py instead of PEFT's layers
-    dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
+    """Of a new adapter, the order of rows, dropout and sampling. [in posttrain/training/arguments.py]"""
+    fast_adapter: bool = True
+    """Compute a layer and its LoRA adapter as one operation, in place of PEFT's dozen. [in posttrain/training/masters.py]"""
+    dev_every_steps: PositiveInt | None = None
+    """Dev accuracy every so many steps; null: before and after training alone. [steps, in sft_train.py and grpo_train.py]"""
 
     def needs(self) -> Iterator[Need]:
         yield from self.model.needs()
@@ -354,8 +466,12 @@ class SftConfig(TrainConfig):
     """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
 
     trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
+    """TRL's keys of SFTConfig, checked against the installed TRL. [in posttrain/training/arguments.py]"""
     fast_loss: bool = True
-    compile: bool = False  # compile the decoder layers, a minute at the start
+    """Score labelled positions alone with a head of our own; its loss is compared with the model's once a run.
+    [in sft_train.py]"""
+    compile: bool = False
+    """Compile the decoder layers, which takes a minute at the start. [in sft_train.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.adapter is None and self.lora is None:
@@ -376,10 +492,15 @@ class GrpoConfig(TrainConfig):
     """grpo_train.py: continues an adapter, or merges it into the base and trains a new one (`lora`)."""
 
     adapter: str
+    """What GRPO starts from: a run directory, an adapter's folder or a Hub id. [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
+    """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one. [in grpo_train.py]"""
     rewards: Rewards = Rewards()
+    """What a completion is paid for. [in posttrain/training/rollouts.py]"""
     rollouts: Rollouts = Rollouts()
+    """How completions are made and used. [in posttrain/training/rollouts.py]"""
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
+    """TRL's keys of GRPOConfig, checked against the installed TRL. [in posttrain/training/arguments.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.adapter_mode == "continue" and self.lora:
@@ -412,16 +533,24 @@ class GrpoConfig(TrainConfig):
 class EvalConfig(Settings):
     """evaluate.py"""
 
-    run_dir: str  # {adapter} in it becomes the name of the adapter's run, or "base"
-    name: str | None = None  # the label in the report
+    run_dir: str
+    """The run's folder; {adapter} in it becomes the name of the adapter's run, or base. [in posttrain/runs/directory.py]"""
+    name: str | None = None
+    """The label in the report; null is the folder's name. [in evaluate.py]"""
     model: Model
+    """The base model. [in posttrain/models/base.py]"""
     quantization: Quantization = "nf4"
+    """How the base is held: see quantization of the trainings. [in posttrain/models/base.py]"""
     adapter: str | None = None
+    """A run directory, an adapter's folder or a Hub id; null is the base alone. [in posttrain/models/adapters.py]"""
     data: EvalData
+    """Which questions are asked. [in evaluate.py]"""
     generation: Generation = Generation()
+    """How they are answered. [in evaluate.py]"""
     engine: Engine = "transformers"
+    """What makes the completions: transformers is this project's own loop. [in posttrain/generation/engines.py]"""
     seed: NonNegativeInt = 0
-    tracking: Tracking = "none"
+    """Of sampling. [in posttrain/generation/loop.py]"""
 
     def needs(self) -> Iterator[Need]:
         if self.engine == "vllm":

@@ -58,6 +58,7 @@ _ENUM_FILES = (
 class TrlField:
     type: Any
     default: Any  # None also where TRL computes it, as for `optim`
+    help: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ class TrlKeys:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         fields = {
-            name: core_schema.typed_dict_field(handler.generate_schema(field.type), required=False)
+            name: core_schema.typed_dict_field(
+                handler.generate_schema(field.type),
+                required=False,
+                metadata={"pydantic_js_updates": {"description": field.help, "default": field.default}},
+            )
             for name, field in trl_fields(self.config_class).items()
             if name not in SET_BY_POSTTRAIN
         }
@@ -84,7 +89,7 @@ def trl_fields(config_class: str) -> dict[str, TrlField]:
     for file, class_name in _CLASSES[config_class]:
         for item in _classes(file)[class_name].body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                fields[item.target.id] = TrlField(_type(item.annotation, enums), _default(item.value))
+                fields[item.target.id] = TrlField(_type(item.annotation, enums), _default(item.value), _help(item.value))
     return fields
 
 
@@ -124,9 +129,22 @@ def _type(annotation: ast.expr, enums: dict[str, Any]) -> Any:
     return type_
 
 
+def _keywords(value: ast.expr | None) -> dict[str | None, ast.expr]:
+    return {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
+
+
+def _help(value: ast.expr | None) -> str:
+    """What TRL says of a field, on one line; nothing where it writes more than a text."""
+    metadata = _keywords(value).get("metadata")
+    if not isinstance(metadata, ast.Dict):
+        return ""
+    texts = {key.value: text for key, text in zip(metadata.keys, metadata.values, strict=True) if isinstance(key, ast.Constant)}
+    text = texts.get("help")
+    return " ".join(text.value.split()) if isinstance(text, ast.Constant) and isinstance(text.value, str) else ""
+
+
 def _default(value: ast.expr | None) -> Any:
-    keywords = {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
-    default = keywords.get("default", value)
+    default = _keywords(value).get("default", value)
     if isinstance(default, ast.UnaryOp):  # a negative number
         return ast.literal_eval(default)
     return default.value if isinstance(default, ast.Constant) else None

@@ -74,10 +74,9 @@ def wanted_keys(source: Mapped) -> set[str]:
 
 def check_splits(tables: Sequence[Table], source: Mapped) -> None:
     """Refuse a name in source.splits that the source does not have."""
-    column = source.split_column
-    there = (
-        [scalar(at(record.values, column)) for table in tables for record in table.rows] if column else [t.split for t in tables]
-    )
+    there = [table.split for table in tables]
+    if column := source.split_column:
+        there = [scalar(at(record.values, column)) for table in tables for record in table.rows]
     names = [name for wanted in (source.splits or {}).values() for name in ([wanted] if isinstance(wanted, str) else wanted)]
     if lacking := [name for name in names if name not in there]:
         has = ", ".join(list(dict.fromkeys(name for name in there if name))[:8]) or "none"
