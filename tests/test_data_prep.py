@@ -685,11 +685,11 @@ def hub_folder(prepare, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    def run_over(more=(), **splits):
+    def run_over(more=(), ok=False, **splits):
         folder = tmp_path / "hub"
         for split, rows in splits.items():
             datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
-        return prepare(HUB | {"repo_id": str(folder), "config_name": "default"} | dict(more), ok=False)
+        return prepare(HUB | {"repo_id": str(folder), "config_name": "default"} | dict(more), ok=ok)
 
     return run_over
 
@@ -704,6 +704,17 @@ def test_hub_columns_are_named(hub_folder):
 def test_hub_splits_are_named(hub_folder):
     source = {"splits": {"train": "train_sft", "test": "test"}}
     refused(hub_folder(source, test=problems(2)), "no split 'train_sft'; the source has test: correct source.splits")
+
+
+def test_a_hub_data_set_of_another_schema_is_mapped(hub_folder, prepare):
+    own = [{"ask": {"text": f"{n}+{n}?"}, "gold": str(2 * n), "level": n % 2} for n in range(8)]
+    more = {"fields": {"question": "ask.text", "answer": "gold"}, "where": {"level": 1}, "columns": ["level"]}
+    assert hub_folder(more, ok=True, train=own[:4], validation=own[4:6], test=own[6:]).code == 0
+    assert prepare.manifest()["counts"] == {"train": 2, "dev": 1, "test": 1}
+    assert [(row.id, row.answer, row.columns) for row in prepare.rows("dev", "test")] == [
+        ("tiny-dev-2", "10", {"level": 1}),
+        ("tiny-test-2", "14", {"level": 1}),
+    ]
 
 
 def test_a_folder_of_save_to_disk_is_told(prepare, tmp_path):

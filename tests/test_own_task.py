@@ -18,12 +18,12 @@ CONFIG = "configs/data_own.yaml"
 # The demo's steps are for a model of 135M, and take minutes.
 TINY = {
     "data_prep.py": ("tokenizer.name_or_path=models/tiny",),
-    "sft_train.py": ("model.name_or_path=models/tiny", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2"),
+    "sft_train.py": ("model.name_or_path=models/tiny", "trainer.max_steps=30", "trainer.learning_rate=1e-2"),
     "grpo_train.py": (
         "model.name_or_path=models/tiny",
         "trainer.max_steps=1",
-        "trainer.learning_rate=1e-2",
         "trainer.warmup_steps=0",
+        "trainer.temperature=1.0",
     ),
     "evaluate.py": ("model.name_or_path=models/tiny", "data.limit=4", "generation.max_new_tokens=8"),
 }
