@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from posttrain.config.messages import add_faults, did_you_mean, one_line_each
-from posttrain.config.schema import EvalConfig, Settings
+from posttrain.config.schema import Answer, EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
 from posttrain.errors import UserError
 
@@ -126,4 +126,6 @@ def config_sha256(config: Settings) -> str:
     for block in ("model", "tokenizer"):  # without arguments, the hash is that of runs before there were any
         if block in settings and not settings[block]["template_kwargs"]:
             del settings[block]["template_kwargs"]
+    if settings.get("answer") == Answer().model_dump():  # the same for data sets from before there were other answers
+        del settings["answer"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,7 @@ The `trainer` block holds TRL's own keys. The installed TRL says which there are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
@@ -212,6 +213,37 @@ class Prompt(Settings):
             yield ("shots",), f"style chat shows no solved examples: use style few_shot for {self.shots}"
 
 
+HASHES = "#### {answer}"
+# By what a prompt names a form, and an example of it. "Answer:" that ends a prompt is where the model goes on.
+FORM_CUES = {"####": HASHES, "Answer:": "Answer: {answer}", r"\boxed": r"\boxed{{answer}}", "<answer>": "<answer>{answer}</answer>"}
+
+
+class Answer(Settings):
+    """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
+
+    kind: Literal["number", "choice", "text", "expression"] = "number"
+    form: str = HASHES  # a line with {answer} in it, as `Answer: {answer}`
+    # The only answers there are: letters of a choice (A to E without it), or words such as yes and no.
+    options: Annotated[list[str], Field(min_length=2)] | None = None
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        before, *others = self.form.split("{answer}")
+        if len(others) != 1 or "\n" in self.form:
+            yield ("form",), "must be one line that contains {answer} once, where the answer goes"
+        elif len(before.strip()) < 2 or re.search(r"[0-9]", self.form):
+            yield ("form",), "needs two signs or more before {answer}, by which it is found, and no digit"
+        if self.options is not None and self.kind in ("number", "expression"):
+            yield ("options",), f"kind {self.kind} has no list of answers: use kind choice or text"
+        for option in self.options or []:
+            if self.kind == "choice" and not re.fullmatch("[A-Z]", option):
+                yield ("options",), f"{option!r} is no capital letter: use kind text for words"
+            elif option != option.strip() or not re.search(r"\w", option):
+                yield ("options",), f"{option!r} is no word"
+        folded = [option.casefold() for option in self.options or []]
+        if len(set(folded)) < len(folded):
+            yield ("options",), "holds an answer twice"
+
+
 class HubSource(Settings):
     kind: Literal["hub"]
     repo_id: str
@@ -249,7 +281,16 @@ class RejectionSampledSource(Settings):
     with_gold: bool = False  # the worked solutions of all questions as well, as in the paper (arXiv 2308.01825)
 
 
-Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource
+class MadeSource(Settings):
+    """Questions made here from a seed, with worked solutions (posttrain/tasks/made.py): one for each other kind of answer."""
+
+    kind: Literal["made_choice", "made_yes_no", "made_algebra"]
+    num_train: PositiveInt
+    num_dev: PositiveInt
+    num_test: PositiveInt
+
+
+Source = HubSource | JsonlSource | GeneratorSource | MadeSource | SvampSource | RejectionSampledSource
 
 # --- stages -------------------------------------------------------------------------------------------------
 
@@ -261,12 +302,26 @@ class DataConfig(Settings):
     output_dir: str
     seed: NonNegativeInt = 0
     source: Annotated[Source, Field(discriminator="kind")]
+    answer: Answer = Answer()
     calculator_marks: Literal["keep", "strip"] = "strip"
     prompt: Prompt
     dev_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.03  # of train, chosen by the hash of the question
     tokenizer: Tokenizer
     max_length: PositiveInt = 512
     max_rejected: NonNegativeInt = 0  # with more bad rows than this, nothing is written
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        """A prompt that asks for one form and solutions that end in another teach a model to disobey."""
+        instruction = re.sub(r"(?:Answer:)?\s*\Z", "", self.prompt.instruction)
+        for key, text in (("system", self.prompt.system or ""), ("instruction", instruction)):
+            named = {cue: form for cue, form in FORM_CUES.items() if cue in text}
+            if named and not any(cue in self.answer.form for cue in named):
+                cue, form = next(iter(named.items()))
+                yield (
+                    ("prompt", key),
+                    f"asks for {cue!r}, and the solutions end in {self.answer.form!r}: "
+                    f"set answer.form to {form!r}, or change the prompt",
+                )
 
 
 class TrainConfig(Settings):
