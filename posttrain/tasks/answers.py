@@ -29,6 +29,7 @@ from rewards import Answer, Grade, Method
 FORM_VERSION = "1"  # goes up whenever a text could get another verdict by what is in this file or in expressions.py
 MAX_TEXT_CHARS = 200  # of an answer of kind `text`
 MAX_PLACES = 32  # statements read of a text: one with more is a dump
+MAX_STATEMENT_CHARS = 1_000  # read of a statement, so that any text gets its verdict in linear time
 LETTERS = ("A", "B", "C", "D", "E")
 
 
@@ -72,11 +73,17 @@ class Form:
             if (found := text.find(self.cue, found + 1)) < 0:
                 return
             start = found + len(self.cue)
-            line = text.find("\n", start)
-            line = len(text) if line < 0 else line
-            end = _closing_brace(text, start, line) if self.braced else text.find(self.after, start, line) if self.after else line
+            line = _line_end(text, start)
+            end = self._end(text, start, line)
             end = line if end < 0 else end
             yield found, min(end + len(self.after), line), text[start:end].strip()
+
+    def _end(self, text: str, start: int, line: int) -> int:
+        """Where the answer ends that begins at `start`, -1 where the form does not close. The point of `1.5.` is the last."""
+        if self.braced:
+            return _closing_brace(text, start, line)
+        another = text.find(self.cue, start, line)
+        return text.rfind(self.after, start, line if another < 0 else another) if self.after else line
 
     @property
     def braced(self) -> bool:
@@ -226,8 +233,9 @@ def without_run_on(text: str) -> str:
 
 
 def _line_end(text: str, start: int) -> int:
-    end = text.find("\n", start)
-    return len(text) if end < 0 else end
+    longest = min(len(text), start + MAX_STATEMENT_CHARS)
+    end = text.find("\n", start, longest)
+    return longest if end < 0 else end
 
 
 # "the answer is", "Answer:", "the correct option is". A statement ends with its line.
@@ -267,7 +275,7 @@ class NumberInForm(InForm):
         return Answer(answer.value, "phrase" if answer.method == "marker" else answer.method, count)
 
     def canonical(self, answer: str) -> str | None:
-        return rewards.canonical_number(answer.strip(_ORNAMENTS + "."))
+        return rewards.canonical_number(answer.strip(_ORNAMENTS).rstrip(_ORNAMENTS + "."))
 
     def is_plain(self, answer: str) -> bool:
         return bool(_PLAIN_NUMBER.fullmatch(answer))
@@ -333,7 +341,7 @@ class OneOf(InForm):
         return answer in self.options
 
 
-_LABEL = re.compile(r"(?:the[ ])?(?:correct[ ])?(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)[ ])?|\\(?:text|textbf|mathrm|mathbf)\{")
+_LABEL = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{|(?:the[ ])?(?:correct[ ])?(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)[ ])?")
 # What may follow an option that is meant: the end, a closing sign, a reason. "A dog" and "B or C" are not meant.
 _ENDS = re.compile(r"[*_`$\"'”’]*(?:\Z|\s*\Z|[)\]}.:,;!](?=\Z|[\s)\]}.*_`$<])|\s+(?:because|since|as)\b|\s*<)")  # noqa: RUF001
 

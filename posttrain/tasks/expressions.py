@@ -161,9 +161,9 @@ class Worker:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
-            # No accelerator in it, whatever the caller holds; and nothing of the caller's memory.
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-            command = [sys.executable, "-u", str(WORKER)]
+            # It finds what this process finds, and holds no accelerator.
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+            command = [sys.executable, "-P", "-u", str(WORKER)]
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
             )
