@@ -1,4 +1,4 @@
-"""What each kind of answer pays for and what not: tables of texts, each with its reason. Numbers behind #### have test_rewards.py."""
+"""What each kind of answer pays for and what not: tables of texts with their reasons. Numbers behind #### are in test_rewards.py."""
 
 import importlib.util
 import time
@@ -20,7 +20,13 @@ from posttrain.training.rollouts import reward_functions
 
 HAS_MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
 needs_math_verify = pytest.mark.skipif(not HAS_MATH_VERIFY, reason="the extra expression is not installed")
-FORMS = ("Answer: {answer}", r"\boxed{{answer}}", "<answer>{answer}</answer>", "Final result -> {answer}", "The answer is {answer}.")
+FORMS = (
+    "Answer: {answer}",
+    r"\boxed{{answer}}",
+    "<answer>{answer}</answer>",
+    "Final result -> {answer}",
+    "The answer is {answer}.",
+)
 
 
 def grader(kind="number", form="#### {answer}", options=None):
@@ -144,7 +150,7 @@ CHOICES = [  # text, gold, right, strict, why
     ("Answer: B\nA dog barks.", "B", True, True, "the article beside an answer"),
     ("Answer: Because", "B", False, False, "a word that begins with the letter"),
     ("because cab", "C", False, False, "small letters inside of words"),
-    ("Answer: E", "E", False, False, "a letter that is no option"),
+    ("Answer: E", "A", False, False, "a letter that is no option"),
     ("Answer: B'", "B", True, True, "a stray quote"),
     ("Answer:", "A", False, False, "nothing"),
     ("", "A", False, False, "an empty text"),
@@ -154,10 +160,13 @@ CHOICES = [  # text, gold, right, strict, why
 @pytest.mark.parametrize(("text", "gold", "correct", "strict", "why"), CHOICES, ids=[row[4] for row in CHOICES])
 def test_a_choice(text, gold, correct, strict, why):
     judge = grader("choice", "Answer: {answer}", ["A", "B", "C", "D"])
-    if gold == "E":
-        return pytest.raises(ValueError, judge.grade, text, gold)
     verdict = judge.grade(text, gold)
     assert (verdict.correct, verdict.strict) == (correct, strict)
+
+
+def test_a_gold_that_is_no_option_is_an_error():
+    with pytest.raises(ValueError, match="gold answer 'E' is no one of A, B; run data_prep.py"):
+        grader("choice", "Answer: {answer}", ["A", "B"]).grade("Answer: E", "E")
 
 
 def test_no_text_is_right_for_two_letters():
@@ -302,6 +311,7 @@ def test_equal_expressions_vote_together():
     assert majority(samples)[0].value == "x - 1"
 
 
+@pytest.mark.slow
 @needs_math_verify
 def test_what_takes_too_long_is_killed_and_the_next_pair_is_answered():
     worker = expressions.Worker(seconds=0.5)
@@ -385,7 +395,9 @@ def test_a_form_is_found_where_it_was_written(form):
     assert [text[start:end] for start, end, _ in written.places(text)] == [written.write("x"), written.write("y")]
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 20_000, "Answer: " * 20_000, "<answer>" * 20_000, "A B " * 50_000, "####" * 50_000])
+@pytest.mark.parametrize(
+    "text", ["\\boxed{" * 20_000, "Answer: " * 20_000, "<answer>" * 20_000, "A B " * 50_000, "####" * 50_000]
+)
 @pytest.mark.parametrize(("kind", "options", "gold"), KINDS)
 def test_a_long_text_gets_its_verdict_in_time(text, kind, options, gold):
     started = time.monotonic()

@@ -215,7 +215,12 @@ class Prompt(Settings):
 
 HASHES = "#### {answer}"
 # By what a prompt names a form, and an example of it. "Answer:" that ends a prompt is where the model goes on.
-FORM_CUES = {"####": HASHES, "Answer:": "Answer: {answer}", r"\boxed": r"\boxed{{answer}}", "<answer>": "<answer>{answer}</answer>"}
+FORM_CUES = {
+    "####": HASHES,
+    "Answer:": "Answer: {answer}",
+    r"\boxed": r"\boxed{{answer}}",
+    "<answer>": "<answer>{answer}</answer>",
+}
 
 
 class Answer(Settings):

@@ -458,3 +458,20 @@ def other_answers(chain: Iterable[Mapping[str, Any]], data: Mapping[str, Any]) -
     here = grader_of(data.get("answer")).name
     trained = [(link["name"], grader_of(link["data"].get("answer")).name) for link in chain if link.get("data")]
     return [f"{name} was trained on answers of grader {there}, this data has {here}" for name, there in trained if there != here]
+
+
+def where_strict(data: Mapping[str, Any]) -> str:
+    """Where an answer must stand to be strict, as a table or a card says it: `after ####`. For a run's `data` entry."""
+    form = (data.get("answer") or {}).get("form", HASHES)
+    return "after ####" if form == HASHES else f"in the form {form.replace('{answer}', '...')}"
+
+
+def noun_of(data: Mapping[str, Any]) -> str:
+    """What an answer is called, for a run's `data` entry."""
+    kind = (data.get("answer") or {}).get("kind", "number")
+    return {"number": "number", "choice": "letter", "text": "answer", "expression": "expression"}[kind]
+
+
+def cue_of(data: Mapping[str, Any]) -> str:
+    """The sign by which the form is found in a completion, for a run's `data` entry."""
+    return Form((data.get("answer") or {}).get("form", HASHES)).cue

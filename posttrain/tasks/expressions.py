@@ -93,7 +93,9 @@ def problem(text: str) -> str:
 def _shape(text: str) -> tuple[int, ...]:
     """What two expressions must have alike: commas, equations, inequalities, brackets that make a set, plus-minus."""
     plain = _GROUPED.sub("0", text.replace("{,}", ""))
-    return tuple(len(re.findall(sign, plain)) for sign in (",|;|&", "=", r"<|>|\\[lg]e", r"\\\{|\\cup|\\cap|\\in(?![a-z])", r"\\pm"))
+    return tuple(
+        len(re.findall(sign, plain)) for sign in (",|;|&", "=", r"<|>|\\[lg]e", r"\\\{|\\cup|\\cap|\\in(?![a-z])", r"\\pm")
+    )
 
 
 def _operations(text: str) -> int:

@@ -64,7 +64,8 @@ def yes_no(draw: random.Random) -> tuple[str, str]:
     have, bought = draw.randint(2, 40), draw.randint(2, 40)
     total, gap = have + bought, draw.randint(1, 9)
     others = max(1, total - gap) if answer else total + gap
-    question = f"{one} has {have} {things} and buys {bought} more. {other} has {others} {things}. Does {one} have more than {other}?"
+    story = f"{one} has {have} {things} and buys {bought} more. {other} has {others} {things}."
+    question = f"{story} Does {one} have more than {other}?"
     sign = ">" if total > others else "<"
     return question, f"{have}+{bought}={total}. {total}{sign}{others}.\n#### {'yes' if total > others else 'no'}"
 
