@@ -438,7 +438,7 @@ NOT_WHOLE_GROUPS = (
         (DataConfig, {"answer": {"options": ["A", "B"]}}, "answer.options: kind number has no list of answers"),
         (DataConfig, {"answer": {"kind": "choice", "options": ["A", "b"]}}, "answer.options: 'b' is no capital letter"),
         (DataConfig, {"answer": {"kind": "text", "options": ["yes", "Yes"]}}, "answer.options: holds an answer twice"),
-        (DataConfig, {"answer": {"kind": "text", "options": ["yes"]}}, "answer.options"),
+        (DataConfig, {"answer": {"kind": "text", "options": ["yes"]}}, "answer.options: one answer alone"),
         (DataConfig, {"answer": {"kind": "letter"}}, "answer.kind: should be 'number', 'choice', 'text' or 'expression'"),
         (
             DataConfig,
@@ -455,7 +455,7 @@ NOT_WHOLE_GROUPS = (
         (DataConfig, {"prompt": {"instruction": "Question: {question}\nAnswer:"}}, None),
         (DataConfig, {"prompt": {"instruction": "{question} Answer: it. End with ####."}}, None),
         (DataConfig, {"prompt": {"instruction": "{question} Answer: it."}, "answer": {"form": "Answer: {answer}"}}, None),
-        (DataConfig, {"source": {"kind": "hubb"}}, "source.kind: should be 'hub', 'jsonl', 'leg_counting'"),
+        (DataConfig, {"source": {"kind": "hubb"}}, "source.kind: should be one of"),
     ],
 )
 def test_rules(tmp_path: Path, cls: type[Settings], changes: dict[str, Any], expected: str) -> None:

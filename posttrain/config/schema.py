@@ -229,7 +229,7 @@ class Answer(Settings):
     kind: Literal["number", "choice", "text", "expression"] = "number"
     form: str = HASHES  # a line with {answer} in it, as `Answer: {answer}`
     # The only answers there are: letters of a choice (A to E without it), or words such as yes and no.
-    options: Annotated[list[str], Field(min_length=2)] | None = None
+    options: list[str] | None = None
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         before, *others = self.form.split("{answer}")
@@ -239,6 +239,8 @@ class Answer(Settings):
             yield ("form",), "needs two signs or more before {answer}, by which it is found, and no digit"
         if self.options is not None and self.kind in ("number", "expression"):
             yield ("options",), f"kind {self.kind} has no list of answers: use kind choice or text"
+        if self.options is not None and len(self.options) < 2:
+            yield ("options",), "one answer alone, or none, leaves nothing to find: name two or more"
         for option in self.options or []:
             if self.kind == "choice" and not re.fullmatch("[A-Z]", option):
                 yield ("options",), f"{option!r} is no capital letter: use kind text for words"
