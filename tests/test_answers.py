@@ -1,4 +1,4 @@
-"""What each kind of answer pays for and what not: tables of texts with their reasons. Numbers behind #### have test_rewards.py."""
+"""What each kind of answer pays for and what not: tables of texts, each with a reason. Numbers behind ####: test_rewards.py."""
 
 import importlib.util
 import time
