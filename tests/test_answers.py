@@ -226,6 +226,12 @@ def test_yes_or_no(text, gold, correct, strict, why):
     assert (verdict.correct, verdict.strict) == (correct, strict)
 
 
+def test_an_option_may_hold_another():
+    judge = grader("text", "Answer: {answer}", ["no", "no one", "all of them"])
+    assert judge.grade("Answer: no one", "no one").correct and not judge.grade("Answer: no one", "no").correct
+    assert judge.grade("The answer is no.", "no").correct and not judge.grade("Answer: no or no one", "no one").correct
+
+
 @pytest.mark.parametrize(
     ("text", "correct"),
     [
@@ -300,6 +306,16 @@ def test_an_expression(text, gold, correct, why):
     verdict = grader("expression", r"\boxed{{answer}}").grade(text, gold)
     assert verdict.correct == correct
     assert verdict.strict == (correct and "box" in text)
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("answer", "well_formed"),
+    [("6x+5", True), ("x", True), ("0.5", True), ("6x+", False), ("foo", False), ("x or y", False), ("", False), (" x", False)],
+)
+def test_the_format_of_an_expression_is_for_what_can_be_read(answer, well_formed):
+    judge, text = grader("expression", r"\boxed{{answer}}"), rf"so{chr(10)}\boxed{{{answer}}}"
+    assert judge.has_format(text) == judge.grade(text, "7x").format_ok == well_formed
 
 
 @needs_math_verify

@@ -14,6 +14,7 @@ No kind pays for a list. Where the answers can be counted (`options`), a text th
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -319,7 +320,7 @@ class OneOf(InForm):
         named = self._named(content)
         for option in self.options:
             if self._begins(stated, option) and _ENDS.match(stated, len(option)):
-                return option if named <= {option} else None
+                return option if named <= self._named(option) else None  # "no" is in "no one"
         return None if len(named) > 1 else UNREAD
 
     def _begins(self, text: str, option: str) -> bool:
@@ -411,13 +412,17 @@ class Expression(InForm):
         value = self.canonical(content)
         return UNREAD if value is None and not re.search(r"[0-9\\$]", content) else value
 
+    def is_plain(self, answer: str) -> bool:
+        value = self.canonical(answer)
+        return value is not None and expressions.spelled(value) is not None
+
     def grade(self, text: str, gold: str) -> Grade:
+        """A wrong answer gets one spelling for votes; one that Math-Verify cannot read is none."""
         verdict = super().grade(text, gold)
         if verdict.correct or verdict.value is None:
             return verdict
-        spelled = expressions.spelled(verdict.value)
-        method: Method = verdict.method if spelled else "none"
-        return Grade(spelled, method, verdict.num_markers, False, False, verdict.format_ok and spelled is not None)
+        value = expressions.spelled(verdict.value)
+        return dataclasses.replace(verdict, value=value, method=verdict.method if value else "none")
 
 
 # --- which one --------------------------------------------------------------------------------------------------------
