@@ -321,7 +321,7 @@ def test_the_format_of_an_expression_is_for_what_can_be_read(answer, well_formed
 @needs_math_verify
 def test_equal_expressions_vote_together():
     judge, example = grader("expression", r"\boxed{{answer}}"), Example("q", "test", "?", [], [], "6x+5", 1)
-    texts = (r"\boxed{x-1}", r"\boxed{5+6x}", r"\boxed{-1+x}", r"\boxed{6x+5}", r"\boxed{x - 1}")
+    texts = (r"\boxed{x-1}", r"\boxed{5+6x}", r"\boxed{-1+x}", r"\boxed{6x+5}", r"\boxed{3x-2x - 1}")
     samples = [grade_completion(example, n, text, "stop", 1, judge) for n, text in enumerate(texts)]
     assert [sample.value for sample in samples] == ["x - 1", "6x+5", "x - 1", "6x+5", "x - 1"]
     assert majority(samples)[0].value == "x - 1"

@@ -25,9 +25,14 @@ def main() -> None:
 def compared(math_verify: Any, value: str, gold: str) -> dict[str, Any]:
     said, wanted = parsed(math_verify, value), parsed(math_verify, gold)
     if not said or not wanted:
-        return {"equal": False, "spelled": str(said[0]) if said else None}
+        return {"equal": False, "spelled": spelled(said[0]) if said else None}
     equal = math_verify.verify(wanted, said, float_rounding=DIGITS, numeric_precision=DIGITS + 10, timeout_seconds=None)
-    return {"equal": bool(equal), "spelled": str(said[0])}
+    return {"equal": bool(equal), "spelled": spelled(said[0])}
+
+
+def spelled(expression: Any) -> str:
+    """It is read without being worked out: `-1*9*x`."""
+    return str(expression.doit() if hasattr(expression, "doit") else expression)
 
 
 def parsed(math_verify: Any, text: str) -> list[Any]:
