@@ -7,7 +7,7 @@ CORES   := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
              c=$$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^\#' | sort -u | wc -l); echo $$((c > 0 && c < n ? c : n)))
 comma   := ,
 # A machine with an NVIDIA GPU also gets the kernels for it.
-EXTRAS  := demo,dev,trackers$(if $(shell command -v nvidia-smi),$(comma)liger)
+EXTRAS  := demo,dev,expression,trackers$(if $(shell command -v nvidia-smi),$(comma)liger)
 READY   := .venv/ready
 BENCH_DATA := data/demo
 

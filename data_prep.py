@@ -22,6 +22,7 @@ from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.runs.manifest import git_state
+from posttrain.tasks.answers import grader_of
 from posttrain.tasks.contamination import train_test_overlap
 from posttrain.tasks.examples import (
     check_rows,
@@ -35,7 +36,6 @@ from posttrain.tasks.examples import (
 from posttrain.tasks.gsm8k import gives_away_its_test_set
 from posttrain.tasks.rows import SPLITS, Row
 from posttrain.tasks.sources import Source, read_source
-from rewards import GRADER_VERSION
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     rows, rejected = check_rows(source.rows, config, specials)
     refuse_too_many(rejected, config)
     refuse_none(rows, config)
-    contrary = contradictions(rows)
+    contrary = contradictions(rows, grader_of(config.answer.model_dump()))
     rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
     shots = few_shot_rows(rows, source.shots, config, specials)
     examples = [to_example(row, config, shots) for row in rows]
@@ -88,7 +88,8 @@ def describe(
         "source": source.describe,
         "source_sha256": source.sha256,
         "config_sha256": config_sha256(config),
-        "grader": GRADER_VERSION,
+        "grader": grader_of(config.answer.model_dump()).name,
+        "answer": config.answer.model_dump(),
         "prompt": config.prompt.model_dump(),
         **git_state(),
         "counts": {split: sum(example.split == split for example in examples) for split in SPLITS},
@@ -151,7 +152,7 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
     same = (manifest["config_sha256"], manifest["source_sha256"], manifest["grader"]) == (
         config_sha256(config),
         source.sha256,
-        GRADER_VERSION,
+        grader_of(config.answer.model_dump()).name,
     )
     return (
         same

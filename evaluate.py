@@ -29,6 +29,7 @@ from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, read_manifest, refuse_unfinished
 from posttrain.runs.process import num_processes, use_one_gpu
 from posttrain.tasks import gsm8k
+from posttrain.tasks.answers import grader_of, other_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +62,7 @@ def main() -> None:
 
         return show_eval_dry_run(config, asked)
     check_reusable(config, config.run_dir, resume=True)
+    refuse_other_answers(config.run_dir, data)
     use_one_gpu()
 
     from posttrain.generation.supported import check_engine
@@ -81,11 +83,11 @@ def main() -> None:
         check_same_template(tokenizer, adapter, asked)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
-        if begun_with:
-            run.note(begun_with)
+        for note in filter(None, (begun_with, *other_answers(origin.get("chain", []), data))):
+            run.note(note)
         policy = load_policy(config, adapter, tokenizer, prompts, run)
         write_questions(asked, tokenizer, run)
-        parts = PartFiles(run.folder)
+        parts = PartFiles(run.folder, grader_of(data.get("answer")))
         predict(config, asked, prompts, policy, tokenizer, parts, run)
         if run.is_main:
             predictions = parts.gather(asked, config.generation.samples)
@@ -137,6 +139,14 @@ def refuse_contaminated(chain: list[dict[str, Any]], data: dict[str, Any]) -> No
         )
 
 
+def refuse_other_answers(run_dir: str, data: dict[str, Any]) -> None:
+    """A run that goes on must not get a second grader for its second half."""
+    begun = read_manifest(run_dir) if Path(run_dir, "manifest.json").is_file() else None
+    before, now = (grader_of(entry.get("answer")) for entry in (begun.data if begun else data, data))
+    if before != now:
+        raise UserError(f"{run_dir} was begun with grader {before.name}, and its data now has {now.name}: choose another run_dir")
+
+
 def write_questions(asked: list[Example], tokenizer: Any, run: Run) -> None:
     """The questions as the model saw them: with them and predictions.jsonl every number can be computed again."""
     if not run.is_main:
@@ -175,7 +185,14 @@ def predict(
     with tqdm(total=todo, unit="question", desc=run.manifest.name, disable=None) as bar:
         for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
             parts.append(
-                grade_completion(asked[i], sample, tokenizer.decode(one.ids, skip_special_tokens=True), one.finish, len(one.ids))
+                grade_completion(
+                    asked[i],
+                    sample,
+                    tokenizer.decode(one.ids, skip_special_tokens=True),
+                    one.finish,
+                    len(one.ids),
+                    parts.grader,
+                )
                 for i, samples in zip(indices, completions, strict=True)
                 for sample, one in enumerate(samples)
             )
@@ -229,7 +246,8 @@ def regrade(folder: Path) -> None:
         row["id"]: Example(row["id"], row["split"], row["question"], [], [], row["answer"], row["num_steps"])
         for row in read_rows(folder / "questions.jsonl")
     }
-    predictions = [regraded(row, examples[row.id]) for row in read_jsonl(folder / "predictions.jsonl", Prediction)]
+    grader = grader_of(read_manifest(folder).data.get("answer"))
+    predictions = [regraded(row, examples[row.id], grader) for row in read_jsonl(folder / "predictions.jsonl", Prediction)]
     write_jsonl(folder / "predictions.jsonl", predictions)
     write_results(folder, predictions)
 

@@ -24,6 +24,7 @@ from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, refuse_unfinished
 from posttrain.runs.process import use_one_gpu
+from posttrain.tasks.answers import grader_of, other_answers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +43,7 @@ NO_DEV = "and no dev accuracy, data.num_dev=0"
 def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
     data = data_entry(config.data.path, "train")
+    grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_grpo_dry_run
 
@@ -110,6 +112,8 @@ def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizer
 
     sft_sha256 = adapters.adapter_sha256(folder)
     parent, chain = parent_of(folder, sft_sha256)
+    for note in other_answers(chain, run.manifest.data):
+        run.note(note)
     model, identity = open_policy(config.model, config.quantization, tokenizer, folder, trainable=True)
     live = adapters.live_adapter_sha256(model)
     assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})"
@@ -143,7 +147,8 @@ def make_trainer(
     from posttrain.training.rollouts import Rollouts, reward_functions
     from posttrain.training.trainers import GRPO
 
-    functions, weights = reward_functions(config.rewards)
+    grader = grader_of(run.manifest.data.get("answer"))
+    functions, weights = reward_functions(config.rewards, grader)
     copy = PolicyCopy(model)
     guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
@@ -161,7 +166,7 @@ def make_trainer(
             correct_mismatch=config.rollouts.correct_mismatch,
         )
     limit = trainer.max_completion_length
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard, grader)) if dev else None
     trainer.add_callback(Samples(run, trainer.latest))
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer

@@ -39,12 +39,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 GRADER_VERSION = "2"  # goes up whenever any text could get another verdict; stored beside every prediction
 FORMAT_REWARD = 0.2
 
-Method = Literal["marker", "phrase", "boxed", "last_number", "none"]
+Method = Literal["marker", "phrase", "boxed", "last_number", "last_line", "none"]  # last_line: not of numbers
 Completion = str | Sequence[dict[str, Any]]  # TRL hands over plain text, or a list of chat messages
 
 MAX_NUMBER_CHARS = 100  # int() refuses 4,300 digits, and Fraction("1e999999999") fills the memory
@@ -286,8 +286,13 @@ _RUN_ONS = tuple(map(re.compile, (_TURN, rf"{_TITLED}(?:{_OPENING})", _HEADED)))
 def _without_run_on(text: str) -> str:
     """`text` up to the first run-on that follows a digit. So an echoed question is never cut down to nothing."""
     digit = _FIRST_DIGIT.search(text)
-    starts = [found.start() for run_on in _RUN_ONS if digit and (found := run_on.search(text, digit.start()))]
-    return text[: min(starts, default=len(text))]
+    return text[: run_on(text, digit.start())] if digit else text
+
+
+def run_on(text: str, start: int) -> int:
+    """Where the first run-on from `start` begins, else the length of `text`."""
+    starts = [found.start() for pattern in _RUN_ONS if (found := pattern.search(text, start))]
+    return min(starts, default=len(text))
 
 
 def _stated(text: str, position: int, hops: int = 4) -> re.Match[str] | None:
@@ -456,6 +461,11 @@ def grade(text: str, gold: str) -> Grade:
     )
 
 
+def has_format(text: str) -> bool:
+    """Whether the last line is `#### <number>`, and the text has no other `####`."""
+    return _is_well_formed(text, extract(text))
+
+
 def _is_well_formed(text: str, answer: Answer) -> bool:
     last_line = text.rstrip().rpartition("\n")[2]
     return answer.method == "marker" and answer.num_markers == 1 and bool(_WELL_FORMED.fullmatch(last_line))
@@ -475,13 +485,22 @@ def gold_answer(answer_text: str) -> str:
 # --- rewards, in TRL's signature ----------------------------------------------------------------------------
 
 
+class Judge(Protocol):
+    """A data set's grader (posttrain/tasks/answers.py). The rewards take one as `grader`; without, answers are numbers."""
+
+    def grade(self, text: str, gold: str) -> Grade: ...
+
+    def has_format(self, text: str) -> bool: ...
+
+
 def _text(completion: Completion) -> str:
     text: str = completion if isinstance(completion, str) else completion[-1]["content"]
     return text
 
 
-def _grades(completions: Sequence[Completion], answer: Sequence[str]) -> list[Grade]:
-    return [grade(_text(completion), gold) for completion, gold in zip(completions, answer, strict=True)]
+def _grades(completions: Sequence[Completion], answer: Sequence[str], grader: Judge | None = None) -> list[Grade]:
+    judge = grader.grade if grader else grade
+    return [judge(_text(completion), gold) for completion, gold in zip(completions, answer, strict=True)]
 
 
 def correctness_reward(
@@ -489,13 +508,14 @@ def correctness_reward(
     answer: Sequence[str],
     log_extra: Callable[[str, list[Any]], None] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
+    grader: Judge | None = None,
     **kwargs: Any,
 ) -> list[float]:
-    """1.0 for a right number, however it is stated, else 0.0. `answer` holds one gold for each completion.
+    """1.0 for a right answer, however it is stated, else 0.0. `answer` holds one gold for each completion.
 
     TRL's trainer passes `log_extra`, for columns of its table of completions, and `log_metric`, for a scalar.
     """
-    grades = _grades(completions, answer)
+    grades = _grades(completions, answer, grader)
     if log_extra:
         log_extra("value", [g.value for g in grades])
         log_extra("method", [g.method for g in grades])
@@ -505,12 +525,14 @@ def correctness_reward(
     return [float(g.correct) for g in grades]
 
 
-def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-    """0.2 if the last line reads `#### <number>` and the text has no other `####`, else 0.0."""
-    texts = [_text(completion) for completion in completions]
-    return [FORMAT_REWARD * _is_well_formed(text, extract(text)) for text in texts]
+def format_reward(completions: Sequence[Completion], grader: Judge | None = None, **kwargs: Any) -> list[float]:
+    """0.2 if the last line reads `#### <number>` and the text has no other `####`, else 0.0. `grader` may know another form."""
+    judge = grader.has_format if grader else has_format
+    return [FORMAT_REWARD * judge(_text(completion)) for completion in completions]
 
 
-def gated_format_reward(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
+def gated_format_reward(
+    completions: Sequence[Completion], answer: Sequence[str], grader: Judge | None = None, **kwargs: Any
+) -> list[float]:
     """`format_reward` for right answers alone: a group of wrong answers that differ in format learns nothing from it."""
-    return [FORMAT_REWARD * (g.correct and g.format_ok) for g in _grades(completions, answer)]
+    return [FORMAT_REWARD * (g.correct and g.format_ok) for g in _grades(completions, answer, grader)]

@@ -24,6 +24,7 @@ from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, refuse_unfinished
 from posttrain.runs.process import use_one_gpu
+from posttrain.tasks.answers import grader_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,6 +40,7 @@ NO_DEV = "train without dev accuracy, data.num_dev=0"
 def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
     data = data_entry(config.data.path, "train")
+    grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_sft_dry_run
 
@@ -148,7 +150,8 @@ def make_trainer(
         )
     limit = dev_tokens(config, model, tokenizer, dev)
     guard = EngineGuard(NO_DEV, lambda difference: run.record(engine_difference=difference))
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, guard=guard)) if dev else None
+    grader = grader_of(run.manifest.data.get("answer"))
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, guard=guard, grader=grader)) if dev else None
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 

@@ -47,6 +47,7 @@ SOURCES: list[dict[str, Any]] = [
     {"kind": "jsonl", "path": "raw"},
     {"kind": "files", "path": "raw", "fields": {"question": "q", "answer": "a"}},
     {"kind": "leg_counting", "num_train": 1, "num_dev": 1, "num_test": 1},
+    {"kind": "made_choice", "num_train": 1, "num_dev": 1, "num_test": 1},
     {"kind": "svamp", "path": "raw"},
     {"kind": "rejection_sampled", "run_dir": "runs/x"},
 ]
@@ -56,7 +57,7 @@ VALID: list[tuple[type[Settings], dict[str, Any]]] = [
     (EvalConfig, {"run_dir": "runs/x", "model": {"name_or_path": "m"}, "data": {"path": "data/x"}}),
     *((DataConfig, {**DATA, "source": source}) for source in SOURCES),
 ]
-IDS = ["sft", "grpo", "eval", "hub", "jsonl", "files", "generator", "svamp", "rejection_sampled"]
+IDS = ["sft", "grpo", "eval", "hub", "jsonl", "files", "generator", "made", "svamp", "rejection_sampled"]
 by_schema = pytest.mark.parametrize("cls, valid", VALID, ids=IDS)
 
 
@@ -113,7 +114,7 @@ def test_valid(tmp_path: Path, cls: type[Settings], valid: dict[str, Any]) -> No
 def test_the_table_covers_every_schema_and_source() -> None:
     stages = {DataConfig, SftConfig, GrpoConfig, EvalConfig}
     assert {cls for cls, _ in VALID} == stages
-    assert {source["kind"] for source in SOURCES} | {"gsm_symbolic"} == {
+    assert {source["kind"] for source in SOURCES} | {"gsm_symbolic", "made_yes_no", "made_algebra"} == {
         kind for member in get_args(Source) for kind in get_args(member.model_fields["kind"].annotation)
     }
     assert len(known_keys(GrpoConfig)) > 180 and "trainer.num_generations" in known_keys(GrpoConfig)
@@ -436,7 +437,30 @@ NOT_WHOLE_GROUPS = (
             {"source": {**SOURCES[1], "repo_id": "a/b"}},
             "source.repo_id: does not go with this source.kind",
         ),
-        (DataConfig, {"source": {"kind": "hubb"}}, "source.kind: should be 'hub', 'jsonl', 'leg_counting'"),
+        (DataConfig, {"answer": {"form": "Answer:"}}, "answer.form: must be one line that contains {answer} once"),
+        (DataConfig, {"answer": {"form": "{answer}"}}, "answer.form: needs two signs or more before {answer}"),
+        (DataConfig, {"answer": {"form": "so\n#### {answer}"}}, "answer.form: must be one line"),
+        (DataConfig, {"answer": {"options": ["A", "B"]}}, "answer.options: kind number has no list of answers"),
+        (DataConfig, {"answer": {"kind": "choice", "options": ["A", "b"]}}, "answer.options: 'b' is no capital letter"),
+        (DataConfig, {"answer": {"kind": "text", "options": ["yes", "Yes"]}}, "answer.options: holds an answer twice"),
+        (DataConfig, {"answer": {"kind": "text", "options": ["yes"]}}, "answer.options: one answer alone"),
+        (DataConfig, {"answer": {"kind": "letter"}}, "answer.kind: should be 'number', 'choice', 'text' or 'expression'"),
+        (
+            DataConfig,
+            {"prompt": {**PROMPT, "system": 'End with a last line "Answer: 42".'}},
+            "prompt.system: asks for 'Answer:', and the solutions end in '#### {answer}': "
+            "set answer.form to 'Answer: {answer}', or change the prompt",
+        ),
+        (
+            DataConfig,
+            {"prompt": {"instruction": "{question} Put it after ####."}, "answer": {"form": "Answer: {answer}"}},
+            "prompt.instruction: asks for '####', and the solutions end in 'Answer: {answer}'",
+        ),
+        (DataConfig, {"prompt": {"instruction": r"{question} Use \boxed{}."}}, r"prompt.instruction: asks for '\\boxed', and"),
+        (DataConfig, {"prompt": {"instruction": "Question: {question}\nAnswer:"}}, None),
+        (DataConfig, {"prompt": {"instruction": "{question} Answer: it. End with ####."}}, None),
+        (DataConfig, {"prompt": {"instruction": "{question} Answer: it."}, "answer": {"form": "Answer: {answer}"}}, None),
+        (DataConfig, {"source": {"kind": "hubb"}}, "source.kind: should be one of"),
     ],
 )
 def test_rules(tmp_path: Path, cls: type[Settings], changes: dict[str, Any], expected: str) -> None:

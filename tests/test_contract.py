@@ -1,5 +1,6 @@
 """The stages agree: on the tokens of a prompt, on who gives verdicts, and on who may see a test question."""
 
+import inspect
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.tasks import examples
+from posttrain.tasks.answers import NUMBERS, grader_of
 from posttrain.training import dev
 from posttrain.training.rollouts import reward_functions
 
@@ -103,8 +105,9 @@ def test_prompt_tokens_are_the_same_in_sft_grpo_and_evaluation(model, tiny_data_
 
 
 def test_every_stage_has_the_one_grader():
-    for stage in (examples, predictions, dev):
-        assert stage.grade is rewards.grade
+    assert grader_of(None) is grader_of({"kind": "number", "form": "#### {answer}", "options": None}) is NUMBERS
+    for call in (examples.gold_problem, predictions.grade_completion, predictions.regraded, dev.dev_accuracy, reward_functions):
+        assert inspect.signature(call).parameters["grader"].default is NUMBERS
     functions, weights = reward_functions(Rewards())
     assert functions == [rewards.correctness_reward, rewards.format_reward] and weights == [1.0, 1.0]
     assert reward_functions(Rewards(correctness=2.0, format=0.1, gate_format=True)) == (
@@ -135,8 +138,7 @@ def test_another_grader_would_show_in_every_stage(monkeypatch):
 
     asked = Example("q", "test", "?", [], [], "5", 1)
     assert grade_completion(asked, 0, "#### 5", "stop", 1).correct and rewards.correctness_reward(["#### 5"], ["5"]) == [1.0]
-    for module in (rewards, predictions, examples):
-        monkeypatch.setattr(module, "grade", contrary)
+    monkeypatch.setattr(rewards, "grade", contrary)
     assert rewards.correctness_reward(["#### 5", "wrong"], ["5", "5"]) == [0.0, 1.0]
     assert [grade_completion(asked, 0, text, "stop", 1).correct for text in ("#### 5", "wrong")] == [False, True]
     assert "does not grade itself" in examples.gold_problem("#### 5")

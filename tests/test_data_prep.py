@@ -1,5 +1,6 @@
 """Every source gives rows that grade themselves, splits that do not touch, and a folder that is whole or not a data set."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -18,6 +19,7 @@ from posttrain.errors import UserError
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.data_sets import data_entry, read_data_manifest
+from posttrain.tasks.answers import grader_of
 from posttrain.tasks.generated import SEED_RANGES
 from posttrain.tasks.rows import SPLITS, asked
 
@@ -156,6 +158,48 @@ def test_svamp(prepare, tmp_path):
         ("Ann had 3 cups. How many now?", "1.5"),
     ]
     assert prepare.rows("train", "dev") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "last_line"),
+    [
+        ("made_choice", {"kind": "choice", "options": ["A", "B", "C", "D"], "form": "Answer: {answer}"}, r"Answer: [A-D]"),
+        ("made_yes_no", {"kind": "text", "options": ["yes", "no"]}, r"#### (yes|no)"),
+        ("made_yes_no", {"kind": "text", "form": "<answer>{answer}</answer>"}, r"<answer>(yes|no)</answer>"),
+    ],
+)
+def test_made_questions_have_their_answers_in_the_form(prepare, kind, answer, last_line):
+    source = {"kind": kind, "num_train": 40, "num_dev": 10, "num_test": 20}
+    prepare(source, answer=answer, prompt={"instruction": "{question}"})
+    rows, judge = prepare.rows(), grader_of(answer)
+    assert len(texts(rows)) == len(rows) == 70 and {row.split for row in rows} == {"train", "dev", "test"}
+    for row in rows:
+        solution = row.completion[-1]["content"]
+        verdict = grade_completion(row, 0, solution, "stop", 1, judge)
+        assert verdict.correct and verdict.strict and verdict.format_ok and verdict.value == row.answer
+        assert re.fullmatch(last_line, solution.splitlines()[-1]) and row.num_steps == len(solution.splitlines()) - 1
+    manifest = prepare.manifest()
+    assert manifest["grader"] == judge.name and manifest["answer"]["form"] == judge.form.template
+    assert data_entry(prepare.folder, "train")["answer"] == manifest["answer"]
+    assert 0.3 < sum(row.answer in ("yes", "A", "B") for row in rows) / len(rows) < 0.7  # no answer comes most of the time
+
+
+def test_a_data_set_is_prepared_again_for_another_form(prepare, tmp_path):
+    source = jsonl(tmp_path / "raw", train=problems(20), test=[problem(50)])
+    plain = {"prompt": {"instruction": "{question}"}}
+    prepare(source, **plain)
+    before = prepare.rows()
+    assert "up to date" in prepare(source, answer={"kind": "number"}, **plain).out
+    assert "up to date" not in prepare(source, answer={"form": "Answer: {answer}"}, **plain).out
+    for old, new in zip(before, prepare.rows(), strict=True):
+        assert new.completion[-1]["content"] == old.completion[-1]["content"].replace("####", "Answer:")
+        assert dataclasses.replace(new, completion=old.completion) == old
+
+
+def test_golds_of_another_kind_are_told_by_line(prepare, tmp_path):
+    source = jsonl(tmp_path / "raw", train=[problem(1, "so\n#### B"), problem(2, "so\n#### 7")])
+    done = prepare(source, answer={"kind": "choice"}, ok=False)
+    assert "1 bad rows" in done.err and "train.jsonl:2: gold answer is no one of A, B, C, D, E: '7'" in done.err
 
 
 def test_real_svamp(prepare, svamp_file):

@@ -19,6 +19,7 @@ from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.manifest import read_manifest
+from posttrain.tasks.answers import grader_of
 
 GREEDY = ("data.split=train", "data.limit=40", "generation.batch_size=2", "generation.max_new_tokens=8")
 SAMPLED = (*GREEDY, "generation.samples=2", "generation.temperature=0.7", "seed=3")
@@ -360,3 +361,28 @@ def test_data_that_changes_half_way_is_noticed(trained):
     retell(trained / "data" / "tiny", files={"test.jsonl": sha256_file(test)})
     done = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", cwd=trained)
     assert done.code == 2 and "over another data/tiny/test.jsonl, which has changed since" in done.err
+
+
+IN_WORDS = {"kind": "number", "form": "Answer: {answer}", "options": None}
+
+
+def test_an_adapter_of_another_form_is_evaluated_and_that_is_noted(trained):
+    retell(trained / "data" / "tiny", answer=IN_WORDS)
+    evaluate(trained, "runs/other", "adapter=runs/sft_tiny")
+    folder = trained / "runs" / "other"
+    manifest, grader = read_manifest(folder), grader_of(IN_WORDS)
+    assert f"sft_tiny was trained on answers of grader {rewards.GRADER_VERSION}, this data has {grader.name}" in manifest.notes
+    assert manifest.data["answer"] == IN_WORDS and results_of(folder)["grader"] == grader.name
+    before = judged(trained / "runs" / "eval_tiny_sft_tiny")
+    assert {row.grader for row in judged(folder)} == {grader.name} and not any(row.strict for row in judged(folder))
+    assert [row.correct for row in judged(folder)] == [row.correct for row in before]  # right however it is stated
+    expected = contents(folder)
+    evaluate(trained, "runs/other", "--regrade")
+    assert contents(folder) == expected
+
+
+def test_answers_that_change_half_way_are_noticed(trained):
+    retell(trained / "runs" / "eval_tiny_base", exit="running")
+    retell(trained / "data" / "tiny", answer=IN_WORDS)
+    done = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", cwd=trained)
+    assert done.code == 2 and "runs/eval_tiny_base was begun with grader 2, and its data now has number-2.1" in done.err

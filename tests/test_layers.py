@@ -21,9 +21,10 @@ rewards posttrain errors phases
 records
 config
 runs
-evaluation kernels
+kernels
 models
 tasks generation bundled_model
+evaluation
 report hub
 training
 data_prep sft_train grpo_train evaluate
@@ -40,6 +41,7 @@ KEEPERS = {
     "liger_kernel": set(),  # transformers applies it
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
+    "math_verify": {"tasks"},
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"hub", "models", "tasks", "training"},

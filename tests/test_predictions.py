@@ -130,11 +130,13 @@ def test_rows_of_an_older_grader_are_judged_again(tmp_path):
 def test_a_completion_is_graded_once(tmp_path, monkeypatch):
     graded = []
 
+    grade = rewards.grade
+
     def counted(completion, gold):
         graded.append((completion, gold))
-        return rewards.grade(completion, gold)
+        return grade(completion, gold)
 
-    monkeypatch.setattr("posttrain.evaluation.predictions.grade", counted)
+    monkeypatch.setattr(rewards, "grade", counted)
     parts = generate(tmp_path)
     assert parts.gather(ASKED, NUM_SAMPLES) == WHOLE and len(graded) == len(WHOLE)
     assert sorted(graded) == sorted((row.completion, ASKED[int(row.id[1:])].answer) for row in WHOLE)

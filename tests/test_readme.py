@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain.config.schema import DataConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")),
@@ -243,3 +245,9 @@ def test_ruff_is_the_same_before_a_commit_and_in_make_lint():
 @pytest.mark.parametrize("file", [".github/ISSUE_TEMPLATE/bug.yml", "CITATION.cff"])
 def test_a_form_is_yaml(file):
     assert yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("block", blocks("docs/answers.md", "yaml"))
+def test_an_answer_that_is_shown_is_one(block):
+    values = yaml.safe_load((ROOT / "configs/recipes/data_choice.yaml").read_text(encoding="utf-8"))
+    assert DataConfig.model_validate(values | yaml.safe_load(block))

@@ -525,3 +525,18 @@ def test_running_mean_keeps_the_mean_and_calms_the_curve():
     smooth = charts.running_mean(points)
     assert len(smooth) == 200 and all(abs(p.y - 0.5) < 0.1 for p in smooth)
     assert charts.running_mean([Point(i, 3.0) for i in range(50)]) == [Point(i, 3.0) for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("completion", "value", "marker", "shown"),
+    [
+        ("B is not A.\nAnswer: B", "B", "Answer:", "B is not A.\nAnswer: <B>"),
+        ("4 > 3\n<answer>Yes</answer>", "yes", "<answer>", "4 > 3\n<answer><Yes></answer>"),
+        (r"so \boxed{\frac{1}{2}x}", r"\frac{1}{2}x", r"\boxed{", r"so \boxed{<\frac{1}{2}x>}"),
+        (r"so \boxed{x + 1}", "x+1", r"\boxed{", None),  # spelled otherwise
+        ("Answer: 1,234", "1234", "Answer:", "Answer: <1,234>"),
+    ],
+)
+def test_an_answer_of_another_kind_is_found_where_it_stands(completion, value, marker, shown):
+    place = page.locate_answer(predicted(completion, value, "marker"), marker)
+    assert (place and f"{completion[: place[0]]}<{completion[slice(*place)]}>{completion[place[1] :]}") == shown

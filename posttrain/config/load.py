@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 from posttrain.config.messages import add_faults, did_you_mean, one_line_each
 from posttrain.config.reference import explained
-from posttrain.config.schema import EvalConfig, Settings
+from posttrain.config.schema import Answer, EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
 from posttrain.errors import UserError
 
@@ -134,4 +134,6 @@ def config_sha256(config: Settings) -> str:
             del settings[block]["template_kwargs"]
     if "source" in settings:  # the same of the keys that map a source's rows
         settings["source"] = {key: value for key, value in settings["source"].items() if value is not None}
+    if settings.get("answer") == Answer().model_dump():  # the same for data sets from before there were other answers
+        del settings["answer"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

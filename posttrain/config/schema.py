@@ -5,6 +5,7 @@ The `trainer` block holds TRL's own keys. The installed TRL says which there are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
@@ -263,6 +264,47 @@ class Prompt(Settings):
             yield ("shots",), f"style chat shows no solved examples: use style few_shot for {self.shots}"
 
 
+HASHES = "#### {answer}"
+# By what a prompt names a form, and an example of it. "Answer:" that ends a prompt is where the model goes on.
+FORM_CUES = {
+    "####": HASHES,
+    "Answer:": "Answer: {answer}",
+    r"\boxed": r"\boxed{{answer}}",
+    "<answer>": "<answer>{answer}</answer>",
+}
+
+
+class Answer(Settings):
+    """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
+
+    kind: Literal["number", "choice", "text", "expression"] = "number"
+    """What an answer is, and so when two are equal. [in posttrain/tasks/answers.py]"""
+    form: str = HASHES
+    """The last line of every solution: a line with {answer} in it, as `Answer: {answer}`. [in posttrain/tasks/forms.py]"""
+    options: list[str] | None = None
+    """The only answers there are: letters of a choice (null: A to E), or words such as yes and no.
+    [in posttrain/tasks/answers.py]"""
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        before, *others = self.form.split("{answer}")
+        if len(others) != 1 or "\n" in self.form:
+            yield ("form",), "must be one line that contains {answer} once, where the answer goes"
+        elif len(before.strip()) < 2 or re.search(r"[0-9]", self.form):
+            yield ("form",), "needs two signs or more before {answer}, by which it is found, and no digit"
+        if self.options is not None and self.kind in ("number", "expression"):
+            yield ("options",), f"kind {self.kind} has no list of answers: use kind choice or text"
+        if self.options is not None and len(self.options) < 2:
+            yield ("options",), "one answer alone, or none, leaves nothing to find: name two or more"
+        for option in self.options or []:
+            if self.kind == "choice" and not re.fullmatch("[A-Z]", option):
+                yield ("options",), f"{option!r} is no capital letter: use kind text for words"
+            elif option != option.strip() or not re.search(r"\w", option):
+                yield ("options",), f"{option!r} is no word"
+        folded = [option.casefold() for option in self.options or []]
+        if len(set(folded)) < len(folded):
+            yield ("options",), "holds an answer twice"
+
+
 SplitName = Literal["train", "dev", "test"]
 Scalar = str | int | float | bool
 # What rewards are given under these names is the trainer's own (trl/trainer/grpo_trainer.py, `_calculate_rewards`).
@@ -390,7 +432,20 @@ class RejectionSampledSource(Settings):
     """The worked solutions of all questions as well (arXiv 2308.01825). [in posttrain/tasks/sampled.py]"""
 
 
-Source = HubSource | JsonlSource | GeneratorSource | SvampSource | RejectionSampledSource | FilesSource
+class MadeSource(Settings):
+    """Questions made here from a seed, with worked solutions (posttrain/tasks/made.py): one for each other kind of answer."""
+
+    kind: Literal["made_choice", "made_yes_no", "made_algebra"]
+    """Questions made here from a seed, with worked solutions. [in posttrain/tasks/sources.py]"""
+    num_train: PositiveInt
+    """How many training questions. [rows, in posttrain/tasks/made.py]"""
+    num_dev: PositiveInt
+    """How many dev questions. [rows, in posttrain/tasks/made.py]"""
+    num_test: PositiveInt
+    """How many test questions. [rows, in posttrain/tasks/made.py]"""
+
+
+Source = HubSource | JsonlSource | GeneratorSource | MadeSource | SvampSource | RejectionSampledSource | FilesSource
 
 # --- stages -------------------------------------------------------------------------------------------------
 
@@ -406,6 +461,9 @@ class DataConfig(Settings):
     """Of generated questions. [in posttrain/tasks/sources.py]"""
     source: Annotated[Source, Field(discriminator="kind")]
     """What the rows are made from. [in posttrain/tasks/sources.py]"""
+    answer: Answer = Answer()
+    """What an answer is and how it is written; one grader follows from it for every stage (docs/answers.md).
+    [in posttrain/tasks/answers.py]"""
     calculator_marks: Literal["keep", "strip"] = "strip"
     """Whether GSM8K's <<48/2=24>> stay in solutions. [in posttrain/tasks/examples.py]"""
     prompt: Prompt
@@ -419,6 +477,19 @@ class DataConfig(Settings):
     """The share of longer rows is told; none is dropped. [tokens, in data_prep.py]"""
     max_rejected: NonNegativeInt = 0
     """With more bad rows than this, nothing is written. [rows, in posttrain/tasks/examples.py]"""
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        """A prompt that asks for one form and solutions that end in another teach a model to disobey."""
+        instruction = re.sub(r"(?:Answer:)?\s*\Z", "", self.prompt.instruction)
+        for key, text in (("system", self.prompt.system or ""), ("instruction", instruction)):
+            named = {cue: form for cue, form in FORM_CUES.items() if cue in text}
+            if named and not any(cue in self.answer.form for cue in named):
+                cue, form = next(iter(named.items()))
+                yield (
+                    ("prompt", key),
+                    f"asks for {cue!r}, and the solutions end in {self.answer.form!r}: "
+                    f"set answer.form to {form!r}, or change the prompt",
+                )
 
 
 class TrainConfig(Settings):

@@ -4,7 +4,9 @@
 
 The keys are those of lm-eval 0.4.13 (`result_schema.py`, `loggers/evaluation_tracker.py`). `strict-match` is our strict
 accuracy, `flexible-extract` our lenient one. Two things differ from a run of lm-eval, and the files say so: the verdicts are
-those of this project's grader (`versions` has its number), and the key `posttrain` holds what lm-eval does not record.
+those of this project's grader (`versions` has its name), and the key `posttrain` holds what lm-eval does not record. Where
+answers are no numbers behind `####`, a third one does: lm-eval's filters of these names read nothing else, so no run of it can
+be held against the files. `metadata` then has the answer's kind and form.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.schema import HASHES
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation.stats import Question
 from posttrain.evaluation.summary import group_samples
@@ -191,8 +194,18 @@ def _task_config(task: str, results: Mapping[str, Any], manifest: Manifest) -> d
         "num_fewshot": _num_fewshot(manifest),
         "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [{"name": name} for name in FILTERS],
-        "metadata": {"grader": results["grader"], "data_sha256": manifest.data["sha256"]},
+        "metadata": {"grader": results["grader"], "data_sha256": manifest.data["sha256"]} | _answer(manifest),
     }
+
+
+def _answer(manifest: Manifest) -> dict[str, Any]:
+    """What the answers are, where they are not what lm-eval's own filters for GSM8K read."""
+    answer = manifest.data.get("answer") or {}
+    return {"answer": answer} if _is_other(answer) else {}
+
+
+def _is_other(answer: Mapping[str, Any]) -> bool:
+    return (answer.get("kind", "number"), answer.get("form", HASHES)) != ("number", HASHES)
 
 
 def _run_config(results: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

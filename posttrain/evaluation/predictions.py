@@ -15,15 +15,17 @@ from pathlib import Path
 
 from posttrain.records import Example, Prediction, cut_torn_tail, to_json, write_jsonl
 from posttrain.runs.process import num_processes, process_index
-from rewards import GRADER_VERSION, grade
+from posttrain.tasks.answers import NUMBERS, Grader
 
 PARTS = "predictions.part*.jsonl"
 GATHERED = "predictions.jsonl"
 
 
-def grade_completion(example: Example, sample: int, completion: str, finish: str, num_tokens: int) -> Prediction:
+def grade_completion(
+    example: Example, sample: int, completion: str, finish: str, num_tokens: int, grader: Grader = NUMBERS
+) -> Prediction:
     """A completion and its verdict: the one place where evaluation calls the grader."""
-    verdict = grade(completion, example.answer)
+    verdict = grader.grade(completion, example.answer)
     return Prediction(
         id=example.id,
         sample=sample,
@@ -36,24 +38,24 @@ def grade_completion(example: Example, sample: int, completion: str, finish: str
         correct=verdict.correct,
         strict=verdict.strict,
         format_ok=verdict.format_ok,
-        grader=GRADER_VERSION,
+        grader=grader.name,
     )
 
 
-def regraded(prediction: Prediction, example: Example) -> Prediction:
-    return grade_completion(example, prediction.sample, prediction.completion, prediction.finish, prediction.num_tokens)
+def regraded(prediction: Prediction, example: Example, grader: Grader = NUMBERS) -> Prediction:
+    return grade_completion(example, prediction.sample, prediction.completion, prediction.finish, prediction.num_tokens, grader)
 
 
-def up_to_date(prediction: Prediction, example: Example) -> Prediction:
+def up_to_date(prediction: Prediction, example: Example, grader: Grader = NUMBERS) -> Prediction:
     """The row with a verdict of this grader; only another grader's row has to be graded again for it."""
-    return prediction if prediction.grader == GRADER_VERSION else regraded(prediction, example)
+    return prediction if prediction.grader == grader.name else regraded(prediction, example, grader)
 
 
 class PartFiles:
     """The part files of one run directory."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, grader: Grader = NUMBERS) -> None:
+        self.folder, self.grader = folder, grader
         self.mine = folder / f"predictions.part{process_index()}.jsonl"
         cut_torn_tail(self.mine)
 
@@ -87,7 +89,9 @@ class PartFiles:
     def gather(self, asked: Sequence[Example], num_samples: int) -> list[Prediction]:
         """Write predictions.jsonl in the order of the questions, every verdict by this grader, and drop the part files."""
         rows = self.wait(len(asked) * num_samples)
-        ordered = [up_to_date(rows[example.id, sample], example) for example in asked for sample in range(num_samples)]
+        ordered = [
+            up_to_date(rows[example.id, sample], example, self.grader) for example in asked for sample in range(num_samples)
+        ]
         write_jsonl(self.folder / GATHERED, ordered)
         for file in self.folder.glob(PARTS):
             file.unlink()

@@ -19,6 +19,7 @@ from posttrain.evaluation import summary
 from posttrain.records import read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
+from posttrain.tasks.answers import noun_of, where_strict
 
 # By the name of the base. Qwen2.5-3B and -72B have licences of their own, so they are left out.
 LICENSES = {
@@ -176,6 +177,8 @@ def model_card(release: Release) -> str:
         base=release.base,
         manifest=release.manifest,
         metadata=metadata(release),
+        strict=where_strict(release.manifest.data),
+        noun=noun_of(release.manifest.data),
         stage=STAGES[release.manifest.stage],
         stages=[link["stage"].upper() for link in links(release)],
         rows=[[cell.replace("|", "/") for cell in result_row(evaluation)] for evaluation in release.evaluations],
@@ -192,6 +195,7 @@ def metadata(release: Release) -> str:
     from huggingface_hub import ModelCardData
 
     base = release.base
+    of_maths = ["math"] if noun_of(release.manifest.data) in ("number", "expression") else []
     of_gsm8k = ["gsm8k"] if gsm8k.HUB_ID in datasets(release) else []
     data = ModelCardData(
         base_model=base.hub_id,
@@ -200,7 +204,7 @@ def metadata(release: Release) -> str:
         license=base.license,
         language="en",
         datasets=datasets(release) or None,
-        tags=["lora", release.manifest.stage, "trl", "math", *of_gsm8k],
+        tags=["lora", release.manifest.stage, "trl", *of_maths, *of_gsm8k],
         pipeline_tag="text-generation",
         model_name=release.name,
         eval_results=[legacy_result(evaluation) for evaluation in scored(release)] or None,
@@ -243,7 +247,8 @@ def eval_results_yaml(evaluation: Evaluation) -> str:
         value=round(accuracy["value"], 6),
         date=f"{evaluation.manifest.finished:.10}",
         notes=f"{decoding(evaluation)}, n {evaluation.results['n']}, 95% Wilson interval {low:.4f}-{high:.4f}, "
-        f"strict (after ####) {strict['value']:.4f}, base {evaluation.manifest.model['quantization']}",
+        f"strict ({where_strict(evaluation.manifest.data)}) {strict['value']:.4f}, "
+        f"base {evaluation.manifest.model['quantization']}",
     )
     text = io.StringIO()
     yaml = YAML()

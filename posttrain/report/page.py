@@ -20,6 +20,7 @@ from posttrain.report.figures import result_charts, training_charts
 from posttrain.report.groups import EvalRun, Group, TrainingRun
 from posttrain.report.tables import ARROW
 from posttrain.runs.manifest import Manifest
+from posttrain.tasks.answers import cue_of, where_strict
 
 MAX_SAMPLES_SHOWN = 8  # per question and run; every number uses all of them
 
@@ -203,12 +204,16 @@ def _group_data(group: Group) -> dict[str, Any]:
     runs = [{"label": run.label, "num_samples": run.results["num_samples"], "prompt": _prompts(run)} for run in group.runs]
     return {
         "title": group.title,
+        "marker": where_strict(group.runs[0].manifest.data),
         "subset": group.subset,
         "before": before if before is not None else max(0, last - 1),
         "runs": runs,
         "questions": [[q["id"], q["question"], q["answer"], q["num_steps"]] for q in questions],
         "correct": [[sum(p.correct for p in samples) for samples in run] for run in ordered],
-        "samples": [[[_sample(p) for p in samples[:MAX_SAMPLES_SHOWN]] for samples in run] for run in ordered],
+        "samples": [
+            [[_sample(p, cue_of(made.manifest.data)) for p in samples[:MAX_SAMPLES_SHOWN]] for samples in run]
+            for made, run in zip(group.runs, ordered, strict=True)
+        ],
     }
 
 
@@ -228,10 +233,10 @@ def _common_prefix(texts: Sequence[str]) -> str:
     return low[:length]
 
 
-def _sample(p: Prediction) -> list[Any]:
+def _sample(p: Prediction, cue: str = "####") -> list[Any]:
     """[completion, tokens, flags, value, method, markers, answer start, end]; the page's script reads them by position."""
     flags = p.correct | p.strict << 1 | p.format_ok << 2 | (p.finish == "length") << 3
-    span = [_utf16_offset(p.completion, place) for place in locate_answer(p) or (-1, -1)]
+    span = [_utf16_offset(p.completion, place) for place in locate_answer(p, cue) or (-1, -1)]
     return [p.completion, p.num_tokens, flags, p.value, p.method, p.num_markers, *span]
 
 
@@ -241,10 +246,10 @@ def _utf16_offset(text: str, offset: int) -> int:
 
 
 _NUMBER = re.compile(r"[-\u2212]?(?:[0-9][0-9,]{0,99}(?:\.[0-9]{1,99}|/[1-9][0-9]{0,98})?|\.[0-9]{1,99})")
-_CUES = {"marker": re.compile("####"), "phrase": re.compile("(?i)answer"), "boxed": re.compile(r"\\boxed")}
+_CUES = {"phrase": "(?i)answer", "boxed": r"\\boxed"}
 
 
-def locate_answer(prediction: Prediction) -> tuple[int, int] | None:
+def locate_answer(prediction: Prediction, marker: str = "####") -> tuple[int, int] | None:
     """Where in the completion the extracted value stands, as (start, end), or None.
 
     The grader has decided what the answer is; this looks only for the value that it recorded: behind the first marker, the
@@ -252,8 +257,8 @@ def locate_answer(prediction: Prediction) -> tuple[int, int] | None:
     """
     if prediction.value is None or not (spans := list(_mentions(prediction.completion, prediction.value))):
         return None
-    cue = _CUES.get(prediction.method)
-    cues = [match.end() for match in cue.finditer(prediction.completion)] if cue else []
+    cue = re.escape(marker) if prediction.method == "marker" else _CUES.get(prediction.method)
+    cues = [match.end() for match in re.finditer(cue, prediction.completion)] if cue else []
     for place in cues if prediction.method == "marker" else reversed(cues):
         behind = next((span for span in spans if span[0] >= place), None)
         if behind and "\n" not in prediction.completion[place : behind[0]].strip():
@@ -261,7 +266,13 @@ def locate_answer(prediction: Prediction) -> tuple[int, int] | None:
     return spans[-1]
 
 
+_A_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
+
+
 def _mentions(text: str, value: str) -> Iterator[tuple[int, int]]:
+    if not _A_NUMBER.fullmatch(value):  # a letter, a word, an expression
+        yield from (match.span() for match in re.finditer(rf"(?i)(?<!\w){re.escape(value)}(?!\w)", text))
+        return
     wanted = abs(Fraction(value))
     for match in _NUMBER.finditer(text):
         sign = match[0][0] in "-\u2212"

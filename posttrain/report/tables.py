@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.evaluation import comparison, stats, summary
 from posttrain.report.groups import EvalRun, Group, TrainingRun
+from posttrain.tasks.answers import noun_of, where_strict
 
 Cell = tuple[str, str]  # what it says, and a detail in smaller print
 Table = list[list[Cell]]  # the header first
@@ -71,8 +72,9 @@ def _pair_row(result: Mapping[str, Any]) -> list[Cell]:
 
 def notes(group: Group, trainings: Sequence[TrainingRun]) -> list[str]:
     """What a reader must know before believing a row."""
+    data = group.runs[0].manifest.data
     lines = [
-        "Lenient: the number is right wherever it was found. Strict: right and after ####. Small print:"
+        f"Lenient: the {noun_of(data)} is right wherever it was found. Strict: right and {where_strict(data)}. Small print:"
         " Wilson 95 % intervals. Differences are in points and tested exactly, question by question."
     ]
     if group.comparisons:

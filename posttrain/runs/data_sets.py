@@ -39,13 +39,14 @@ def data_entry(path: Path | str, split: str) -> Entry:
         "split": split,
         "sha256": sha256,
         "source": manifest["source"],
+        **({"answer": manifest["answer"]} if "answer" in manifest else {}),  # without: numbers behind ####
         "num_shots": manifest.get("prompt", {}).get("num_shots", 0),
     }
 
 
 def _data_config(path: Path | str) -> str:
     """The YAML in configs/ that writes this folder."""
-    for candidate in sorted((ROOT / "configs").glob("data_*.yaml")):
+    for candidate in sorted((ROOT / "configs").rglob("data_*.yaml")):
         if f"output_dir: {Path(path)}\n" in candidate.read_text(encoding="utf-8"):
-            return f"configs/{candidate.name}"
+            return str(candidate.relative_to(ROOT))
     return "configs/data_<name>.yaml"

@@ -7,21 +7,26 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
-from posttrain.config.schema import DataConfig
+from posttrain.config.schema import FORM_CUES, DataConfig
 from posttrain.errors import UserError
 from posttrain.records import Example, Message
+from posttrain.tasks.answers import NUMBERS, Grader, grader_of
+from posttrain.tasks.forms import BOX, Form
 from posttrain.tasks.generated import GENERATED_KINDS
 from posttrain.tasks.gsm8k import count_steps, solution_text
+from posttrain.tasks.made import MADE_KINDS
 from posttrain.tasks.rows import Row, asked, unit_hash
-from rewards import canonical_number, gold_answer, grade
 
 
 def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows whose gold solution is right by every rule, in the one form; and the others, with file, line and reason."""
     good, rejected = [], []
-    for row in map(in_form, rows):
+    grader = grader_of(config.answer.model_dump())
+    for row in (in_form(row, grader) for row in rows):
         problem = (
-            row.problem or special_problem(row, specials) or gold_problem(solution_text(row.answer, config.calculator_marks))
+            row.problem
+            or special_problem(row, specials)
+            or gold_problem(solution_text(row.answer, config.calculator_marks), grader)
         )
         if problem:
             rejected.append(
@@ -32,36 +37,61 @@ def check_rows(rows: Iterable[Row], config: DataConfig, specials: set[str]) -> t
     return good, rejected
 
 
-def in_form(row: Row) -> Row:
-    """The row with its answer as the last line `#### 5`, if it is written as `####5`, `#### $5` or on the line of the working."""
+def in_form(row: Row, grader: Grader = NUMBERS) -> Row:
+    """The row with its answer as the last line `#### 5`, if it is written as `####5`, `#### $5` or on the line of the working.
+
+    The same for the other forms. A solution that states no answer, or several, stays as it is: `gold_problem` says why.
+    """
     if row.problem:
         return row
     if row.gold is not None:
-        row = dataclasses.replace(row, answer=worked(row.answer, row.gold))
+        row = dataclasses.replace(row, answer=worked(row.answer, row.gold, grader))
     solution = solution_text(row.answer, "strip")
-    if contrary := contrary_gold(solution, row.gold):
+    if contrary := contrary_gold(solution, row.gold, grader):
         return dataclasses.replace(row, problem=contrary)
-    if not (gold := gold_or_none(solution)) or grade(solution, gold).format_ok:
+    if (gold := gold_or_none(solution, grader)) is None or grader.has_format(solution):
         return row
-    return dataclasses.replace(row, answer=f"{row.answer.partition('####')[0].rstrip()}\n#### {gold}".lstrip())
+    working, _ = grader.split(row.answer)
+    return dataclasses.replace(row, answer=f"{working.rstrip()}\n{grader.form.write(gold)}".lstrip())
 
 
-def worked(solution: str, gold: str) -> str:
-    """A solution and an answer from two keys of a row, in the one form."""
-    return solution if "####" in solution else f"{solution.rstrip()}\n#### {gold.strip()}".lstrip()
+def worked(solution: str, gold: str, grader: Grader = NUMBERS) -> str:
+    """A solution and an answer from two keys of a row as one text, which states the answer once.
+
+    A solution that states an answer of its own keeps that, behind `####`: `contrary_gold` compares the two.
+    """
+    if "####" in solution or grader.form.count(solution):
+        return solution
+    working, stated = without_last_line(solution, grader)
+    return f"{working.rstrip()}\n#### {(stated or gold).strip()}".lstrip()
 
 
-def contrary_gold(solution: str, gold: str | None) -> str:
+def without_last_line(solution: str, grader: Grader) -> tuple[str, str | None]:
+    """A solution's working and the answer of its last line, where that is written in another of the known forms."""
+    for form in map(Form, FORM_CUES.values()):
+        stated = form.of_last_line(solution)
+        if stated is not None and grader.canonical(stated) is not None:
+            return solution.rstrip().rpartition("\n")[0], stated
+    boxes = list(BOX.places(solution))
+    if len(boxes) == 1:
+        start, end, stated = boxes[0]
+        if grader.canonical(stated) is not None:
+            return solution[:start] + stated + solution[end:], stated
+    return solution, None
+
+
+def contrary_gold(solution: str, gold: str | None, grader: Grader = NUMBERS) -> str:
     """A solution that states an answer of its own must state the one that the row gives beside it."""
-    stated = gold_or_none(solution)
-    if gold is None or stated is None or stated == canonical_number(gold):
+    stated = gold_or_none(solution, grader)
+    given = None if gold is None else grader.canonical(gold)
+    if gold is None or stated is None or (given is not None and grader.equal(stated, given)):
         return ""
-    return f"the solution ends in #### {stated}, and the row's answer is {gold.strip()[:60]!r}"
+    return f"the solution ends in {grader.form.write(stated)}, and the row's answer is {gold.strip()[:60]!r}"
 
 
-def gold_or_none(solution: str) -> str | None:
+def gold_or_none(solution: str, grader: Grader) -> str | None:
     try:
-        return gold_answer(solution)
+        return grader.gold(solution)
     except ValueError:
         return None
 
@@ -78,12 +108,12 @@ def special_problem(row: Row, specials: set[str]) -> str:
     return f"holds {found[0]}, which the tokenizer reads as a special token" if found else ""
 
 
-def gold_problem(solution: str) -> str:
+def gold_problem(solution: str, grader: Grader = NUMBERS) -> str:
     try:
-        gold = gold_answer(solution)
+        gold = grader.gold(solution)
     except ValueError as error:
         return str(error)
-    verdict = grade(solution, gold)
+    verdict = grader.grade(solution, gold)
     if verdict.correct and verdict.strict and verdict.format_ok:
         return ""
     last = solution.splitlines()[-1][-40:]
@@ -133,25 +163,25 @@ def without_repeats(rows: list[Row], distinct_by_answer: bool = False) -> tuple[
     return kept, repeats
 
 
-def contradictions(rows: list[Row]) -> list[str]:
+def contradictions(rows: list[Row], grader: Grader = NUMBERS) -> list[str]:
     """A line for each row whose question has another answer in an earlier row."""
     first: dict[str, Row] = {}
     pairs = [(first.setdefault(asked(row.question), row), row) for row in rows]
     return [
-        f"{one.file}:{one.line} says {stated_gold(one)} and {two.file}:{two.line} says {stated_gold(two)} "
+        f"{one.file}:{one.line} says {stated_gold(one, grader)} and {two.file}:{two.line} says {stated_gold(two, grader)} "
         f"to the same question: {two.question.strip()[:60]!r}"
         for one, two in pairs
-        if stated_gold(one) != stated_gold(two)
+        if stated_gold(one, grader) != stated_gold(two, grader)
     ]
 
 
-def stated_gold(row: Row) -> str:
-    return gold_answer(solution_text(row.answer, "strip"))
+def stated_gold(row: Row, grader: Grader) -> str:
+    return grader.gold(solution_text(row.answer, "strip"))
 
 
 def split_of(row: Row, config: DataConfig) -> str:
     """A hash of the question takes dev out of train, so dev stays the same when rows are added or reordered."""
-    if row.split != "train" or row.has_dev or config.source.kind in GENERATED_KINDS:
+    if row.split != "train" or row.has_dev or config.source.kind in GENERATED_KINDS + MADE_KINDS:
         return row.split
     return "dev" if unit_hash(row.question) < config.dev_fraction else "train"
 
@@ -165,7 +195,8 @@ def few_shot_rows(rows: list[Row], written: list[Row], config: DataConfig, speci
         return []
     if config.prompt.shots is not None:
         return checked_shots(rows, written, config, specials)[: config.prompt.num_shots]
-    train = [row for row in rows if split_of(row, config) == "train" and 2 <= count_steps(row.answer) <= 5]
+    grader = grader_of(config.answer.model_dump())
+    train = [row for row in rows if split_of(row, config) == "train" and 2 <= count_steps(row.answer, grader) <= 5]
     if len(train) < config.prompt.num_shots:
         raise UserError(f"{config.prompt.num_shots} shots need as many training rows of 2 to 5 steps; there are {len(train)}")
     return sorted(train, key=lambda row: unit_hash("shot " + row.question))[: config.prompt.num_shots]
@@ -187,7 +218,7 @@ def checked_shots(rows: list[Row], written: list[Row], config: DataConfig, speci
 
 
 def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:
-    solution = solution_text(row.answer, config.calculator_marks)
+    solution, grader = solution_text(row.answer, config.calculator_marks), grader_of(config.answer.model_dump())
     lead = " " if config.prompt.style == "few_shot" else ""
     return Example(
         id=f"{config.name}-{row.split}-{row.number or row.line}",
@@ -195,8 +226,8 @@ def to_example(row: Row, config: DataConfig, shots: list[Row]) -> Example:
         question=row.question,
         prompt=to_prompt(row.question, config, shots),
         completion=[{"role": "assistant", "content": lead + solution}] if row.solved else [],
-        answer=stated_gold(row),
-        num_steps=count_steps(row.answer),
+        answer=stated_gold(row, grader),
+        num_steps=count_steps(row.answer, grader),
         columns=dict(row.columns),
     )
 

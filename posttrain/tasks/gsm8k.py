@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.records import sha256_text
+from posttrain.tasks.answers import NUMBERS, Grader
 from posttrain.tasks.rows import Row, bare_words
 
 HUB_ID = "openai/gsm8k"
@@ -122,6 +123,6 @@ def solution_text(answer: str, calculator_marks: str) -> str:
     return answer if calculator_marks == "keep" else re.sub(r"<<[^<>]*>>", "", answer)
 
 
-def count_steps(answer: str) -> int:
+def count_steps(answer: str, grader: Grader = NUMBERS) -> int:
     """Lines of working before the answer: GSM8K's own measure of difficulty (arXiv:2110.14168)."""
-    return sum(bool(line.strip()) for line in answer.split("####")[0].splitlines())
+    return sum(bool(line.strip()) for line in grader.split(answer)[0].splitlines())

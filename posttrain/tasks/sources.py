@@ -10,11 +10,13 @@ from typing import Any
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
 from posttrain.records import sha256_text
+from posttrain.tasks.answers import grader_of
 from posttrain.tasks.fields import mapped_rows, wanted_keys
 from posttrain.tasks.files import file_tables
 from posttrain.tasks.generated import generated_rows
 from posttrain.tasks.gsm8k import file_rows, jsonl_rows
 from posttrain.tasks.hub import hub_tables
+from posttrain.tasks.made import made_rows
 from posttrain.tasks.rows import Row
 from posttrain.tasks.sampled import sampled_rows, sampled_source
 from posttrain.tasks.svamp import svamp_rows
@@ -40,7 +42,9 @@ def read_source(config: DataConfig) -> Source:
         case "svamp":
             rows = list(svamp_rows(Path(source.path)))
         case "rejection_sampled":
-            rows = list(sampled_rows(source))
+            rows = list(sampled_rows(source, grader_of(config.answer.model_dump())))
+        case "made_choice" | "made_yes_no" | "made_algebra":
+            rows = list(made_rows(source, config.seed))
         case _:
             rows = list(generated_rows(source, config.seed))
     shots = written_shots(config.prompt.shots)

@@ -18,7 +18,7 @@ from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
 from posttrain.records import Example
-from rewards import grade
+from posttrain.tasks.answers import NUMBERS, Grader
 
 
 def dev_accuracy(
@@ -28,6 +28,7 @@ def dev_accuracy(
     max_new_tokens: int,
     copy: PolicyCopy | None = None,
     guard: EngineGuard | None = None,
+    grader: Grader = NUMBERS,
 ) -> dict[str, float]:
     """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient accuracy."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
@@ -38,7 +39,7 @@ def dev_accuracy(
         completions = generate(policy, prompts, Sampling(max_new_tokens), tokenizer).completions
         release_graphs(policy)  # dev decoding keeps larger buffers than a rollout does: give them back to training
     grades = [
-        grade(tokenizer.decode(completion.ids, skip_special_tokens=True), example.answer)
+        grader.grade(tokenizer.decode(completion.ids, skip_special_tokens=True), example.answer)
         for example, (completion,) in zip(dev, completions, strict=True)
     ]
     correct = sum(verdict.correct for verdict in grades)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from posttrain.generation.loop import Completion, Sampling
 from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
+from posttrain.tasks.answers import NUMBERS, Grader
 
 Reward = Callable[..., list[float]]
 
@@ -77,10 +79,16 @@ class Rollouts:
         return ((self.seed * 1_000_003 + step) * 1_009 + self._calls) * 1_009 + trainer.accelerator.process_index
 
 
-def reward_functions(settings: Rewards) -> tuple[list[Reward], list[float]]:
+def reward_functions(settings: Rewards, grader: Grader = NUMBERS) -> tuple[list[Reward], list[float]]:
     """Reward functions for GRPOTrainer, which logs each, and their weights. A weight `x` beside the two pays `x_reward`."""
     format_reward = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
     weights = [settings.correctness, settings.format / rewards.FORMAT_REWARD]
     others = settings.others()
-    functions = [rewards.correctness_reward, format_reward, *(getattr(rewards, f"{name}_reward") for name in others)]
+    own = [judged_by(grader, reward) for reward in (rewards.correctness_reward, format_reward)]
+    functions = [*own, *(getattr(rewards, f"{name}_reward") for name in others)]
     return functions, [*weights, *others.values()]
+
+
+def judged_by(grader: Grader, reward: Reward) -> Reward:
+    """The reward with the data set's grader, under the name that TRL logs it by. Numbers behind `####` need none."""
+    return reward if grader is NUMBERS else functools.update_wrapper(functools.partial(reward, grader=grader), reward)
