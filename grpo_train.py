@@ -1,7 +1,8 @@
-"""Stage 2: GRPO from the SFT adapter, rewarded by the grader that evaluation uses.
+"""Stage 2: GRPO from the SFT adapter, or from a model as it is, rewarded by the grader that evaluation uses.
 
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml adapter=runs/my_sft run_dir=runs/my_grpo
+    python grpo_train.py --config configs/grpo_demo.yaml adapter=null 'lora={r: 32, alpha: 32, target_modules: all-linear}'
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --dry-run    # batch arithmetic, checks, nothing trained
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --resume     # after an interruption
     accelerate launch --config_file configs/accelerate/ddp.yaml grpo_train.py --config ...     # several GPUs
@@ -15,6 +16,7 @@ that changed nothing fails.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.config.load import from_command_line
@@ -22,15 +24,13 @@ from posttrain.config.schema import GrpoConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
-from posttrain.runs.manifest import parent_of, refuse_unfinished
+from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
 from posttrain.runs.process import use_one_gpu
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peft import PeftModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+    from posttrain.models.policy import Policy
     from posttrain.records import Example
     from posttrain.training.before import Ready
     from posttrain.training.trainers import GRPO
@@ -53,7 +53,6 @@ def main() -> None:
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
 
     ready = get_ready(config)
-    assert ready.adapter
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
         ready.tell(run)
@@ -82,61 +81,62 @@ def get_ready(config: GrpoConfig) -> Ready:
     from posttrain.training.examples import load_examples
 
     check_machine(config)
-    folder = adapters.resolve_adapter(config.adapter)
-    begun_with = refuse_unfinished(folder)
+    folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
+    begun_with = refuse_unfinished(folder) if folder else refuse_unfinished_model(config.model.name_or_path)
     tokenizer = load_tokenizer(config.model)
     base = check_base(config.model, config.quantization, tokenizer)
-    train_it = config.adapter_mode != "merge_and_new"
-    stores = not train_it or config.rollouts.engine == "vllm"
-    start = adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=train_it, stores=stores)
-    adapters.check_adapter_mode(config, start)
+    if folder:
+        adapters.check_grpo_start(folder, config, base, tokenizer)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
     check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
     if dev:
         check_engine(config.model, "transformers", NO_DEV)
     check_template(tokenizer, train + dev)
-    check_same_template(tokenizer, folder, train + dev)
+    if folder:
+        check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
     check_trainer(config, GRPOConfig, base)
     return Ready(tokenizer, folder, train, dev, begun_with, met)
 
 
-def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
-    """The SFT policy to train on: continued, rescaled, or merged under a new adapter."""
+def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> Policy:
+    """The policy to train on: the SFT adapter's, continued, rescaled or merged under a new adapter; or the model itself."""
     from posttrain.models import adapters
-    from posttrain.models.checkpoint import weights_hash
     from posttrain.models.policy import open_policy
 
-    sft_sha256 = adapters.adapter_sha256(folder)
-    parent, chain = parent_of(folder, sft_sha256)
-    model, identity = open_policy(config.model, config.quantization, tokenizer, folder, trainable=True)
-    live = adapters.live_adapter_sha256(model)
-    assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})"
-    if config.adapter_mode == "rescale":
-        assert config.lora is not None
-        adapters.rescale(model, config.lora.alpha)
-    elif config.adapter_mode == "merge_and_new":
-        assert config.lora is not None
-        model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base", config.seed)
-        stored = config.model.model_copy(update={"name_or_path": str(run.folder / "merged_base"), "revision": None})
-        identity |= {"name_or_path": stored.name_or_path, "quantization": "none", "weights": weights_hash(stored)}
-    run.say(
-        f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
+    sft_sha256 = adapters.adapter_sha256(folder) if folder else None
+    parent, chain = parent_of(folder, sft_sha256) if folder and sft_sha256 else parent_of_model(config.model.name_or_path)[:2]
+    model, identity = open_policy(
+        config.model, config.quantization, tokenizer, folder or config.lora, trainable=True, seed=config.seed
     )
-    run.record(model=identity, parent=parent, chain=chain, start_sha256=adapters.live_adapter_sha256(model))
+    if folder:
+        live = adapters.live_adapter_sha256(model)
+        assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256})"
+        model, identity = adapters.in_mode(config, model, identity, tokenizer, run.folder)
+    begun = f" + {folder}" if folder else ""
+    run.say(
+        f"{config.model.name_or_path}{begun}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
+    )
+    run.record(
+        model=identity,
+        parent=parent,
+        chain=chain,
+        all_weights=config.trains_all_weights,
+        start_sha256=adapters.trained_sha256(model),
+    )
     return model
 
 
 def make_trainer(
-    config: GrpoConfig, run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
+    config: GrpoConfig, run: Run, model: Policy, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
 ) -> GRPO:
     from trl import GRPOConfig
 
     from posttrain.generation.guard import EngineGuard
     from posttrain.models.policy_copy import PolicyCopy
     from posttrain.records import as_dataset
-    from posttrain.training.arguments import trainer_arguments
+    from posttrain.training.arguments import reference_arguments, trainer_arguments
     from posttrain.training.before import told_in_one_line
     from posttrain.training.callbacks import Samples, add_callbacks
     from posttrain.training.dev import dev_accuracy
@@ -148,6 +148,8 @@ def make_trainer(
     guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
+    if config.trains_all_weights:
+        arguments["model_init_kwargs"] = reference_arguments(config.model, model)
     with told_in_one_line():
         trainer = GRPO(
             model=model,
@@ -159,6 +161,7 @@ def make_trainer(
             fast_adapter=config.fast_adapter,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
+            reference_is_base=config.adapter is None,
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None

@@ -25,6 +25,7 @@ from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, sft_pro
 from posttrain.config.trl_fields import TrlKeys
 from posttrain.config.yaml_lines import KeyPath
 
+MODEL_FOLDER = "model"  # of a run that trained all weights, as "adapter" is of others
 Share = Annotated[float, Field(ge=0, lt=1)]
 CommitId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a branch would move under a published number
 Engine = Literal["transformers", "continuous_batching", "vllm"]
@@ -276,7 +277,7 @@ class TrainConfig(Settings):
     model: Model
     quantization: Quantization = "nf4"
     adapter: str | None = None  # a run directory, an adapter folder or a Hub id
-    lora: Lora | None = None
+    lora: Lora | None = None  # null, and no adapter: all weights train
     data: TrainData
     trainer: dict[str, Any] = {}  # TRL's own keys
     tracking: Tracking = "none"
@@ -285,7 +286,26 @@ class TrainConfig(Settings):
     fast_adapter: bool = True  # use posttrain/kernels/lora_linear.py instead of PEFT's layers
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
 
+    @property
+    def trains_all_weights(self) -> bool:
+        return self.adapter is None and self.lora is None
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.trains_all_weights and "lora" not in self.model_fields_set:
+            yield (
+                ("lora",),
+                "missing: the shape of the new adapter (or give adapter, to continue one; or lora: null, to train all weights)",
+            )
+        elif self.trains_all_weights and self.quantization != "none":
+            yield (
+                ("quantization",),
+                f"lora null trains all weights, and {self.quantization} cannot be trained: set none, or lora",
+            )
+
     def needs(self) -> Iterator[Need]:
+        if self.trains_all_weights:
+            ddp = "launch with configs/accelerate/ddp.yaml, or give lora"
+            yield Need("unsharded", f"lora null trains all weights, and that is not tried under FSDP: {ddp}")
         yield from self.model.needs()
         if self.trainer.get("tf32"):
             yield _needs_cuda("trainer.tf32 True", "remove it")
@@ -298,15 +318,14 @@ class TrainConfig(Settings):
 
 
 class SftConfig(TrainConfig):
-    """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
+    """sft_train.py: trains a new adapter (`lora`), continues one (`adapter`), or trains all weights (`lora: null`)."""
 
     trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
     fast_loss: bool = True
     compile: bool = False  # compile the decoder layers, a minute at the start
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.adapter is None and self.lora is None:
-            yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
+        yield from super().problems()
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
         if self.compile and self.model.kernels == "liger":
@@ -320,19 +339,25 @@ class SftConfig(TrainConfig):
 
 
 class GrpoConfig(TrainConfig):
-    """grpo_train.py: continues an adapter, or merges it into the base and trains a new one (`lora`)."""
+    """grpo_train.py: continues an adapter, or merges it into the base and trains a new one (`lora`).
 
-    adapter: str
+    With `adapter: null` it starts from the model itself: a new adapter (`lora`), or all of its weights (`lora: null`).
+    """
+
+    adapter: str | None
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     rewards: Rewards = Rewards()
     rollouts: Rollouts = Rollouts()
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.adapter_mode == "continue" and self.lora:
+        yield from super().problems()
+        if self.adapter is None and self.adapter_mode != "continue":
+            yield ("adapter_mode",), f"{self.adapter_mode} needs an adapter: give adapter, or remove adapter_mode"
+        if self.adapter and self.adapter_mode == "continue" and self.lora:
             other = "rescale (another alpha) or merge_and_new"
             yield ("lora",), f"adapter_mode continue keeps the adapter's shape: remove lora, or use {other}"
-        if self.adapter_mode != "continue" and not self.lora:
+        if self.adapter and self.adapter_mode != "continue" and not self.lora:
             yield ("lora",), f"missing: adapter_mode {self.adapter_mode} needs the shape of the new adapter"
         for key in ("use_vllm", "use_transformers_continuous_batching"):
             if self.trainer.get(key) and self.rollouts.engine != "trl":
@@ -379,12 +404,18 @@ class EvalConfig(Settings):
     @classmethod
     def _one_run_dir_for_each_adapter(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("run_dir"), str):
-            adapter = _run_name(str(values.get("adapter") or "base"))
+            adapter = _run_name(str(values.get("adapter") or _model_folder(values.get("model")) or "base"))
             return values | {"run_dir": values["run_dir"].replace("{adapter}", adapter)}
         return values
 
 
-def _run_name(adapter: str) -> str:
-    """runs/grpo/adapter, runs/grpo, me/grpo -> grpo"""
-    path = PurePath(adapter)
-    return path.parent.name if path.name == "adapter" else path.name
+def _model_folder(model: Any) -> str | None:
+    """The name of a base that a run with all weights trained has left: runs/sft/model."""
+    name = str(model.get("name_or_path", "")) if isinstance(model, dict) else ""
+    return name if PurePath(name).name == MODEL_FOLDER and PurePath(name).parent.name else None
+
+
+def _run_name(trained: str) -> str:
+    """runs/grpo/adapter, runs/grpo, runs/grpo/model, me/grpo -> grpo"""
+    path = PurePath(trained)
+    return path.parent.name if path.name in ("adapter", MODEL_FOLDER) else path.name

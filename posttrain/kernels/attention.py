@@ -47,7 +47,11 @@ def matmul_attention(
     """
     if any(kwargs.get(name) for name in ("dropout", "softcap")) or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 norms make rotated ones fp32, too
     queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.dtype not in (torch.bool, value.dtype):
+        # fp32's lowest would be -inf in bf16, and a query without any key NaN
+        attention_mask = attention_mask.clamp(min=torch.finfo(value.dtype).min).to(value.dtype)
     if attention_mask is None:
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
     if attention_mask.dtype == torch.bool:
@@ -171,6 +175,7 @@ def varlen_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention, (rows, queries, heads, head_dim), by SDPA where flash attention cannot. The outputs of padding mean nothing."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as in matmul_attention
     rows, heads, queries, dim = query.shape
     keys = key.shape[2]
     if isinstance(attention_mask, LeftPadded):

@@ -46,6 +46,7 @@ from posttrain.training.batches import (
     share_kept,
     trim,
 )
+from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
 from posttrain.training.shared_prompts import SharedPrompts
 
@@ -89,8 +90,17 @@ class GRPO(MasterWeights, GRPOTrainer):
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
 
-    def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        skip_zero_signal: bool = False,
+        correct_mismatch: bool = False,
+        reference_is_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
+            LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
@@ -101,7 +111,7 @@ class GRPO(MasterWeights, GRPOTrainer):
             )
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
-        copy_to_reference(self.model)
+        copy_to_reference(self.model, reference_is_base)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
