@@ -19,11 +19,6 @@ from posttrain.report.groups import load
 ALL = {"lora": None, "quantization": "none"}
 
 
-@pytest.fixture(scope="module")
-def load_base(load):
-    return load
-
-
 def own_logps(model, inputs, temperature):
     """Log-probabilities of the completions by one plain forward of each row, without padding."""
     found = []
@@ -38,9 +33,9 @@ def own_logps(model, inputs, temperature):
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["new adapter", "all weights"])
-def test_the_reference_is_the_model_itself_wherever_the_policy_goes(tiny, fp32, load_base, lora):
+def test_the_reference_is_the_model_itself_wherever_the_policy_goes(tiny, fp32, load, lora):
     with pay_tiny(tiny, None, {"beta": 0.04}, **fp32, lora=lora) as trainer:
-        base = load_base(dtype="float32")
+        base = load(dtype="float32")
         with torch.no_grad():
             for name, p in trainer.model.named_parameters():
                 if p.requires_grad and ("lora_B" in name or "proj" in name):

@@ -26,7 +26,8 @@ def show_sft_dry_run(config: SftConfig) -> None:
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
     steps = num_steps(value, len(train), batch)
-    print(f"SFT: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
+    what = "SFT of all weights" if config.trains_all_weights else "SFT"
+    print(f"{what}: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
     tokenizer = tokenizer_or_none(config.model, train + dev)
     if tokenizer:
         show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
@@ -45,7 +46,7 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         value["steps_per_generation"] or accumulation
     )
     steps = num_steps(value, len(train) * group, batch)
-    print(f"GRPO from {config.adapter} ({config.adapter_mode}): {len(train)} questions, {len(dev)} dev rows")
+    print(f"GRPO from {start_line(config)}: {len(train)} questions, {len(dev)} dev rows")
     print(
         f"{batch_line(value)} = {batch} completions a step, {batch // group} questions x {group}; "
         f"{window} completions generated at once; {steps} steps, {steps * batch} completions "
@@ -72,7 +73,16 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         prompt + value["max_completion_length"],
         value["gradient_checkpointing"],
     )
-    show_cache(config.model, window, 256 + value["max_completion_length"])
+    show_cache(config, window, 256 + value["max_completion_length"])
+    if config.trains_all_weights and value["beta"] and (shape := model_shape(config.model)):
+        print(f"the KL reference, the model as it was: {gib(4 * (shape['linear'] + shape['embedding']))}")
+
+
+def start_line(config: GrpoConfig) -> str:
+    """What GRPO starts from and trains."""
+    if config.adapter:
+        return f"{config.adapter} ({config.adapter_mode})"
+    return f"{config.model.name_or_path} as it is ({'all weights' if config.trains_all_weights else 'a new adapter'})"
 
 
 def show_eval_dry_run(config: EvalConfig, asked: list[Example]) -> None:
@@ -171,18 +181,25 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     linear, embedding = shape["linear"], shape["embedding"]
     width = 2 if config.model.dtype != "float32" else 4
     weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
-    lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
+    trained = linear + embedding if config.trains_all_weights else lora_parameters(config, shape)
+    optimizer = trained * 16  # fp32 weight, gradient and Adam's two moments
+    if config.trains_all_weights:  # of the base itself, only what autocast keeps of a step in the narrower dtype
+        weights = linear * width if width < 4 else 0.0
     layers = 1 if checkpointing else shape["layers"]
     # What the backward pass reads of a token and layer, in widths of the model and of its MLP. The estimate is within a tenth of
     # what a step of GRPO took on an H100 (EXPERIMENTS.md, 2026-11-26).
     hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
-    kept = layers * (hidden * shape["hidden"] + inner * shape["intermediate"]) + shape["layers"] * shape["hidden"]
-    activations = rows * length * width * kept
+    stream = 4 if config.trains_all_weights else width  # fp32 weights of norms and embedding make their outputs fp32
+    kept = layers * (hidden * shape["hidden"] * stream + inner * shape["intermediate"] * width)
+    activations = rows * length * (kept + shape["layers"] * shape["hidden"] * stream)
     if keeps_probabilities(config.model):
         activations += layers * rows * shape["heads"] * length * length / 2 * width
-    total = weights + lora + activations
+    total = weights + optimizer + activations
+    parts = f"base {gib(weights)}, adapter with optimizer {gib(optimizer)}"
+    if config.trains_all_weights:
+        parts = f"all weights with optimizer {gib(optimizer)}, rounded for a step {gib(weights)}"
     print(
-        f"memory, estimated: base {gib(weights)}, adapter with optimizer {gib(lora)}, activations of {rows} x {length} tokens "
+        f"memory, estimated: {parts}, activations of {rows} x {length} tokens "
         f"{gib(activations)}{' (checkpointed)' if checkpointing else ''}; about {gib(total)} and the output head's tiles"
     )
 
@@ -201,12 +218,14 @@ def is_fused(model: Model) -> bool:
     return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def show_cache(model: Model, rows: int, length: int) -> None:
-    shape = model_shape(model)
+def show_cache(config: GrpoConfig, rows: int, length: int) -> None:
+    shape = model_shape(config.model)
     if shape:
+        copied, of = shape["linear"], "the linear layers"
+        if config.trains_all_weights:
+            copied, of = (copied + shape["embedding"], "all weights") if config.model.dtype != "float32" else (0, "no weight")
         print(
-            f"rollouts: a bf16 copy of the linear layers {gib(2 * shape['linear'])}, "
-            f"keys and values of {rows} rows {gib(rows * length * shape['kv'])}"
+            f"rollouts: a bf16 copy of {of} {gib(2 * copied)}, keys and values of {rows} rows {gib(rows * length * shape['kv'])}"
         )
 
 
