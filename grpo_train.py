@@ -77,10 +77,12 @@ def get_ready(config: GrpoConfig) -> Ready:
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
-    from posttrain.training.before import Ready, check_grpo, check_trainer
+    from posttrain.training.before import Ready, check_grpo, check_trainer, max_completion_length
     from posttrain.training.examples import load_examples
+    from posttrain.training.named_rewards import named_rewards, try_rewards
 
     check_machine(config)
+    named = named_rewards(config.rewards, max_completion_length(config))
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
     begun_with = refuse_unfinished(folder) if folder else refuse_unfinished_model(config.model.name_or_path)
     tokenizer = load_tokenizer(config.model)
@@ -96,8 +98,10 @@ def get_ready(config: GrpoConfig) -> Ready:
     if folder:
         check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
+    for _ in try_rewards([reward.function for reward in named], train, tokenizer):
+        pass
     check_trainer(config, GRPOConfig, base)
-    return Ready(tokenizer, folder, train, dev, begun_with, met)
+    return Ready(tokenizer, folder, train, dev, begun_with, met, rewards=named)
 
 
 def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> Policy:
@@ -135,15 +139,19 @@ def make_trainer(
 
     from posttrain.generation.guard import EngineGuard
     from posttrain.models.policy_copy import PolicyCopy
-    from posttrain.records import as_dataset
+    from posttrain.records import COLUMNS, as_dataset
     from posttrain.training.arguments import reference_arguments, trainer_arguments
-    from posttrain.training.before import told_in_one_line
-    from posttrain.training.callbacks import Samples, add_callbacks
+    from posttrain.training.before import max_completion_length, told_in_one_line
+    from posttrain.training.callbacks import Samples, UnmetRewards, add_callbacks
     from posttrain.training.dev import dev_accuracy
+    from posttrain.training.named_rewards import gated_columns, named_rewards
     from posttrain.training.rollouts import Rollouts, reward_functions
     from posttrain.training.trainers import GRPO
 
+    named = named_rewards(config.rewards, max_completion_length(config))
     functions, weights = reward_functions(config.rewards)
+    functions += [reward.function for reward in named]
+    weights += [reward.weight for reward in named]
     copy = PolicyCopy(model)
     guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
@@ -155,17 +163,20 @@ def make_trainer(
             model=model,
             args=GRPOConfig(**arguments),
             reward_funcs=functions,
-            train_dataset=as_dataset(train, ("prompt", "answer")),
+            train_dataset=as_dataset(train, COLUMNS),
             processing_class=tokenizer,
             rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
             reference_is_base=config.adapter is None,
+            gates=gated_columns(("correctness", "format"), named),
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None
     trainer.add_callback(Samples(run, trainer.latest))
+    paying = dict(zip(trainer.reward_func_names, weights, strict=True))
+    trainer.add_callback(UnmetRewards(run, paying, config.unmet_after_steps))
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 

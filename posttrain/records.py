@@ -35,6 +35,14 @@ class Example:
     answer: str
     num_steps: int
 
+    @property
+    def solution(self) -> str:
+        return self.completion[-1]["content"] if self.completion else ""
+
+
+# What GRPO's data set holds, and rewards may ask for by name.
+COLUMNS = ("prompt", "answer", "id", "question", "solution", "num_steps")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prediction:

@@ -13,14 +13,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from posttrain.config.messages import did_you_mean
 from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, sft_problems
 from posttrain.config.trl_fields import TrlKeys
 from posttrain.config.yaml_lines import KeyPath
@@ -155,16 +158,56 @@ class Hub(Settings):
     private: bool = True
 
 
+class Reward(Settings):
+    """A reward by name, where it needs more than a weight."""
+
+    weight: float
+    gate: str | None = None  # the name of another reward: this one pays only where that one pays more than 0
+    args: dict[str, Any] = {}  # keyword arguments of its function
+
+
+def _weight_or_block(value: Any) -> str:
+    return "block" if isinstance(value, dict | Reward) else "weight"
+
+
+BUILT_IN_REWARDS = ("overlong", "repetition", "tags")  # beside the two that grade (posttrain/training/named_rewards.py)
+
+
 class Rewards(Settings):
-    """Weights. A further field `x` is the weight of `x_reward` in rewards.py."""
+    """Weights. Further keys are rewards by name: one of BUILT_IN_REWARDS, file.py:function or package.module.function."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[
+        str, Annotated[Annotated[float, Tag("weight")] | Annotated[Reward, Tag("block")], Discriminator(_weight_or_block)]
+    ] = Field(init=False)
 
     correctness: float = 1.0
     format: float = 0.2
     gate_format: bool = False  # pay for the format only where the answer is right
 
-    def others(self) -> dict[str, float]:
-        own = ("correctness", "format", "gate_format")
-        return {name: weight for name, weight in self if name not in own and weight}
+    def named(self) -> dict[str, Reward]:
+        """The rewards by name, in the order of the config."""
+        more = self.__pydantic_extra__ or {}
+        return {name: said if isinstance(said, Reward) else Reward(weight=said) for name, said in more.items()}
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        named = self.named()
+        for name, reward in named.items():
+            if not is_own_reward(name) and name not in BUILT_IN_REWARDS:
+                hint = did_you_mean(name, ("correctness", "format", "gate_format", *BUILT_IN_REWARDS)).replace(
+                    "'", "'rewards.", 1
+                )
+                names = f": built in are {', '.join(BUILT_IN_REWARDS)}; your own is file.py:function or package.module.function"
+                yield (name,), f"unknown key{hint or names}"
+            others = [other for other in ("correctness", "format", *named) if other != name]
+            if reward.gate is not None and reward.gate not in others:
+                yield (name,), f"gate {reward.gate!r} is no other reward of this config{did_you_mean(reward.gate, others)}"
+        if not any([self.correctness, self.format, *(reward.weight for reward in named.values())]):
+            yield (), "every weight is 0, and nothing would be learnt: give one reward a weight"
+
+
+def is_own_reward(name: str) -> bool:
+    return ":" in name or "." in name
 
 
 class Rollouts(Settings):
@@ -347,6 +390,7 @@ class GrpoConfig(TrainConfig):
     adapter: str | None
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     rewards: Rewards = Rewards()
+    unmet_after_steps: PositiveInt = 10  # say after so many steps which share of groups each reward has paid anything
     rollouts: Rollouts = Rollouts()
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
 

@@ -170,6 +170,9 @@ def _changed_input(manifest: Manifest) -> Path | None:
     data, parent = manifest.data, manifest.parent
     if data and (file := Path(data["path"], f"{data['split']}.jsonl")).is_file() and sha256_file(file) != data["sha256"]:
         return file
+    for reward in manifest.rewards:
+        if "file" in reward and Path(reward["file"]).is_file() and sha256_file(reward["file"]) != reward["sha256"]:
+            return Path(reward["file"])
     if parent and Path(parent["run_dir"], "manifest.json").is_file():
         run_dir = Path(parent["run_dir"])
         made = read_manifest(run_dir)

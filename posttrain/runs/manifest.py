@@ -66,6 +66,7 @@ class Manifest:
     model: Entry = dataclasses.field(default_factory=dict)  # the base as it was loaded
 
     all_weights: bool = False  # training was of all weights: `adapter_sha256` is the hash of model/ and not of adapter/
+    rewards: list[Entry] = dataclasses.field(default_factory=list)  # those by name: weight, and file and hash of the user's own
     special_tokens: list[Entry] | None = None  # one for each that the template emits; none before they are looked at
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes

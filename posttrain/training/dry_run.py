@@ -17,6 +17,7 @@ from posttrain.errors import UserError
 from posttrain.records import Example
 from posttrain.runs.process import num_processes
 from posttrain.training import examples
+from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -52,8 +53,11 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         f"{window} completions generated at once; {steps} steps, {steps * batch} completions "
         f"of at most {value['max_completion_length']} tokens"
     )
+    from posttrain.training.rollouts import reward_functions
+
     gate = "only with a right answer" if config.rewards.gate_format else "right or wrong"
-    others = "".join(f" + {weight:g} x {name}" for name, weight in config.rewards.others().items())
+    named = named_rewards(config.rewards, value["max_completion_length"])
+    others = "".join(f" + {reward.weight:g} x {reward.name}{gate_line(reward)}" for reward in named)
     print(
         f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}){others}; "
         f"beta {value['beta']:g}"
@@ -64,6 +68,9 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
 
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
+        graded, _ = reward_functions(config.rewards)
+        for trial in try_rewards([*graded, *(reward.function for reward in named)], train, tokenizer):
+            print(trial)
         show_stop_token(tokenizer)
     # Without checkpointing, a group shares its prompt (posttrain/training/shared_prompts.py).
     prompt = 256 if value["gradient_checkpointing"] else 256 // group
@@ -76,6 +83,10 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
     show_cache(config, window, 256 + value["max_completion_length"])
     if config.trains_all_weights and value["beta"] and (shape := model_shape(config.model)):
         print(f"the KL reference, the model as it was: {gib(4 * (shape['linear'] + shape['embedding']))}")
+
+
+def gate_line(reward: NamedReward) -> str:
+    return f" (where {reward.gate} pays)" if reward.gate else ""
 
 
 def start_line(config: GrpoConfig) -> str:

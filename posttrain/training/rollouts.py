@@ -78,9 +78,6 @@ class Rollouts:
 
 
 def reward_functions(settings: Rewards) -> tuple[list[Reward], list[float]]:
-    """Reward functions for GRPOTrainer, which logs each, and their weights. A weight `x` beside the two pays `x_reward`."""
+    """The two rewards that grade, for GRPOTrainer, which logs each, and their weights. named_rewards.py has all others."""
     format_reward = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
-    weights = [settings.correctness, settings.format / rewards.FORMAT_REWARD]
-    others = settings.others()
-    functions = [rewards.correctness_reward, format_reward, *(getattr(rewards, f"{name}_reward") for name in others)]
-    return functions, [*weights, *others.values()]
+    return [rewards.correctness_reward, format_reward], [settings.correctness, settings.format / rewards.FORMAT_REWARD]

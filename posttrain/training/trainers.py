@@ -26,7 +26,7 @@ others in the files of the training tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ from posttrain.errors import UserError
 from posttrain.phases import phase
 from posttrain.training.batches import (
     by_length,
+    gated,
+    groups_paid,
     groups_without_signal,
     in_row_order,
     keep_rows,
@@ -84,6 +86,7 @@ class GRPO(MasterWeights, GRPOTrainer):
 
     `skip_zero_signal` leaves out rows whose advantage is 0. With beta 0 they add nothing to the gradient: the update is
     the same, and the logged entropy and clip ratios cover fewer rows.
+    `gates` holds columns of rewards, each with that of the reward without which it pays nothing.
     `correct_mismatch` takes the sampler's log-probabilities for the old policy's. The clipped ratio then corrects for an
     engine that does not compute exactly what the trainer does.
     """
@@ -96,9 +99,11 @@ class GRPO(MasterWeights, GRPOTrainer):
         skip_zero_signal: bool = False,
         correct_mismatch: bool = False,
         reference_is_base: bool = False,
+        gates: Mapping[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.gates = gates or {}
         if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
             LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
@@ -232,6 +237,9 @@ class GRPO(MasterWeights, GRPOTrainer):
                     f"completion {int((~column.isfinite()).nonzero()[0])} "
                     "of the batch: a grader that returns NaN is broken; nothing was applied"
                 )
+        scores = gated(scores, self.gates)
+        for name, share in zip(self.reward_func_names, groups_paid(scores, self.num_generations), strict=True):
+            self.report(f"rewards/{name}/groups_paid", share)
         without_signal = groups_without_signal(scores, self.reward_weights, self.num_generations)
         self.report("frac_groups_without_signal", without_signal)
         return scores
