@@ -143,6 +143,7 @@ def make_trainer(
     from posttrain.training.arguments import reference_arguments, trainer_arguments
     from posttrain.training.before import max_completion_length, told_in_one_line
     from posttrain.training.callbacks import Samples, UnmetRewards, add_callbacks
+    from posttrain.training.curriculum import Curriculum
     from posttrain.training.dev import dev_accuracy
     from posttrain.training.named_rewards import gated_columns, named_rewards
     from posttrain.training.rollouts import Rollouts, reward_functions
@@ -171,6 +172,7 @@ def make_trainer(
             correct_mismatch=config.rollouts.correct_mismatch,
             reference_is_base=config.adapter is None,
             gates=gated_columns(("correctness", "format"), named),
+            curriculum=Curriculum(len(train), config.seed, config.curriculum) if config.curriculum else None,
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None

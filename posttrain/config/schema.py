@@ -44,7 +44,7 @@ Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "vllm", "liger_kernel", "unsharded"]
+    what: Literal["cuda", "vllm", "liger_kernel", "unsharded", "one process"]
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -215,6 +215,17 @@ class Rollouts(Settings):
     batch_size: PositiveInt | None = None  # sequences decoded at once; None: the whole generation batch
     skip_zero_signal: bool = False  # leave completions without an advantage out of the update; needs beta 0
     correct_mismatch: bool = False  # clip against the sampler's log-probabilities instead of the trainer's
+
+
+class Curriculum(Settings):
+    """Which questions are asked next, by what the rollouts have shown (posttrain/training/curriculum.py)."""
+
+    rest_steps: NonNegativeInt = 0  # a question solved always or never is not asked for so many steps; 0: none rests
+    extra_rounds: NonNegativeInt = 0  # how often in a window groups without signal are replaced by those of other questions
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if not self.rest_steps and not self.extra_rounds:
+            yield (), "does nothing as it is: set rest_steps or extra_rounds above 0, or remove it"
 
 
 class Generation(Settings):
@@ -390,6 +401,7 @@ class GrpoConfig(TrainConfig):
     adapter: str | None
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     rewards: Rewards = Rewards()
+    curriculum: Curriculum | None = None  # None: every question once an epoch
     unmet_after_steps: PositiveInt = 10  # say after so many steps which share of groups each reward has paid anything
     rollouts: Rollouts = Rollouts()
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
@@ -406,6 +418,9 @@ class GrpoConfig(TrainConfig):
         for key in ("use_vllm", "use_transformers_continuous_batching"):
             if self.trainer.get(key) and self.rollouts.engine != "trl":
                 yield ("trainer", key), "needs rollouts.engine trl; posttrain's own engines are named there"
+        if self.curriculum and self.rollouts.engine != "transformers":
+            why = f"{self.rollouts.engine} does not draw the same completions again after an interruption"
+            yield ("curriculum",), f"needs rollouts.engine transformers: {why}; set that, or remove curriculum"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
             yield ("rollouts", "skip_zero_signal"), "needs trainer.beta 0: a KL term reaches every completion"
         if self.trainer.get("eval_strategy", "no") != "no" or self.trainer.get("eval_on_start"):
@@ -421,6 +436,8 @@ class GrpoConfig(TrainConfig):
     def needs(self) -> Iterator[Need]:
         if self.rollouts.engine == "vllm":
             yield _needs_vllm("rollouts.engine")
+        if self.curriculum:
+            yield Need("one process", "curriculum draws questions in one process: launch with python alone, or remove curriculum")
         yield _needs_whole_policy("rollouts")
         yield from super().needs()
 

@@ -27,7 +27,7 @@ from posttrain.config.schema import MODEL_FOLDER, Settings
 from posttrain.errors import AlreadyDone, UserError
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
-from posttrain.runs.process import is_main_process, is_sharded
+from posttrain.runs.process import is_main_process, is_sharded, num_processes
 
 
 class Run:
@@ -202,4 +202,6 @@ def _machine_has(what: str) -> bool:
         import torch
 
         return torch.cuda.is_available()
+    if what == "one process":
+        return num_processes() == 1
     return not is_sharded() if what == "unsharded" else importlib.util.find_spec(what) is not None
