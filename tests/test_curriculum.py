@@ -1,5 +1,6 @@
-"""Which questions GRPO asks next: they rest and come back, groups without signal are replaced, and a resumed run draws the same."""
+"""Which questions GRPO asks next: they rest and come back, groups without signal are replaced, a resumed run draws the same."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -43,11 +44,15 @@ def asked(curriculum, size, rates, step=0):
 
 def test_every_question_is_asked_once_an_epoch_and_epochs_differ():
     curriculum = made()
-    first, second = ([q for step in range(4) for q in curriculum.draw(2, step, ())] for _ in range(2))
+    first, second = epoch(curriculum), epoch(curriculum)
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
-    assert first == [q for step in range(4) for q in made().draw(2, step, ())]
-    assert first != [q for step in range(4) for q in made(seed=1).draw(2, step, ())]
+    assert first == epoch(made())
+    assert first != epoch(made(seed=1))
+
+
+def epoch(curriculum):
+    return [question for step in range(4) for question in curriculum.draw(2, step, ())]
 
 
 def test_a_window_never_asks_a_question_twice():
@@ -61,11 +66,10 @@ def test_a_window_never_asks_a_question_twice():
 def test_what_was_solved_always_or_never_rests_and_comes_back():
     curriculum, seen = made(count=4, rest=3), []
     for step in range(8):
-        questions, reported = asked(curriculum, 2, {0: 0.0, 1: 1.0}, step)
-        seen.append(questions)
+        seen.append(asked(curriculum, 2, {0: 0.0, 1: 1.0}, step)[0])
     for question in (0, 1):
         steps = [step for step, questions in enumerate(seen) if question in questions]
-        assert len(steps) > 1 and all(later - earlier >= 3 for earlier, later in zip(steps, steps[1:], strict=False))
+        assert len(steps) > 1 and all(later - earlier >= 3 for earlier, later in itertools.pairwise(steps))
     assert all({2, 3} & {*questions} for questions in seen)
 
 
@@ -96,7 +100,7 @@ def test_groups_without_signal_are_replaced_up_to_the_bound():
             assert {*questions} == {6, 7}
             assert 0 < reported["extra_groups"] <= 6
             assert reported["extra_seconds"] > 0
-        assert reported["pass_rate"] == reported["drawn_without_signal"] * 0 + (1 - reported["drawn_without_signal"]) / 2
+        assert reported["pass_rate"] == pytest.approx((1 - reported["drawn_without_signal"]) / 2)
 
 
 def test_without_any_signal_the_first_groups_stay_and_the_questions_run_out():
@@ -191,11 +195,11 @@ def test_a_resumed_run_asks_what_an_uninterrupted_one_would_have(tiny, sft):
         (["curriculum={}"], "curriculum: does nothing as it is: set rest_steps or extra_rounds above 0, or remove it"),
         (
             ["curriculum={rest_steps: 1}", "rollouts.engine=vllm"],
-            "curriculum: needs rollouts.engine transformers: vllm does not draw",
+            "needs rollouts.engine transformers: vllm does not draw",
         ),
         (
             ["curriculum={rest_steps: 1}", "rollouts.engine=trl"],
-            "curriculum: needs rollouts.engine transformers: trl does not draw",
+            "needs rollouts.engine transformers: trl does not draw",
         ),
         (["curriculum={rest_step: 1}"], "curriculum.rest_step: unknown key (did you mean 'curriculum.rest_steps'?)"),
     ],

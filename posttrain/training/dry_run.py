@@ -62,6 +62,10 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}){others}; "
         f"beta {value['beta']:g}"
     )
+    if config.curriculum:
+        most = config.curriculum.extra_rounds * window
+        rest = config.curriculum.rest_steps
+        print(f"curriculum: at most {most} completions more a window; what is solved always or never rests {rest} steps")
     tokenizer = tokenizer_or_none(config.model, train + dev)
     if tokenizer:
         from posttrain.models.chat import chat_ids
