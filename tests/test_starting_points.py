@@ -10,11 +10,13 @@ from scripts import CONFIGS, retell, run, workplace
 from test_resume import FOUR_STEPS, interrupted_and_resumed, straight
 from tiny_training import LORA, largest_difference, pay_tiny, scored
 
+from posttrain.errors import UserError
 from posttrain.hub.push import Request, all_files, read_release
 from posttrain.models.base import base_of, compute_dtype
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import sha256_file
 from posttrain.report.groups import load
+from posttrain.runs.directory import check_machine
 
 ALL = {"lora": None, "quantization": "none"}
 
@@ -232,3 +234,9 @@ def test_resumed_training_of_all_weights_equals_uninterrupted(tiny, name):
 
 def all_weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_all_weights_are_not_trained_in_shards(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="lora null trains all weights, and that is not tried under FSDP"):
+        check_machine(tiny.sft_config(**ALL))

@@ -110,6 +110,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         self.gates, self.curriculum = gates or {}, curriculum
         self._window: Window | None = None  # of the curriculum, while TRL works on it
         if curriculum:
+            if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+                raise UserError("curriculum pays for plain text, and this tokenizer parses what a model says: remove curriculum")
             self.add_callback(curriculum)
         if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
             LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
