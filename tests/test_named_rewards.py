@@ -219,7 +219,7 @@ IN_CONFIG = [
     ("rewards.overlog=1", "rewards.overlog: unknown key (did you mean 'rewards.overlong'?)"),
     (
         "rewards.brevity=1",
-        "rewards.brevity: no built-in reward: there are overlong, repetition, tags; your own is file.py:function",
+        "rewards.brevity: unknown key: built in are overlong, repetition, tags; your own is file.py:function",
     ),
     ("rewards={correctness: 0, format: 0}", "rewards: every weight is 0, and nothing would be learnt"),
     ("rewards={correctness: 0, format: 0, overlong: 0}", "rewards: every weight is 0, and nothing would be learnt"),

@@ -143,7 +143,7 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
         label = "base"
     if label is None:
         trained, remedy = ("model", "model.name_or_path=RUN_DIR/model") if run.all_weights else ("adapter", "adapter=RUN_DIR")
-        raise UserError(f"{folder} evaluates neither this {trained} nor what it grew from: run evaluate.py with {remedy}")
+        raise UserError(f"{folder} evaluates neither this {trained} nor one it grew from: run evaluate.py with {remedy}")
     data = manifest.data
     rows = read_rows(folder / "questions.jsonl")
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)

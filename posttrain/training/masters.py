@@ -141,7 +141,7 @@ def trains_tokens(model: nn.Module) -> bool:
     return any("trainable_tokens_delta" in name for name, _ in model.named_parameters())
 
 
-def copy_to_reference(model: nn.Module, is_base: bool) -> None:
+def copy_to_reference(model: nn.Module, is_base: bool = False) -> None:
     """If TRL made an adapter "ref", make it equal to "default" in every tensor, trained token rows included.
 
     `is_base`: the reference is the model below a new adapter. Without "ref", TRL asks the model with its adapter off. A trained
