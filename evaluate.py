@@ -26,7 +26,7 @@ from posttrain.evaluation.predictions import PartFiles, grade_completion, regrad
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import parent_of, read_manifest, refuse_unfinished
+from posttrain.runs.manifest import parent_of, parent_of_model, read_manifest, refuse_unfinished, refuse_unfinished_model
 from posttrain.runs.process import num_processes, use_one_gpu
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import grader_of, other_answers
@@ -60,7 +60,7 @@ def main() -> None:
     if args.dry_run:
         from posttrain.training.dry_run import show_eval_dry_run
 
-        return show_eval_dry_run(config, asked)
+        return show_eval_dry_run(config, asked, grader_of(data.get("answer")))
     check_reusable(config, config.run_dir, resume=True)
     refuse_other_answers(config.run_dir, data)
     use_one_gpu()
@@ -78,7 +78,7 @@ def main() -> None:
     check_questions(config, base, tokenizer, asked)
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     adapter, origin = find_adapter(config, data, base, tokenizer)
-    begun_with = refuse_unfinished(adapter) if adapter else None
+    begun_with = refuse_unfinished(adapter) if adapter else refuse_unfinished_model(config.model.name_or_path)
     if adapter:
         check_same_template(tokenizer, adapter, asked)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
@@ -96,24 +96,28 @@ def main() -> None:
 
 
 def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer: Any) -> tuple[Path | None, dict[str, Any]]:
-    """The adapter's folder, and what the manifest says of it.
+    """The adapter's folder, and what the manifest says of it, or of a model whose weights a run has all trained.
 
     Raises:
         UserError: there is none, it belongs to another base, its training saw the questions, or the run began with another.
     """
-    if not config.adapter:
-        return None, {}
     from posttrain.models import adapters
 
-    folder = adapters.resolve_adapter(config.adapter)
-    adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=False, stores=config.engine == "vllm")
-    sha256 = adapters.adapter_sha256(folder)
-    parent, chain = parent_of(folder, sha256)
+    folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
+    parent: dict[str, Any] | None
+    if folder:
+        stores = config.engine == "vllm"
+        adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=False, stores=stores)
+        sha256: str | None = adapters.adapter_sha256(folder)
+        parent, chain = parent_of(folder, str(sha256))
+    else:
+        parent, chain, sha256 = parent_of_model(config.model.name_or_path)
     refuse_contaminated(chain, data)
     begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else None
     if begun and begun.adapter_sha256 not in (None, sha256):
-        raise UserError(f"{folder} has changed since {config.run_dir} was begun with it: choose another run_dir")
-    return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
+        what = folder or config.model.name_or_path
+        raise UserError(f"{what} has changed since {config.run_dir} was begun with it: choose another run_dir")
+    return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256} if sha256 else {}
 
 
 def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], run: Run) -> PreTrainedModel:

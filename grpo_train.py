@@ -1,7 +1,8 @@
-"""Stage 2: GRPO from the SFT adapter, rewarded by the grader that evaluation uses.
+"""Stage 2: GRPO from the SFT adapter, or from a model as it is, rewarded by the grader that evaluation uses.
 
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml adapter=runs/my_sft run_dir=runs/my_grpo
+    python grpo_train.py --config configs/grpo_demo.yaml adapter=null 'lora={r: 32, alpha: 32, target_modules: all-linear}'
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --dry-run    # batch arithmetic, checks, nothing trained
     python grpo_train.py --config configs/grpo_llama3.2-3b.yaml --resume     # after an interruption
     accelerate launch --config_file configs/accelerate/ddp.yaml grpo_train.py --config ...     # several GPUs
@@ -15,6 +16,7 @@ that changed nothing fails.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.config.load import from_command_line
@@ -22,17 +24,16 @@ from posttrain.config.schema import GrpoConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
-from posttrain.runs.manifest import parent_of, refuse_unfinished
+from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
 from posttrain.runs.process import use_one_gpu
 from posttrain.tasks.answers import grader_of, other_answers
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peft import PeftModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+    from posttrain.models.policy import Policy
     from posttrain.records import Example
+    from posttrain.tasks.answers import Grader
     from posttrain.training.before import Ready
     from posttrain.training.trainers import GRPO
 
@@ -43,19 +44,18 @@ NO_DEV = "and no dev accuracy, data.num_dev=0"
 def main() -> None:
     config, args = from_command_line(GrpoConfig, __doc__)
     data = data_entry(config.data.path, "train")
-    grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
+    grader = grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_grpo_dry_run
 
-        return show_grpo_dry_run(config)
+        return show_grpo_dry_run(config, grader)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
     from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
 
-    ready = get_ready(config)
-    assert ready.adapter
+    ready = get_ready(config, grader)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
         ready.tell(run)
@@ -67,7 +67,7 @@ def main() -> None:
     push_if_asked(config, run)
 
 
-def get_ready(config: GrpoConfig) -> Ready:
+def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     """What the run begins with. All that can be refused is refused here, before the run directory is made.
 
     Raises:
@@ -80,94 +80,112 @@ def get_ready(config: GrpoConfig) -> Ready:
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
-    from posttrain.training.before import Ready, check_grpo, check_trainer
+    from posttrain.records import columns_of
+    from posttrain.training.before import Ready, check_grpo, check_trainer, max_completion_length
     from posttrain.training.examples import load_examples
+    from posttrain.training.named_rewards import named_rewards, try_rewards
 
     check_machine(config)
-    folder = adapters.resolve_adapter(config.adapter)
-    begun_with = refuse_unfinished(folder)
+    train, dev = load_examples(config)
+    named = named_rewards(config.rewards, max_completion_length(config), columns_of(train))
+    folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
+    begun_with = refuse_unfinished(folder) if folder else refuse_unfinished_model(config.model.name_or_path)
     tokenizer = load_tokenizer(config.model)
     base = check_base(config.model, config.quantization, tokenizer)
-    train_it = config.adapter_mode != "merge_and_new"
-    stores = not train_it or config.rollouts.engine == "vllm"
-    start = adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=train_it, stores=stores)
-    adapters.check_adapter_mode(config, start)
+    if folder:
+        adapters.check_grpo_start(folder, config, base, tokenizer)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
-    train, dev = load_examples(config)
     check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
     if dev:
         check_engine(config.model, "transformers", NO_DEV)
     check_template(tokenizer, train + dev)
-    check_same_template(tokenizer, folder, train + dev)
+    if folder:
+        check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
+    for _ in try_rewards([reward.function for reward in named], train, tokenizer, grader):
+        pass
     check_trainer(config, GRPOConfig, base)
-    return Ready(tokenizer, folder, train, dev, begun_with, met)
+    return Ready(tokenizer, folder, train, dev, begun_with, met, rewards=named)
 
 
-def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
-    """The SFT policy to train on: continued, rescaled, or merged under a new adapter."""
+def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> Policy:
+    """The policy to train on: the SFT adapter's, continued, rescaled or merged under a new adapter; or the model itself."""
     from posttrain.models import adapters
-    from posttrain.models.checkpoint import weights_hash
     from posttrain.models.policy import open_policy
 
-    sft_sha256 = adapters.adapter_sha256(folder)
-    parent, chain = parent_of(folder, sft_sha256)
+    sft_sha256 = adapters.adapter_sha256(folder) if folder else None
+    parent, chain = parent_of(folder, sft_sha256) if folder and sft_sha256 else parent_of_model(config.model.name_or_path)[:2]
     for note in other_answers(chain, run.manifest.data):
         run.note(note)
-    model, identity = open_policy(config.model, config.quantization, tokenizer, folder, trainable=True)
-    live = adapters.live_adapter_sha256(model)
-    assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256[:12]})"
-    if config.adapter_mode == "rescale":
-        assert config.lora is not None
-        adapters.rescale(model, config.lora.alpha)
-    elif config.adapter_mode == "merge_and_new":
-        assert config.lora is not None
-        model = adapters.merged_with_new(model, config.lora, tokenizer, run.folder / "merged_base", config.seed)
-        stored = config.model.model_copy(update={"name_or_path": str(run.folder / "merged_base"), "revision": None})
-        identity |= {"name_or_path": stored.name_or_path, "quantization": "none", "weights": weights_hash(stored)}
-    run.say(
-        f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
+    model, identity = open_policy(
+        config.model, config.quantization, tokenizer, folder or config.lora, trainable=True, seed=config.seed
     )
-    run.record(model=identity, parent=parent, chain=chain, start_sha256=adapters.live_adapter_sha256(model))
+    if folder:
+        live = adapters.live_adapter_sha256(model)
+        assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256})"
+        model, identity = adapters.in_mode(config, model, identity, tokenizer, run.folder)
+    begun = f" + {folder}" if folder else ""
+    run.say(
+        f"{config.model.name_or_path}{begun}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
+    )
+    run.record(
+        model=identity,
+        parent=parent,
+        chain=chain,
+        all_weights=config.trains_all_weights,
+        start_sha256=adapters.trained_sha256(model),
+    )
     return model
 
 
 def make_trainer(
-    config: GrpoConfig, run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
+    config: GrpoConfig, run: Run, model: Policy, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
 ) -> GRPO:
     from trl import GRPOConfig
 
     from posttrain.generation.guard import EngineGuard
     from posttrain.models.policy_copy import PolicyCopy
-    from posttrain.records import as_dataset
-    from posttrain.training.arguments import trainer_arguments
-    from posttrain.training.before import told_in_one_line
-    from posttrain.training.callbacks import Samples, add_callbacks
+    from posttrain.records import as_dataset, columns_of
+    from posttrain.training.arguments import reference_arguments, trainer_arguments
+    from posttrain.training.before import max_completion_length, told_in_one_line
+    from posttrain.training.callbacks import Samples, UnmetRewards, add_callbacks
+    from posttrain.training.curriculum import Curriculum
     from posttrain.training.dev import dev_accuracy
+    from posttrain.training.named_rewards import gated_columns, named_rewards
     from posttrain.training.rollouts import Rollouts, reward_functions
     from posttrain.training.trainers import GRPO
 
     grader = grader_of(run.manifest.data.get("answer"))
+    named = named_rewards(config.rewards, max_completion_length(config), columns_of(train))
     functions, weights = reward_functions(config.rewards, grader)
+    functions += [reward.function for reward in named]
+    weights += [reward.weight for reward in named]
     copy = PolicyCopy(model)
     guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
+    if config.trains_all_weights:
+        arguments["model_init_kwargs"] = reference_arguments(config.model, model)
     with told_in_one_line():
         trainer = GRPO(
             model=model,
             args=GRPOConfig(**arguments),
             reward_funcs=functions,
-            train_dataset=as_dataset(train, ("prompt", "answer")),
+            train_dataset=as_dataset(train, columns_of(train)),
             processing_class=tokenizer,
             rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
+            reference_is_base=config.adapter is None,
+            gates=gated_columns(("correctness", "format"), named),
+            curriculum=Curriculum(len(train), config.seed, config.curriculum) if config.curriculum else None,
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard, grader)) if dev else None
     trainer.add_callback(Samples(run, trainer.latest))
+    paying = dict(zip(trainer.reward_func_names, weights, strict=True))
+    trainer.add_callback(UnmetRewards(run, paying, config.unmet_after_steps))
     add_callbacks(trainer, run, measure, config.dev_every_steps)
     return trainer
 

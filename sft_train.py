@@ -1,7 +1,8 @@
-"""Stage 1: supervised fine-tuning of a LoRA adapter on worked solutions, over an NF4 or bf16 base.
+"""Stage 1: supervised fine-tuning on worked solutions, of a LoRA adapter over an NF4 or bf16 base, or of all weights.
 
     python sft_train.py --config configs/sft_llama3.2-3b.yaml
     python sft_train.py --config configs/sft_llama3.2-3b.yaml trainer.learning_rate=2e-4 run_dir=runs/sft_2e-4
+    python sft_train.py --config configs/sft_demo.yaml lora=null quantization=none run_dir=runs/sft_all     # all weights
     python sft_train.py --config configs/sft_llama3.2-3b.yaml --dry-run     # what would happen, and two rows with their mask
     python sft_train.py --config configs/sft_llama3.2-3b.yaml --resume      # after an interruption
     accelerate launch --config_file configs/accelerate/ddp.yaml sft_train.py --config ...     # several GPUs
@@ -22,14 +23,14 @@ from posttrain.config.schema import SftConfig
 from posttrain.errors import exit_on_user_error
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
-from posttrain.runs.manifest import parent_of, refuse_unfinished
+from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
 from posttrain.runs.process import use_one_gpu
 from posttrain.tasks.answers import grader_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+    from posttrain.models.policy import Policy
     from posttrain.records import Example
     from posttrain.training.before import Ready
     from posttrain.training.trainers import SFT
@@ -40,11 +41,11 @@ NO_DEV = "train without dev accuracy, data.num_dev=0"
 def main() -> None:
     config, args = from_command_line(SftConfig, __doc__)
     data = data_entry(config.data.path, "train")
-    grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
+    grader = grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_sft_dry_run
 
-        return show_sft_dry_run(config)
+        return show_sft_dry_run(config, grader)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 
@@ -83,7 +84,7 @@ def get_ready(config: SftConfig) -> Ready:
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
     tokenizer = load_tokenizer(config.model)
     base = check_base(config.model, config.quantization, tokenizer)
-    begun_with = refuse_unfinished(folder) if folder else None
+    begun_with = refuse_unfinished(folder) if folder else refuse_unfinished_model(config.model.name_or_path)
     if folder:
         adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
@@ -98,13 +99,13 @@ def get_ready(config: SftConfig) -> Ready:
     return Ready(tokenizer, folder, train, dev, begun_with, met, cut)
 
 
-def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> PeftModel:
-    """The base with a new adapter, or with one to continue. The manifest gets what the policy is made of."""
-    from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256
+def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> Policy:
+    """The base with a new adapter or one to continue, or to be trained itself. The manifest gets what the policy is made of."""
+    from posttrain.models.adapters import adapter_sha256, count_trainable, trained_sha256
     from posttrain.models.policy import open_policy
     from posttrain.models.special_tokens import special_token_report
 
-    parent, chain = parent_of(folder, adapter_sha256(folder)) if folder else (None, [])
+    parent, chain = parent_of(folder, adapter_sha256(folder)) if folder else parent_of_model(config.model.name_or_path)[:2]
     # torch.compile fuses the layers itself. It cannot fuse across Liger's kernels.
     settings = config.model.model_copy(update={"kernels": "torch"}) if config.compile else config.model
     model, identity = open_policy(
@@ -115,14 +116,15 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTok
         model=identity,
         parent=parent,
         chain=chain,
+        all_weights=config.trains_all_weights,
         special_tokens=special_token_report(model, tokenizer),
-        start_sha256=live_adapter_sha256(model),
+        start_sha256=trained_sha256(model),
     )
     return model
 
 
 def make_trainer(
-    config: SftConfig, run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
+    config: SftConfig, run: Run, model: Policy, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
 ) -> SFT:
     from trl import SFTConfig
 

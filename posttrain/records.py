@@ -46,6 +46,14 @@ class Example:
         """The completion, or where there is none the answer alone: what a chat template is tried with."""
         return self.completion or [{"role": "assistant", "content": self.answer}]
 
+    @property
+    def solution(self) -> str:
+        return self.completion[-1]["content"] if self.completion else ""
+
+
+# What GRPO's data set holds of every example, and rewards may ask for by name; see `columns_of`.
+COLUMNS = ("prompt", "answer", "id", "question", "solution", "num_steps")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prediction:
@@ -122,12 +130,17 @@ def as_dataset(examples: list[Example], columns: tuple[str, ...]) -> Dataset:
         raise UserError("no examples to train on: check data.num_train and the data set's manifest.json")
     if leaked := [example.id for example in examples if example.split == "test"]:
         raise UserError(f"refusing to train on {len(leaked)} test rows (first: {leaked[0]}): use the train split")
-    own = {field.name for field in dataclasses.fields(Example)}
+    own = {*(field.name for field in dataclasses.fields(Example)), *COLUMNS}
     if lacking := [name for name in columns if name not in own | examples[0].columns.keys()]:
         raise UserError(f"the rows have no column {lacking[0]!r}: name it in source.columns and prepare them again")
     from datasets import Dataset
 
     return Dataset.from_list([{name: column(example, name) for name in columns} for example in examples])
+
+
+def columns_of(examples: list[Example]) -> tuple[str, ...]:
+    """What rewards may ask for by name: COLUMNS, and the columns that data_prep.py kept of the source's rows."""
+    return (*COLUMNS, *(examples[0].columns if examples else ()))
 
 
 def column(example: Example, name: str) -> Any:

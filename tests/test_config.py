@@ -391,7 +391,7 @@ NOT_WHOLE_GROUPS = (
 @pytest.mark.parametrize(
     "cls, changes, expected",
     [
-        (SftConfig, {"lora": None}, "lora: missing"),
+        (SftConfig, {"lora": None}, "quantization: lora null trains all weights, and nf4 cannot be trained"),
         (SftConfig, {"compile": True, "model": {"name_or_path": "m", "kernels": "liger"}}, "model.kernels: compile fuses"),
         (SftConfig, {"adapter": "runs/x"}, "lora: an adapter that is continued keeps its shape"),
         (GrpoConfig, {"lora": LORA}, "lora: adapter_mode continue keeps the adapter's shape"),

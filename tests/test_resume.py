@@ -18,29 +18,29 @@ class InterruptAfterSaving(TrainerCallback):
         raise Interrupted
 
 
-def straight(config):
+def straight(config, tensors=adapter_tensors):
     with opened(config) as trainer:
-        return trained(trainer)
+        return trained(trainer, tensors=tensors)
 
 
-def interrupted_and_resumed(config):
+def interrupted_and_resumed(config, tensors=adapter_tensors):
     with pytest.raises(Interrupted), opened(config) as trainer:
         trainer.add_callback(InterruptAfterSaving())
-        trained(trainer)
+        trained(trainer, tensors=tensors)
     with opened(config, resume=True) as trainer:
         checkpoint = last_checkpoint(trainer.run, resume=True)
         assert checkpoint.endswith("checkpoint-2")
-        result = trained(trainer, checkpoint)
+        result = trained(trainer, checkpoint, tensors)
         assert dtypes(trainer.model) == {torch.float32}
         return result
 
 
-def trained(trainer, checkpoint=None):
+def trained(trainer, checkpoint=None, tensors=adapter_tensors):
     if isinstance(trainer, GRPO):
         pay(trainer, by_content)
-    start = adapter_tensors(trainer.model)
+    start = tensors(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
-    end = adapter_tensors(trainer.model)
+    end = tensors(trainer.model)
     assert largest_difference(start, end) > 1e-4
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return end, adapter_tensors(trainer.model, "ref"), losses

@@ -221,19 +221,6 @@ def test_the_reward_is_correctness_and_format_by_their_weights(gate):
     assert functions[0] is rewards.correctness_reward
 
 
-def test_a_further_reward_is_a_function_and_a_field(monkeypatch):
-    class More(Rewards):
-        brevity: float = 0.0
-
-    def brevity_reward(completions, **kwargs):
-        return [0.0] * len(completions)
-
-    monkeypatch.setattr(rewards, "brevity_reward", brevity_reward, raising=False)
-    assert reward_functions(More()) == reward_functions(Rewards())  # a weight of 0 is not computed
-    functions, weights = reward_functions(More(brevity=0.1))
-    assert functions[2:] == [brevity_reward] and weights[2:] == [0.1]
-
-
 def test_every_weight_of_the_settings_has_its_function():
     weights = {name for name, field in Rewards.model_fields.items() if field.annotation is float}
     assert all(callable(getattr(rewards, f"{name}_reward")) for name in weights)

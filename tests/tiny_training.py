@@ -52,11 +52,11 @@ class Tiny:
         return common | settings | {"trainer": QUIET | trainer}
 
     def sft_config(self, trainer=(), **settings):
-        lora = {} if settings.get("adapter") else {"lora": LORA}
+        lora = {} if settings.get("adapter") or "lora" in settings else {"lora": LORA}
         return SftConfig(**self._common(SFT | dict(trainer), lora | settings))
 
     def grpo_config(self, adapter, trainer=(), **settings):
-        return GrpoConfig(**self._common(GRPO | dict(trainer), {"adapter": str(adapter)} | settings))
+        return GrpoConfig(**self._common(GRPO | dict(trainer), {"adapter": str(adapter) if adapter else None} | settings))
 
     def sft(self, trainer=(), **settings):
         return opened(self.sft_config(trainer, **settings))
@@ -82,7 +82,7 @@ def load_policy(config, tokenizer, run):
     if isinstance(config, SftConfig):
         folder = resolve_adapter(config.adapter) if config.adapter else None
         return sft_train.load_policy(config, folder, tokenizer, run)
-    return grpo_train.load_policy(config, resolve_adapter(config.adapter), tokenizer, run)
+    return grpo_train.load_policy(config, resolve_adapter(config.adapter) if config.adapter else None, tokenizer, run)
 
 
 def adapter_tensors(model, name="default"):

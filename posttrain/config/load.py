@@ -127,8 +127,10 @@ def dump(config: Settings) -> str:
 def config_sha256(config: Settings) -> str:
     """Hash of every setting that can change a result; not of where it goes, what it is called and who is told."""
     label = {"name"} if isinstance(config, EvalConfig) else set()  # a data set's name is part of its ids
-    apart = dict.fromkeys({"run_dir", "output_dir", "tracking", "hub"} | label, True)
+    apart = dict.fromkeys({"run_dir", "output_dir", "tracking", "hub", "unmet_after_steps"} | label, True)
     settings = config.model_dump(mode="json", exclude=apart | {"model": {"same_base"}})
+    if settings.get("curriculum", "") is None:
+        del settings["curriculum"]
     for block in ("model", "tokenizer"):  # without arguments, the hash is that of runs before there were any
         if block in settings and not settings[block]["template_kwargs"]:
             del settings[block]["template_kwargs"]

@@ -14,18 +14,22 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from posttrain.config.messages import did_you_mean
 from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, sft_problems
 from posttrain.config.trl_fields import TrlKeys
 from posttrain.config.yaml_lines import KeyPath
 
+MODEL_FOLDER = "model"  # of a run that trained all weights, as "adapter" is of others
 Share = Annotated[float, Field(ge=0, lt=1)]
 CommitId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a branch would move under a published number
 Engine = Literal["transformers", "continuous_batching", "vllm"]
@@ -41,7 +45,7 @@ Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "vllm", "liger_kernel", "unsharded"]
+    what: Literal["cuda", "vllm", "liger_kernel", "unsharded", "one process"]
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -184,8 +188,32 @@ class Hub(Settings):
     """Whether a repository that the push creates is private. [in posttrain/hub/push.py]"""
 
 
+class Reward(Settings):
+    """A reward by name, where it needs more than a weight."""
+
+    weight: float
+    """What its values are multiplied by. [reward, in posttrain/training/named_rewards.py]"""
+    gate: str | None = None
+    """The name of another reward: this one pays only where that one pays more than 0.
+    [in posttrain/training/named_rewards.py]"""
+    args: dict[str, Any] = {}
+    """Keyword arguments of its function. [in posttrain/training/named_rewards.py]"""
+
+
+def _weight_or_block(value: Any) -> str:
+    return "block" if isinstance(value, dict | Reward) else "weight"
+
+
+BUILT_IN_REWARDS = ("overlong", "repetition", "tags")  # beside the two that grade (posttrain/training/named_rewards.py)
+
+
 class Rewards(Settings):
-    """Weights. A further field `x` is the weight of `x_reward` in rewards.py."""
+    """Weights. Further keys are rewards by name: one of BUILT_IN_REWARDS, file.py:function or package.module.function."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[
+        str, Annotated[Annotated[float, Tag("weight")] | Annotated[Reward, Tag("block")], Discriminator(_weight_or_block)]
+    ] = Field(init=False)
 
     correctness: float = 1.0
     """Paid for a right answer. [reward, in posttrain/training/rollouts.py]"""
@@ -194,9 +222,29 @@ class Rewards(Settings):
     gate_format: bool = False
     """Pay for the form only where the answer is right. [in posttrain/training/rollouts.py]"""
 
-    def others(self) -> dict[str, float]:
-        own = ("correctness", "format", "gate_format")
-        return {name: weight for name, weight in self if name not in own and weight}
+    def named(self) -> dict[str, Reward]:
+        """The rewards by name, in the order of the config."""
+        more = self.__pydantic_extra__ or {}
+        return {name: said if isinstance(said, Reward) else Reward(weight=said) for name, said in more.items()}
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        named = self.named()
+        for name, reward in named.items():
+            if not is_own_reward(name) and name not in BUILT_IN_REWARDS:
+                hint = did_you_mean(name, ("correctness", "format", "gate_format", *BUILT_IN_REWARDS)).replace(
+                    "'", "'rewards.", 1
+                )
+                names = f": built in are {', '.join(BUILT_IN_REWARDS)}; your own is file.py:function or package.module.function"
+                yield (name,), f"unknown key{hint or names}"
+            others = [other for other in ("correctness", "format", *named) if other != name]
+            if reward.gate is not None and reward.gate not in others:
+                yield (name,), f"gate {reward.gate!r} is no other reward of this config{did_you_mean(reward.gate, others)}"
+        if not any([self.correctness, self.format, *(reward.weight for reward in named.values())]):
+            yield (), "every weight is 0, and nothing would be learnt: give one reward a weight"
+
+
+def is_own_reward(name: str) -> bool:
+    return ":" in name or "." in name
 
 
 class Rollouts(Settings):
@@ -210,6 +258,21 @@ class Rollouts(Settings):
     """Leave completions without an advantage out of the update; needs trainer.beta 0. [in posttrain/training/trainers.py]"""
     correct_mismatch: bool = False
     """Clip against the sampler's log-probabilities instead of the trainer's. [in posttrain/training/trainers.py]"""
+
+
+class Curriculum(Settings):
+    """Which questions are asked next, by what the rollouts have shown (posttrain/training/curriculum.py)."""
+
+    rest_steps: NonNegativeInt = 0
+    """A question solved always or never is not asked for so many steps; 0: none rests.
+    [steps, in posttrain/training/curriculum.py]"""
+    extra_rounds: NonNegativeInt = 0
+    """How often in a window groups without signal are replaced by those of other questions.
+    [in posttrain/training/curriculum.py]"""
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if not self.rest_steps and not self.extra_rounds:
+            yield (), "does nothing as it is: set rest_steps or extra_rounds above 0, or remove it"
 
 
 class Generation(Settings):
@@ -308,7 +371,9 @@ class Answer(Settings):
 SplitName = Literal["train", "dev", "test"]
 Scalar = str | int | float | bool
 # What rewards are given under these names is the trainer's own (trl/trainer/grpo_trainer.py, `_calculate_rewards`).
-TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids", "answer", "trainer_state", "log_extra", "log_metric"}
+TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+# And these are an example's own (COLUMNS in posttrain/records.py).
+TAKEN |= {"id", "question", "solution", "answer", "num_steps"}
 
 
 class Fields(Settings):
@@ -357,7 +422,7 @@ class Mapped(Settings):
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         for name in self.columns or ():
             if name in TAKEN:
-                yield ("columns",), f"{name} is given to rewards already, by the trainer"
+                yield ("columns",), f"{name} is given to rewards already: they get the prepared row's"
 
 
 class HubSource(Mapped):
@@ -505,7 +570,7 @@ class TrainConfig(Settings):
     adapter: str | None = None
     """What is continued: a run directory, an adapter's folder or a Hub id. [in posttrain/models/adapters.py]"""
     lora: Lora | None = None
-    """The shape of a new adapter. [in posttrain/models/adapters.py]"""
+    """The shape of a new adapter; null, and no adapter: all weights train. [in posttrain/models/adapters.py]"""
     data: TrainData
     """What it trains on. [in posttrain/training/examples.py]"""
     trainer: dict[str, Any] = {}
@@ -521,7 +586,26 @@ class TrainConfig(Settings):
     dev_every_steps: PositiveInt | None = None
     """Dev accuracy every so many steps; null: before and after training alone. [steps, in sft_train.py and grpo_train.py]"""
 
+    @property
+    def trains_all_weights(self) -> bool:
+        return self.adapter is None and self.lora is None
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.trains_all_weights and "lora" not in self.model_fields_set:
+            yield (
+                ("lora",),
+                "missing: the shape of the new adapter (or give adapter, to continue one; or lora: null, to train all weights)",
+            )
+        elif self.trains_all_weights and self.quantization != "none":
+            yield (
+                ("quantization",),
+                f"lora null trains all weights, and {self.quantization} cannot be trained: set none, or lora",
+            )
+
     def needs(self) -> Iterator[Need]:
+        if self.trains_all_weights:
+            ddp = "launch with configs/accelerate/ddp.yaml, or give lora"
+            yield Need("unsharded", f"lora null trains all weights, and that is not tried under FSDP: {ddp}")
         yield from self.model.needs()
         if self.trainer.get("tf32"):
             yield _needs_cuda("trainer.tf32 True", "remove it")
@@ -534,7 +618,7 @@ class TrainConfig(Settings):
 
 
 class SftConfig(TrainConfig):
-    """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
+    """sft_train.py: trains a new adapter (`lora`), continues one (`adapter`), or trains all weights (`lora: null`)."""
 
     trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
     """TRL's keys of SFTConfig, checked against the installed TRL. [in posttrain/training/arguments.py]"""
@@ -545,8 +629,7 @@ class SftConfig(TrainConfig):
     """Compile the decoder layers, which takes a minute at the start. [in sft_train.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.adapter is None and self.lora is None:
-            yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
+        yield from super().problems()
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
         if self.compile and self.model.kernels == "liger":
@@ -560,28 +643,44 @@ class SftConfig(TrainConfig):
 
 
 class GrpoConfig(TrainConfig):
-    """grpo_train.py: continues an adapter, or merges it into the base and trains a new one (`lora`)."""
+    """grpo_train.py: continues an adapter, or merges it into the base and trains a new one (`lora`).
 
-    adapter: str
-    """What GRPO starts from: a run directory, an adapter's folder or a Hub id. [in posttrain/models/adapters.py]"""
+    With `adapter: null` it starts from the model itself: a new adapter (`lora`), or all of its weights (`lora: null`).
+    """
+
+    adapter: str | None
+    """What GRPO starts from: a run directory, an adapter's folder or a Hub id; null: the model itself.
+    [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
-    """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one. [in grpo_train.py]"""
+    """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one.
+    [in posttrain/models/adapters.py]"""
     rewards: Rewards = Rewards()
-    """What a completion is paid for. [in posttrain/training/rollouts.py]"""
+    """What a completion is paid for, and how much: further keys are rewards by name (docs/rewards.md).
+    [in posttrain/training/rollouts.py]"""
+    curriculum: Curriculum | None = None
+    """Which questions are asked next; null: every question once an epoch. [in posttrain/training/curriculum.py]"""
+    unmet_after_steps: PositiveInt = 10
+    """Say after so many steps which share of groups each reward has paid anything. [steps, in grpo_train.py]"""
     rollouts: Rollouts = Rollouts()
     """How completions are made and used. [in posttrain/training/rollouts.py]"""
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
     """TRL's keys of GRPOConfig, checked against the installed TRL. [in posttrain/training/arguments.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.adapter_mode == "continue" and self.lora:
+        yield from super().problems()
+        if self.adapter is None and self.adapter_mode != "continue":
+            yield ("adapter_mode",), f"{self.adapter_mode} needs an adapter: give adapter, or remove adapter_mode"
+        if self.adapter and self.adapter_mode == "continue" and self.lora:
             other = "rescale (another alpha) or merge_and_new"
             yield ("lora",), f"adapter_mode continue keeps the adapter's shape: remove lora, or use {other}"
-        if self.adapter_mode != "continue" and not self.lora:
+        if self.adapter and self.adapter_mode != "continue" and not self.lora:
             yield ("lora",), f"missing: adapter_mode {self.adapter_mode} needs the shape of the new adapter"
         for key in ("use_vllm", "use_transformers_continuous_batching"):
             if self.trainer.get(key) and self.rollouts.engine != "trl":
                 yield ("trainer", key), "needs rollouts.engine trl; posttrain's own engines are named there"
+        if self.curriculum and self.rollouts.engine != "transformers":
+            why = f"{self.rollouts.engine} does not draw the same completions again after an interruption"
+            yield ("curriculum",), f"needs rollouts.engine transformers: {why}; set that, or remove curriculum"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
             yield ("rollouts", "skip_zero_signal"), "needs trainer.beta 0: a KL term reaches every completion"
         if self.trainer.get("eval_strategy", "no") != "no" or self.trainer.get("eval_on_start"):
@@ -597,6 +696,8 @@ class GrpoConfig(TrainConfig):
     def needs(self) -> Iterator[Need]:
         if self.rollouts.engine == "vllm":
             yield _needs_vllm("rollouts.engine")
+        if self.curriculum:
+            yield Need("one process", "curriculum draws questions in one process: launch with python alone, or remove curriculum")
         yield _needs_whole_policy("rollouts")
         yield from super().needs()
 
@@ -632,12 +733,18 @@ class EvalConfig(Settings):
     @classmethod
     def _one_run_dir_for_each_adapter(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("run_dir"), str):
-            adapter = _run_name(str(values.get("adapter") or "base"))
+            adapter = _run_name(str(values.get("adapter") or _model_folder(values.get("model")) or "base"))
             return values | {"run_dir": values["run_dir"].replace("{adapter}", adapter)}
         return values
 
 
-def _run_name(adapter: str) -> str:
-    """runs/grpo/adapter, runs/grpo, me/grpo -> grpo"""
-    path = PurePath(adapter)
-    return path.parent.name if path.name == "adapter" else path.name
+def _model_folder(model: Any) -> str | None:
+    """The name of a base that a run with all weights trained has left: runs/sft/model."""
+    name = str(model.get("name_or_path", "")) if isinstance(model, dict) else ""
+    return name if PurePath(name).name == MODEL_FOLDER and PurePath(name).parent.name else None
+
+
+def _run_name(trained: str) -> str:
+    """runs/grpo/adapter, runs/grpo, runs/grpo/model, me/grpo -> grpo"""
+    path = PurePath(trained)
+    return path.parent.name if path.name in ("adapter", MODEL_FOLDER) else path.name

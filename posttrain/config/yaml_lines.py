@@ -68,7 +68,7 @@ class Document:
     def override(self, assignment: str) -> None:
         """Apply one `nested.key=value`. The value is YAML and replaces the one in the file."""
         key, equals, text = assignment.partition("=")
-        path: KeyPath = tuple(key.split("."))
+        path = _key_path(key)
         if not equals or "" in path:
             return self.fault((), f"expected key=value, not {assignment!r}", COMMAND_LINE)
         parent: Any = self.values
@@ -109,6 +109,16 @@ class Document:
                 self.lines[child] = key_line
                 result[key] = self._build(value, child, line)
         return result
+
+
+def _key_path(key: str) -> KeyPath:
+    """rewards.my_rewards.py:brevity.weight -> rewards, my_rewards.py:brevity, weight"""
+    block, _, rest = key.partition(".")
+    file, colon, more = rest.rpartition(":")
+    if not colon:
+        return tuple(key.split("."))
+    function, *inside = more.split(".")
+    return (block, f"{file}:{function}", *inside)
 
 
 def read(path: Path | str) -> Document:

@@ -39,7 +39,7 @@ STAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The model that the adapter belongs to."""
+    """The model that the adapter belongs to, or that training of all weights began with."""
 
     name: str  # as the configuration has it
     hub_id: str | None  # None: only on the disk of the run
@@ -79,7 +79,7 @@ class Evaluation:
 
     @property
     def is_of_this_adapter(self) -> bool:
-        return self.label == "this adapter"
+        return self.label in ("this adapter", "this model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +138,13 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     if manifest.exit != "ok":
         raise UserError(f"{folder} is not finished ({manifest.exit}): the same evaluate.py command goes on with it")
     labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
-    labels[run.adapter_sha256] = "this adapter"
+    labels[run.adapter_sha256] = "this model" if run.all_weights else "this adapter"
     label = labels.get(manifest.adapter_sha256)
     if manifest.adapter_sha256 is None and manifest.model["name_or_path"] == base_name:
         label = "base"
     if label is None:
-        raise UserError(f"{folder} evaluates neither this adapter nor one it grew from: run evaluate.py with adapter=RUN_DIR")
+        trained, remedy = ("model", "model.name_or_path=RUN_DIR/model") if run.all_weights else ("adapter", "adapter=RUN_DIR")
+        raise UserError(f"{folder} evaluates neither this {trained} nor one it grew from: run evaluate.py with {remedy}")
     data = manifest.data
     rows = read_rows(folder / "questions.jsonl")
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
@@ -194,17 +195,17 @@ def model_card(release: Release) -> str:
 def metadata(release: Release) -> str:
     from huggingface_hub import ModelCardData
 
-    base = release.base
+    base, all_weights = release.base, release.manifest.all_weights
     of_maths = ["math"] if noun_of(release.manifest.data) in ("number", "expression") else []
     of_gsm8k = ["gsm8k"] if gsm8k.HUB_ID in datasets(release) else []
     data = ModelCardData(
         base_model=base.hub_id,
-        base_model_relation="adapter" if base.hub_id else None,
-        library_name="peft",
+        base_model_relation=("finetune" if all_weights else "adapter") if base.hub_id else None,
+        library_name="transformers" if all_weights else "peft",
         license=base.license,
         language="en",
         datasets=datasets(release) or None,
-        tags=["lora", release.manifest.stage, "trl", *of_maths, *of_gsm8k],
+        tags=[*([] if all_weights else ["lora"]), release.manifest.stage, "trl", *of_maths, *of_gsm8k],
         pipeline_tag="text-generation",
         model_name=release.name,
         eval_results=[legacy_result(evaluation) for evaluation in scored(release)] or None,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from posttrain.config.schema import MODEL_FOLDER
 from posttrain.errors import UserError
 from posttrain.hub.card import (
     STAGES,
@@ -35,7 +36,7 @@ from posttrain.hub.card import (
     without_secrets,
 )
 from posttrain.models.chat import looks_local
-from posttrain.runs.manifest import Manifest, read_manifest
+from posttrain.runs.manifest import Manifest, model_sha256, read_manifest
 
 WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
@@ -129,7 +130,8 @@ def push(request: Request) -> str:
     refuse_private_text(files)
     if release.base.is_llama and not release.name.lower().startswith("llama"):
         print("note: the Llama licence asks for a name that begins with Llama (section 1.b.i)", file=sys.stderr)
-    message = portable(f"{release.manifest.name}: adapter {release.manifest.adapter_sha256:.12}")
+    what = "weights" if release.manifest.all_weights else "adapter"
+    message = portable(f"{release.manifest.name}: {what} {release.manifest.adapter_sha256:.12}")
     try:
         return upload(files, request.repo_id, request.private, message)
     except PushFailed:
@@ -165,6 +167,10 @@ def check_finished(run_dir: Path, manifest: Manifest) -> None:
         raise UserError(f"{run_dir} is a run of stage {manifest.stage}: only adapters are pushed")
     if manifest.exit != "ok":
         raise UserError(f"{run_dir} is not finished ({manifest.exit}): finish it with --resume, then push")
+    if manifest.all_weights:
+        if model_sha256(run_dir / MODEL_FOLDER) != manifest.adapter_sha256:
+            raise UserError(f"{run_dir}/{MODEL_FOLDER} holds other weights than the run finished with: train it again")
+        return
     for name in (WEIGHTS, CONFIG):
         if not (run_dir / "adapter" / name).is_file():
             raise UserError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
@@ -199,8 +205,8 @@ def read_base(run_dir: Path, manifest: Manifest, model: dict[str, Any], base_mod
     """
     folder = run_dir / "merged_base" if (run_dir / "merged_base").is_dir() else Path(model["name_or_path"])
     merged = folder if folder.name == "merged_base" else None
-    while Path(model["name_or_path"]).name == "merged_base":
-        model = read_settings(Path(model["name_or_path"]).parent)["model"]
+    while (earlier := Path(model["name_or_path"])).name == "merged_base" or (manifest.all_weights and is_trained_model(earlier)):
+        model = read_settings(earlier.parent)["model"]
     name = model["name_or_path"]
     hub_id = base_model if looks_local(name) else name
     if base_model not in (None, hub_id):
@@ -208,14 +214,22 @@ def read_base(run_dir: Path, manifest: Manifest, model: dict[str, Any], base_mod
     return Base(name, hub_id, model["revision"], manifest.model["quantization"], merged)
 
 
+def is_trained_model(folder: Path) -> bool:
+    return folder.name == MODEL_FOLDER and (folder.parent / "config.yaml").is_file()
+
+
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
 def all_files(release: Release) -> Files:
     """Everything that is sent: files by name, never a folder."""
-    adapter = release.run_dir / "adapter"
-    files: Files = {WEIGHTS: adapter / WEIGHTS, CONFIG: adapter_config(adapter / CONFIG, release.base)}
-    files |= named(adapter, TOKENIZER_FILES)
+    files: Files
+    if release.manifest.all_weights:
+        files = {**named(release.run_dir / MODEL_FOLDER, (*BASE_FILES, *TOKENIZER_FILES))}
+    else:
+        adapter = release.run_dir / "adapter"
+        files = {WEIGHTS: adapter / WEIGHTS, CONFIG: adapter_config(adapter / CONFIG, release.base)}
+        files |= named(adapter, TOKENIZER_FILES)
     files["README.md"] = model_card(release).encode()
     files["training_manifest.json"] = public_manifest(release.manifest)
     if gsm8k := next((e for e in release.evaluations if e.is_of_this_adapter and e.is_gsm8k), None):

@@ -47,7 +47,11 @@ def matmul_attention(
     """
     if any(kwargs.get(name) for name in ("dropout", "softcap")) or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query, key, value = _as_autocast_would(query, key, value)
     queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.dtype not in (torch.bool, value.dtype):
+        # fp32's lowest is -inf in bf16, and a query that sees no key would become NaN.
+        attention_mask = attention_mask.clamp(min=torch.finfo(value.dtype).min).to(value.dtype)
     if attention_mask is None:
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
     if attention_mask.dtype == torch.bool:
@@ -55,6 +59,13 @@ def matmul_attention(
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _Attention.apply(query, key, value, attention_mask, scale), None
+
+
+def _as_autocast_would(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """In autocast's dtype, which it gives to torch's own functions alone. Beside fp32 weights, norms and rotations make fp32."""
+    kind = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return [tensor.to(dtype or tensor.dtype) for tensor in tensors]
 
 
 AttentionInterface.register("matmul", matmul_attention)
@@ -171,6 +182,7 @@ def varlen_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention, (rows, queries, heads, head_dim), by SDPA where flash attention cannot. The outputs of padding mean nothing."""
+    query, key, value = _as_autocast_would(query, key, value)
     rows, heads, queries, dim = query.shape
     keys = key.shape[2]
     if isinstance(attention_mask, LeftPadded):

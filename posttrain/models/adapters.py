@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.config.schema import GrpoConfig, Lora, Model
+from posttrain.config.schema import MODEL_FOLDER, GrpoConfig, Lora, Model
 from posttrain.errors import UserError
 from posttrain.models.adapter_kinds import (
     ADAPTER_FILE,
@@ -31,6 +31,7 @@ from posttrain.models.adapter_kinds import (
     check_trainable,
     read_adapter_config,
 )
+from posttrain.models.base import compute_dtype
 from posttrain.models.chat import looks_local
 from posttrain.models.checkpoint import chat_hashes, norms_hash, weights_hash
 from posttrain.models.policy_copy import PolicyCopy
@@ -141,6 +142,11 @@ def resolve_adapter(adapter: str) -> Path:
                 raise UserError(f"{folder} has no {ADAPTER_FILE}: only safetensors adapters are loaded")
             return folder
     refuse_unfinished(Path(adapter, "adapter"))
+    if Path(adapter, MODEL_FOLDER, "config.json").is_file():
+        raise UserError(
+            f"{adapter} trained all weights and has no adapter: set model.name_or_path={adapter}/{MODEL_FOLDER} and adapter=null "
+            "(quantization=none reads it as it was trained)"
+        )
     if looks_local(adapter):
         raise UserError(f"no adapter at {adapter}: train one first (python sft_train.py --config ...) or correct `adapter`")
     from huggingface_hub import snapshot_download
@@ -241,6 +247,14 @@ def _same_model(left: str, right: str) -> bool:
     return left == right or (Path(left).exists() and Path(right).exists() and Path(left).samefile(right))
 
 
+def trained_sha256(model: nn.Module, gathered: dict[str, torch.Tensor] | None = None) -> str:
+    """What tells whether training has changed anything: of an adapter its hash, of all weights that of the model as stored."""
+    if isinstance(model, PeftModel):
+        return live_adapter_sha256(model, gathered)
+    dtype = compute_dtype(model)
+    return tensors_sha256({name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()})
+
+
 def adapter_sha256(folder: Path) -> str:
     """Hash of an adapter's tensors by name: equal weights give equal hashes, whatever metadata the file has."""
     from safetensors.torch import load_file
@@ -323,6 +337,30 @@ def check_adapter_mode(config: GrpoConfig, start: PeftConfig) -> None:
     if wanted != there:
         changed = ", ".join(f"{key} {there[key]} -> {wanted[key]}" for key in wanted if wanted[key] != there[key])
         raise UserError(f"adapter_mode rescale can change lora.alpha alone, not {changed}: use adapter_mode=merge_and_new")
+
+
+def check_grpo_start(folder: Path, config: GrpoConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse an adapter that GRPO cannot begin with in this mode and on this engine."""
+    train_it = config.adapter_mode != "merge_and_new"
+    stores = not train_it or config.rollouts.engine == "vllm"
+    start = check_start(folder, config.model, config.quantization, base, tokenizer, train=train_it, stores=stores)
+    check_adapter_mode(config, start)
+
+
+def in_mode(
+    config: GrpoConfig, model: PeftModel, identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase, run_dir: Path
+) -> tuple[PeftModel, dict[str, Any]]:
+    """The policy as `adapter_mode` has it, and the manifest's entry of its base. The policy stays what it was."""
+    if config.adapter_mode == "continue":
+        return model, identity
+    assert config.lora is not None
+    if config.adapter_mode == "rescale":
+        rescale(model, config.lora.alpha)
+        return model, identity
+    model = merged_with_new(model, config.lora, tokenizer, run_dir / MERGED_BASE, config.seed)
+    stored = config.model.model_copy(update={"name_or_path": str(run_dir / MERGED_BASE), "revision": None})
+    merged = {"name_or_path": stored.name_or_path, "quantization": "none", "weights": weights_hash(stored)}
+    return model, identity | merged
 
 
 def rescale(model: PeftModel, alpha: int) -> None:

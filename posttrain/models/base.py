@@ -73,6 +73,25 @@ def load_base(
     return model
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The plain model: what an adapter lies on, or the model itself where all of its weights train."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def train_all_weights(base: PreTrainedModel) -> PreTrainedModel:
+    """Make every weight trainable, as an fp32 master. Autocast rounds it to `compute_dtype` for the matrix products."""
+    base.compute_dtype = base.dtype
+    for parameter in base.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return base
+
+
+def compute_dtype(base: PreTrainedModel) -> torch.dtype:
+    """What a base computes in. Its weights may be fp32 masters of that."""
+    return getattr(base, "compute_dtype", base.dtype)
+
+
 def fastest_attention(to: torch.device) -> str:
     if to.type != "cuda":
         return "matmul"
@@ -87,9 +106,9 @@ def model_identity(settings: Model, quantization: str, base: PreTrainedModel) ->
     return settings.model_dump(exclude={"same_base"}) | chosen | said | same
 
 
-def compile_layers(model: PeftModel) -> None:
+def compile_layers(model: nn.Module) -> None:
     """Compile each decoder layer in place, for any batch shape: torch compiles once, and every parameter keeps its name."""
-    for layer in model.get_base_model().base_model.layers:
+    for layer in base_of(model).base_model.layers:
         layer.compile(dynamic=True)
 
 

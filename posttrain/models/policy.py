@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -11,9 +11,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Lora, Model
 from posttrain.models.adapters import load_adapter, new_adapter
-from posttrain.models.base import load_base, model_identity
+from posttrain.models.base import load_base, model_identity, train_all_weights
 from posttrain.models.checkpoint import chat_hashes
 from posttrain.models.special_tokens import check_stop_token
+
+Policy: TypeAlias = PeftModel | PreTrainedModel  # an adapter on its base, or a model that trains or answers as it is
 
 
 def open_policy(
@@ -24,10 +26,10 @@ def open_policy(
     *,
     trainable: bool,
     seed: int = 0,
-) -> tuple[PeftModel | PreTrainedModel, dict[str, Any]]:
+) -> tuple[Policy, dict[str, Any]]:
     """The base alone, with an adapter from a folder, or with a new one; and the manifest's entry of the base.
 
-    `seed` decides the random half of a new adapter.
+    A base alone that is `trainable` trains all of its weights. `seed` decides the random half of a new adapter.
 
     Raises:
         UserError: the base cannot be loaded, its parts disagree on the stop token, or the new adapter fits none of its layers.
@@ -36,7 +38,7 @@ def open_policy(
     check_stop_token(base, tokenizer)
     identity = model_identity(settings, quantization, base) | chat_hashes(tokenizer)
     if adapter is None:
-        return base, identity
+        return train_all_weights(base) if trainable else base, identity
     if isinstance(adapter, Lora):
         return new_adapter(base, adapter, tokenizer, seed), identity
     return load_adapter(base, adapter, trainable), identity

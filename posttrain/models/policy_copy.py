@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
+from posttrain.models.base import base_of, compute_dtype
 
 
 class PolicyCopy:
@@ -32,15 +32,15 @@ class PolicyCopy:
 
     def __init__(self, model: nn.Module) -> None:
         self.source = model
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.base = base
+        self.base = base = base_of(model)
         config = AutoConfig.for_model(**_plain_config(base.config))
         config._attn_implementation = base.config._attn_implementation
         with torch.device("meta"):
-            self.model = type(base)._from_config(config, dtype=base.dtype)
+            self.model = type(base)._from_config(config, dtype=compute_dtype(base))
         use_liger(self.model, getattr(base, "kernels", "torch"))
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         self.merged: list[tuple[nn.Module, nn.Module]] = []
+        self.rounded: list[tuple[nn.Parameter, nn.Parameter]] = []  # of a base whose weights are fp32 masters
         for name, module in self.model.named_modules():
             self._adopt(module, live_module(base, name))
         self._tie_as_in(base)
@@ -59,6 +59,10 @@ class PolicyCopy:
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
+            if self.base.dtype != compute_dtype(self.base):
+                module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device=source._parameters[key].device), False)
+                self.rounded.append((module._parameters[key], source._parameters[key]))
+                continue
             adapted = key == "weight" and _is_adapted(source)
             tensor = torch.empty_like(base_weight(plain)) if adapted else _shared_tensor(plain, key)
             module._parameters[key] = nn.Parameter(tensor.clone() if merged else tensor, requires_grad=False)
@@ -74,12 +78,16 @@ class PolicyCopy:
             self.model.config.tie_word_embeddings = False
         else:
             self.model.tie_weights()  # fold trained token rows into one matrix, not into two
+            kept = {id(parameter) for parameter in self.model.parameters()}
+            self.rounded = [pair for pair in self.rounded if id(pair[0]) in kept]
 
     @torch.no_grad()
     def refresh(self) -> PreTrainedModel:
         """Fold the present adapter. Returns the model to generate with."""
         for module, source in self.folded:
             module.weight.data.copy_(_folded_weight(source))
+        for rounded, master in self.rounded:
+            rounded.data.copy_(master)
         for module, source in self.merged:
             for key, tensor in _merged_layer(source)._parameters.items():
                 if tensor is not None and module._parameters.get(key) is None:  # a bias that the base has not

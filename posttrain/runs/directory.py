@@ -3,6 +3,7 @@
     config.yaml     the resolved settings           metrics.jsonl   one row for each logged step
     manifest.json   who, what, where, with what     samples.jsonl   completions with their rewards
     adapter/        what is pushed                  checkpoints/    what a resumed run needs
+    model/          the same of a run that trained all weights
 
 The program creates it first, locks it while in use, refuses it to other settings, and never deletes it.
 """
@@ -22,11 +23,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from posttrain.config.load import config_sha256, dump
-from posttrain.config.schema import Settings
+from posttrain.config.schema import MODEL_FOLDER, Settings
 from posttrain.errors import AlreadyDone, UserError
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
-from posttrain.runs.process import is_main_process, is_sharded
+from posttrain.runs.process import is_main_process, is_sharded, num_processes
 
 
 class Run:
@@ -169,9 +170,14 @@ def _changed_input(manifest: Manifest) -> Path | None:
     data, parent = manifest.data, manifest.parent
     if data and (file := Path(data["path"], f"{data['split']}.jsonl")).is_file() and sha256_file(file) != data["sha256"]:
         return file
+    for reward in manifest.rewards:
+        if "file" in reward and Path(reward["file"]).is_file() and sha256_file(reward["file"]) != reward["sha256"]:
+            return Path(reward["file"])
     if parent and Path(parent["run_dir"], "manifest.json").is_file():
         run_dir = Path(parent["run_dir"])
-        return run_dir / "adapter" if read_manifest(run_dir).adapter_sha256 != parent["adapter_sha256"] else None
+        made = read_manifest(run_dir)
+        folder = MODEL_FOLDER if made.all_weights else "adapter"
+        return run_dir / folder if made.adapter_sha256 != parent["adapter_sha256"] else None
     return None
 
 
@@ -196,4 +202,6 @@ def _machine_has(what: str) -> bool:
         import torch
 
         return torch.cuda.is_available()
+    if what == "one process":
+        return num_processes() == 1
     return not is_sharded() if what == "unsharded" else importlib.util.find_spec(what) is not None

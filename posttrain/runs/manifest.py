@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.load import config_sha256
-from posttrain.config.schema import Settings
+from posttrain.config.schema import MODEL_FOLDER, Settings
 from posttrain.errors import UserError
+from posttrain.records import sha256_file, sha256_text
 from posttrain.runs.process import launcher, num_processes
 
 PACKAGES = (
@@ -64,6 +65,8 @@ class Manifest:
     limit: int | None = 0  # an evaluation's, where None is every question; 0 for all other runs
     model: Entry = dataclasses.field(default_factory=dict)  # the base as it was loaded
 
+    all_weights: bool = False  # training was of all weights: `adapter_sha256` is the hash of model/ and not of adapter/
+    rewards: list[Entry] = dataclasses.field(default_factory=list)  # those by name: weight, and file and hash of the user's own
     special_tokens: list[Entry] | None = None  # one for each that the template emits; none before they are looked at
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
@@ -145,8 +148,42 @@ def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[Entry, list[En
     return parent, [*made.chain, link]
 
 
+def parent_of_model(name_or_path: str) -> tuple[Entry | None, list[Entry], str | None]:
+    """The same for a run whose model is the folder of a run that trained all weights, and that folder's hash; else nothing.
+
+    Raises:
+        UserError: the folder holds other weights than the run finished with.
+    """
+    folder = Path(name_or_path)
+    run_dir = _trainer_of(folder)
+    if run_dir is None:
+        return None, [], None
+    sha256 = model_sha256(folder)
+    if folder.name == MODEL_FOLDER and sha256 != read_manifest(run_dir).adapter_sha256:
+        raise UserError(f"{folder} holds other weights than the run finished with: train it again, or restore the folder")
+    return *parent_of(folder, sha256), sha256
+
+
+def refuse_unfinished_model(name_or_path: str) -> str | None:
+    """`refuse_unfinished` for a model folder, if a run that trained all weights has made it."""
+    folder = Path(name_or_path)
+    return refuse_unfinished(folder) if _trainer_of(folder) else None
+
+
+def _trainer_of(folder: Path) -> Path | None:
+    """The run that trained all of a model folder's weights."""
+    run_dir = run_of(folder)
+    return run_dir if run_dir and read_manifest(run_dir).all_weights else None
+
+
+def model_sha256(folder: Path) -> str:
+    """Hash of a model folder's weights: of their file, or over the hashes of their files."""
+    hashes = [sha256_file(file) for file in sorted(folder.glob("model*.safetensors"))]
+    return hashes[0] if len(hashes) == 1 else sha256_text(" ".join(hashes))
+
+
 def run_of(adapter_folder: Path) -> Path | None:
-    """The run directory that an adapter lies in."""
+    """The run directory that an adapter, or a model folder, lies in."""
     above = (adapter_folder.parent, adapter_folder.parent.parent)  # of adapter/, of checkpoints/checkpoint-5/
     return next((folder for folder in above if (folder / "manifest.json").is_file()), None)
 
@@ -163,8 +200,9 @@ def refuse_unfinished(adapter_folder: Path) -> str | None:
         return None
     if adapter_folder.name.startswith("checkpoint-"):
         return f"{adapter_folder} is a checkpoint of a run that has not finished ({status})"
+    what = "model" if adapter_folder.name == MODEL_FOLDER else "adapter"
     raise UserError(
-        f"{run_dir} is not finished ({status}), and its adapter is no result: finish the run with --resume, train it again, or "
+        f"{run_dir} is not finished ({status}), and its {what} is no result: finish the run with --resume, train it again, or "
         f"name one of its checkpoints ({run_dir}/checkpoints/checkpoint-N)"
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
-from posttrain.config.schema import TrainConfig
+from posttrain.config.schema import Model, TrainConfig
 from posttrain.errors import UserError
 from posttrain.models.base import device
 from posttrain.runs.directory import Run
@@ -46,6 +48,19 @@ def plain_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 f"trainer.{key} contradicts model.dtype {config.model.dtype}: remove it, the precision follows model.dtype"
             )
     return trainer | set_here
+
+
+def reference_arguments(settings: Model, model: nn.Module) -> dict[str, Any]:
+    """How TRL loads the KL reference of a model whose weights all train: the checkpoint itself, as the policy was loaded."""
+    # TRL warns that it ignores these for the model that it is given. For the reference it reads them (trl 1.16, grpo_trainer.py).
+    logging.getLogger("trl.trainer.grpo_trainer").addFilter(lambda record: "model_init_kwargs" not in record.getMessage())
+    return {
+        "revision": settings.revision,
+        "dtype": "float32",  # as the masters are: the KL term begins at 0
+        "attn_implementation": model.config._attn_implementation,
+        "device_map": {"": device()},
+        "use_safetensors": True,
+    }
 
 
 def asks_for_pages(config: TrainConfig) -> bool:

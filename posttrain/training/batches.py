@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ def groups_without_signal(scores: torch.Tensor, weights: torch.Tensor, size: int
     """Share of groups whose weighted rewards are all equal. scores (completions, functions), weights (functions,)."""
     rewards = (scores * weights.to(scores.device)).sum(1).view(-1, size)
     return ((rewards.amax(1) - rewards.amin(1)) < EQUAL_WITHIN).float().mean().item()
+
+
+def gated(scores: torch.Tensor, gates: Mapping[int, int]) -> torch.Tensor:
+    """Scores (completions, functions) with 0 where the column that gates theirs, itself as it was given, is not above 0."""
+    result = scores.clone() if gates else scores
+    for column, gate in gates.items():
+        result[:, column] *= scores[:, gate] > 0
+    return result
+
+
+def groups_paid(scores: torch.Tensor, size: int) -> list[float]:
+    """Of each reward: the share of groups in which any completion was paid something. scores (completions, functions)."""
+    return list((scores.view(-1, size, scores.shape[1]) != 0).any(1).float().mean(0).tolist())
 
 
 def sampled_logps(inputs: dict[str, Any]) -> torch.Tensor:

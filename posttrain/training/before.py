@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from posttrain.models.checkpoint import check_context, check_rows_for, context_l
 from posttrain.records import Example
 from posttrain.runs.directory import Run
 from posttrain.training.arguments import plain_arguments
+from posttrain.training.named_rewards import NamedReward, keep_files
 
 DEV_TOKENS = 512  # of a dev completion, where trainer.max_length says nothing
 
@@ -33,6 +34,7 @@ class Ready(NamedTuple):
     begun_with: str | None  # of an adapter from a run that has not ended
     met: str  # which layers each LoRA target met
     rows_cut: int = 0
+    rewards: Sequence[NamedReward] = ()
 
     def tell(self, run: Run) -> None:
         """Say and record what a user should know of these."""
@@ -45,6 +47,10 @@ class Ready(NamedTuple):
             run.note(self.begun_with)
         if self.met:
             run.say(self.met)
+        if self.rewards:
+            run.record(rewards=[reward.entry() for reward in self.rewards])
+            if run.is_main:
+                keep_files(self.rewards, run.folder / "rewards")
 
 
 def check_sft(
@@ -74,6 +80,10 @@ def check_sft(
     return cut
 
 
+def max_completion_length(config: GrpoConfig) -> int:
+    return int(config.trainer.get("max_completion_length", trl_fields("GRPOConfig")["max_completion_length"].default))
+
+
 def max_length(config: SftConfig) -> int | None:
     return config.trainer.get("max_length", trl_fields("SFTConfig")["max_length"].default)
 
@@ -96,8 +106,7 @@ def dev_tokens(config: SftConfig, base: PreTrainedModel, tokenizer: PreTrainedTo
 def check_grpo(
     config: GrpoConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
 ) -> None:
-    new = config.trainer.get("max_completion_length", trl_fields("GRPOConfig")["max_completion_length"].default)
-    _check_prompts(base, tokenizer, [*train, *dev], new, "trainer.max_completion_length")
+    _check_prompts(base, tokenizer, [*train, *dev], max_completion_length(config), "trainer.max_completion_length")
 
 
 def check_questions(config: EvalConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Example]) -> None:

@@ -132,6 +132,44 @@ class Samples(TrainerCallback):
             )
 
 
+class UnmetRewards(TrainerCallback):
+    """Says after the first steps in which share of groups each reward has paid, and what to do where one has paid nothing.
+
+    Such a reward teaches nothing, however long the run: a policy that never writes the format never meets a format reward.
+    """
+
+    def __init__(self, run: Run, weights: dict[str, float], after: int) -> None:
+        self.run, self.weights, self.after = run, weights, after
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        rows = [row for row in state.log_history if "reward" in row]
+        if not rows or rows[-1]["step"] < self.after or (len(rows) > 1 and rows[-2]["step"] >= self.after):
+            return
+        step = rows[-1]["step"]
+        shares = {name: self._share(rows, name) for name in self.weights if f"rewards/{name}/groups_paid" in rows[0]}
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        self.run.say(f"first {step} steps: share of groups in which a reward paid anything: {told}")
+        for name, share in shares.items():
+            if share == 0 and self.weights[name] > 0:
+                said = f"{name} paid nothing in the first {step} steps, so it teaches nothing (a penalty may never be due)"
+                self.run.note(f"{said}: {REMEDIES.get(name, OTHER_REMEDY)}")
+
+    def _share(self, rows: list[dict[str, Any]], name: str) -> float:
+        """Over all steps, of which a row covers those since the row before it."""
+        before = [0, *(row["step"] for row in rows)]
+        covered = [row["step"] - start for row, start in zip(rows, before, strict=False)]
+        paid = [row[f"rewards/{name}/groups_paid"] for row in rows]
+        return sum(share * steps for share, steps in zip(paid, covered, strict=True)) / before[-1]
+
+
+REMEDIES = {
+    "correctness_reward": "begin with an SFT adapter, or with easier questions (data.pass_rate)",
+    "format_reward": "begin with an SFT adapter, or ask for the format in the prompt",
+    "gated_format_reward": "begin with an SFT adapter, ask for the format in the prompt, or set rewards.gate_format=false",
+}
+OTHER_REMEDY = "let it pay in parts, remove its gate, or begin with SFT on texts that meet it"
+
+
 def _sample(step: int, latest: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": step,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.config.schema import TrainConfig
+from posttrain.config.schema import MODEL_FOLDER, TrainConfig
 from posttrain.errors import UserError
-from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter, live_adapter_sha256
+from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter, trained_sha256
+from posttrain.models.policy_copy import PolicyCopy
 from posttrain.runs.directory import Run
+from posttrain.runs.manifest import model_sha256
 
 
 def last_checkpoint(run: Run, resume: bool) -> str | None:
@@ -23,14 +26,19 @@ def last_checkpoint(run: Run, resume: bool) -> str | None:
 
 
 def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase, start_sha256: str) -> None:
-    """Write the finished adapter and its tokenizer. An adapter that training did not change is refused, and not written."""
+    """Write the finished adapter, or the model where all weights were trained, and the tokenizer.
+
+    Raises:
+        UserError: training has changed nothing, so there is nothing to write.
+    """
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = gather_sharded_adapter(model)
     if not run.is_main:
         return
-    folder = run.folder / "adapter"
-    end = live_adapter_sha256(model, state)
+    what = "adapter" if isinstance(model, PeftModel) else MODEL_FOLDER
+    folder = run.folder / what
+    end = trained_sha256(model, state)
     run.record(
         peak_gib=peak_memory_gib(),
         steps=trainer.state.global_step,
@@ -38,13 +46,17 @@ def save_adapter(trainer: Trainer, run: Run, tokenizer: PreTrainedTokenizerBase,
     )
     if end == start_sha256:
         raise UserError(
-            f"training left every adapter weight as it was: in none of its {trainer.state.global_step} steps were learning rate "
+            f"training left every {what} weight as it was: in none of its {trainer.state.global_step} steps were learning rate "
             f"and gradient both above 0; check trainer.learning_rate, trainer.warmup_steps and the rewards in {run.folder}"
         )
-    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
     tokenizer.save_pretrained(folder)
-    run.record(adapter_sha256=adapter_sha256(folder))
-    print(f"adapter: {folder}  sha256 {end[:12]}")
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
+        run.record(adapter_sha256=adapter_sha256(folder))
+    else:
+        PolicyCopy(model).model.save_pretrained(folder)  # in the dtype that it computes in; the masters are in the checkpoints
+        run.record(adapter_sha256=model_sha256(folder))
+    print(f"{what}: {folder}  sha256 {run.manifest.adapter_sha256:.12}")
 
 
 def push_if_asked(config: TrainConfig, run: Run) -> None:

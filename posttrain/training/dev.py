@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from posttrain.tasks.answers import NUMBERS, Grader
 
 
 def dev_accuracy(
-    model: PeftModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     dev: list[Example],
     max_new_tokens: int,

@@ -14,19 +14,23 @@ from typing import Any
 from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
 from posttrain.config.trl_fields import trl_fields
 from posttrain.errors import UserError
-from posttrain.records import Example
+from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
+from posttrain.tasks.answers import NUMBERS, Grader
 from posttrain.training import examples
+from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-def show_sft_dry_run(config: SftConfig) -> None:
+def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
     steps = num_steps(value, len(train), batch)
-    print(f"SFT: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
+    what = "SFT of all weights" if config.trains_all_weights else "SFT"
+    print(f"{what}: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
+    print(grader_line(grader))
     tokenizer = tokenizer_or_none(config.model, train + dev)
     if tokenizer:
         show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
@@ -36,7 +40,7 @@ def show_sft_dry_run(config: SftConfig) -> None:
     show_memory(config, value["per_device_train_batch_size"], value["max_length"] or 1024, value["gradient_checkpointing"])
 
 
-def show_grpo_dry_run(config: GrpoConfig) -> None:
+def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "GRPOConfig")
     group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
@@ -45,24 +49,35 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         value["steps_per_generation"] or accumulation
     )
     steps = num_steps(value, len(train) * group, batch)
-    print(f"GRPO from {config.adapter} ({config.adapter_mode}): {len(train)} questions, {len(dev)} dev rows")
+    print(f"GRPO from {start_line(config)}: {len(train)} questions, {len(dev)} dev rows")
     print(
         f"{batch_line(value)} = {batch} completions a step, {batch // group} questions x {group}; "
         f"{window} completions generated at once; {steps} steps, {steps * batch} completions "
         f"of at most {value['max_completion_length']} tokens"
     )
+    from posttrain.training.rollouts import reward_functions
+
     gate = "only with a right answer" if config.rewards.gate_format else "right or wrong"
-    others = "".join(f" + {weight:g} x {name}" for name, weight in config.rewards.others().items())
+    named = named_rewards(config.rewards, value["max_completion_length"], columns_of(train))
+    others = "".join(f" + {reward.weight:g} x {reward.name}{gate_line(reward)}" for reward in named)
     print(
         f"reward: {config.rewards.correctness:g} x correct + {config.rewards.format:g} x format ({gate}){others}; "
         f"beta {value['beta']:g}"
     )
+    print(grader_line(grader))
+    if config.curriculum:
+        most = config.curriculum.extra_rounds * window
+        rest = config.curriculum.rest_steps
+        print(f"curriculum: at most {most} completions more a window; what is solved always or never rests {rest} steps")
     tokenizer = tokenizer_or_none(config.model, train + dev)
     if tokenizer:
         from posttrain.models.chat import chat_ids
 
         lengths = [len(chat_ids(tokenizer, example.prompt, add_generation_prompt=True)) for example in train[:1000]]
         print(f"prompt tokens: mean {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
+        graded, _ = reward_functions(config.rewards, grader)
+        for trial in try_rewards([*graded, *(reward.function for reward in named)], train, tokenizer, grader):
+            print(trial)
         show_stop_token(tokenizer)
     # Without checkpointing, a group shares its prompt (posttrain/training/shared_prompts.py).
     prompt = 256 if value["gradient_checkpointing"] else 256 // group
@@ -72,16 +87,35 @@ def show_grpo_dry_run(config: GrpoConfig) -> None:
         prompt + value["max_completion_length"],
         value["gradient_checkpointing"],
     )
-    show_cache(config.model, window, 256 + value["max_completion_length"])
+    show_cache(config, window, 256 + value["max_completion_length"])
+    if config.trains_all_weights and value["beta"] and (shape := model_shape(config.model)):
+        print(f"the KL reference, the model as it was: {gib(4 * (shape['linear'] + shape['embedding']))}")
 
 
-def show_eval_dry_run(config: EvalConfig, asked: list[Example]) -> None:
+def grader_line(grader: Grader) -> str:
+    """What is a right answer, and where it has to stand."""
+    return f"answers: {grader.kind}, a right one stands in {grader.form.template!r}; grader {grader.name}"
+
+
+def gate_line(reward: NamedReward) -> str:
+    return f" (where {reward.gate} pays)" if reward.gate else ""
+
+
+def start_line(config: GrpoConfig) -> str:
+    """What GRPO starts from and trains."""
+    if config.adapter:
+        return f"{config.adapter} ({config.adapter_mode})"
+    return f"{config.model.name_or_path} as it is ({'all weights' if config.trains_all_weights else 'a new adapter'})"
+
+
+def show_eval_dry_run(config: EvalConfig, asked: list[Example], grader: Grader = NUMBERS) -> None:
     generation = config.generation
     how = "greedy" if generation.temperature == 0 else f"temperature {generation.temperature}, {generation.samples} samples"
     subset = " (a subset)" if config.data.limit else ""
     print(f"evaluate {config.model.name_or_path} + {config.adapter or 'no adapter'}")
     print(f"on {len(asked)} questions{subset} of {config.data.path}, into {config.run_dir}")
     print(f"{how}, at most {generation.max_new_tokens} tokens; engine {config.engine}; base {config.quantization}")
+    print(grader_line(grader))
     tokenizer = tokenizer_or_none(config.model, asked)
     if tokenizer and asked:
         print(tokenizer.apply_chat_template(asked[0].prompt, add_generation_prompt=True, tokenize=False))
@@ -171,18 +205,25 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     linear, embedding = shape["linear"], shape["embedding"]
     width = 2 if config.model.dtype != "float32" else 4
     weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
-    lora = lora_parameters(config, shape) * 16  # fp32 weight, gradient and Adam's two moments
+    trained = linear + embedding if config.trains_all_weights else lora_parameters(config, shape)
+    optimizer = trained * 16  # fp32 weight, gradient and Adam's two moments
+    if config.trains_all_weights:  # of the base itself, only what autocast keeps of a step in the narrower dtype
+        weights = linear * width if width < 4 else 0.0
     layers = 1 if checkpointing else shape["layers"]
     # What the backward pass reads of a token and layer, in widths of the model and of its MLP. The estimate is within a tenth of
     # what a step of GRPO took on an H100 (EXPERIMENTS.md, 2026-11-26).
     hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
-    kept = layers * (hidden * shape["hidden"] + inner * shape["intermediate"]) + shape["layers"] * shape["hidden"]
-    activations = rows * length * width * kept
+    stream = 4 if config.trains_all_weights else width  # fp32 weights of norms and embedding make their outputs fp32
+    kept = layers * (hidden * shape["hidden"] * stream + inner * shape["intermediate"] * width)
+    activations = rows * length * (kept + shape["layers"] * shape["hidden"] * stream)
     if keeps_probabilities(config.model):
         activations += layers * rows * shape["heads"] * length * length / 2 * width
-    total = weights + lora + activations
+    total = weights + optimizer + activations
+    parts = f"base {gib(weights)}, adapter with optimizer {gib(optimizer)}"
+    if config.trains_all_weights:
+        parts = f"all weights with optimizer {gib(optimizer)}, rounded for a step {gib(weights)}"
     print(
-        f"memory, estimated: base {gib(weights)}, adapter with optimizer {gib(lora)}, activations of {rows} x {length} tokens "
+        f"memory, estimated: {parts}, activations of {rows} x {length} tokens "
         f"{gib(activations)}{' (checkpointed)' if checkpointing else ''}; about {gib(total)} and the output head's tiles"
     )
 
@@ -201,12 +242,14 @@ def is_fused(model: Model) -> bool:
     return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def show_cache(model: Model, rows: int, length: int) -> None:
-    shape = model_shape(model)
+def show_cache(config: GrpoConfig, rows: int, length: int) -> None:
+    shape = model_shape(config.model)
     if shape:
+        copied, of = shape["linear"], "the linear layers"
+        if config.trains_all_weights:
+            copied, of = (copied + shape["embedding"], "all weights") if config.model.dtype != "float32" else (0, "no weight")
         print(
-            f"rollouts: a bf16 copy of the linear layers {gib(2 * shape['linear'])}, "
-            f"keys and values of {rows} rows {gib(rows * length * shape['kv'])}"
+            f"rollouts: a bf16 copy of {of} {gib(2 * copied)}, keys and values of {rows} rows {gib(rows * length * shape['kv'])}"
         )
 
 

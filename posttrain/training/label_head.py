@@ -31,7 +31,11 @@ class LabelHead:
         head = self.model.get_output_embeddings()
         bias = getattr(getattr(head, "original_module", head), "bias", None)  # PEFT's wrapper of token rows has none
         change = head_change(self.model.config, self.temperature)
-        scores = _LabelScores.apply(hidden[mask], head.weight, bias, labels[mask], change, self.outputs)
+        weight = head.weight
+        is_master = isinstance(weight, nn.Parameter) and weight.requires_grad
+        if is_master and torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+        scores = _LabelScores.apply(hidden[mask], weight, bias, labels[mask], change, self.outputs)
         log_probs, entropy, is_top1 = (score.new_zeros(mask.shape).masked_scatter(mask, score) for score in scores)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / mask.sum().clamp(min=1),

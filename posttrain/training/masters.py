@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 from trl import GRPOTrainer
@@ -15,6 +16,7 @@ from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
+from posttrain.models.base import base_of, compute_dtype
 from posttrain.phases import phase
 from posttrain.training.head_guard import check_head
 from posttrain.training.label_head import LabelHead
@@ -26,9 +28,11 @@ class MasterWeights(Trainer):
     """A base that comes before one of TRL's trainers: training then starts from exactly the weights given, in fp32."""
 
     def __init__(
-        self, *args: Any, model: PeftModel, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
+        self, *args: Any, model: nn.Module, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
     ) -> None:
-        masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
+        # A copy of all weights would be another model, and TRL casts adapters alone.
+        copied = isinstance(model, PeftModel)
+        masters = {name: p.detach().to(MASTER_DTYPE, copy=copied) for name, p in model.named_parameters() if p.requires_grad}
         assert masters, "the model has no trainable parameter: load the adapter with trainable=True (trl#6700)"
         leave_experts_alone(model, kwargs["args"])
         super().__init__(*args, model=model, **kwargs)
@@ -42,7 +46,7 @@ class MasterWeights(Trainer):
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
-            self.label_head = LabelHead(model.get_base_model(), getattr(self, "temperature", 1.0), logged)
+            self.label_head = LabelHead(base_of(model), getattr(self, "temperature", 1.0), logged)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with phase("data"):
@@ -86,7 +90,7 @@ class MasterWeights(Trainer):
         row = int((inputs["labels"] != -100).sum(1).argmax())
         tensors = {name: value[row : row + 1] for name, value in inputs.items() if torch.is_tensor(value) and value.ndim == 2}
         with torch.compiler.set_stance("force_eager"), self.accelerator.autocast():
-            check_head(self.model, tensors, getattr(self, "temperature", 1.0), self.model.get_base_model().dtype)
+            check_head(self.model, tensors, getattr(self, "temperature", 1.0), compute_dtype(base_of(self.model)))
 
     def check_loss(self, loss: torch.Tensor, ids: torch.Tensor) -> None:
         """Stop before the backward pass of a loss that is not a number, and name its batch."""
@@ -98,16 +102,16 @@ class MasterWeights(Trainer):
             )
 
 
-def leave_experts_alone(model: PeftModel, args: Any) -> None:
-    """No loss for the balance of a mixture's experts, which TRL adds unasked: their routers are frozen, as the base made them."""
-    if not hasattr(model.get_base_model().config, "output_router_logits"):
+def leave_experts_alone(model: nn.Module, args: Any) -> None:
+    """No loss for the balance of a mixture's experts, which TRL adds unasked: beside an adapter their routers are frozen."""
+    if not isinstance(model, PeftModel) or not hasattr(base_of(model).config, "output_router_logits"):
         return
     if args.router_aux_loss_coef:
         raise UserError("trainer.router_aux_loss_coef: routers are frozen here, and no loss can balance them: leave it out")
     args.router_aux_loss_coef = 0.0
 
 
-def shard_as_stored(state: Any, model: PeftModel) -> None:
+def shard_as_stored(state: Any, model: nn.Module) -> None:
     """Make FSDP2 send weights as they are stored and add gradients up in fp32. Autocast rounds, as on one GPU.
 
     accelerate makes FSDP2 round instead (utils/dataclasses.py, `set_mixed_precision`). FSDP2 then sends a layer as bf16 with
@@ -124,7 +128,7 @@ def shard_as_stored(state: Any, model: PeftModel) -> None:
             "FSDP2 cannot shard an embedding of which rows are trained: launch with configs/accelerate/ddp.yaml, "
             "or set lora.train_special_tokens=never where the base knows its template's tokens"
         )
-    for number, layer in enumerate(model.get_base_model().base_model.layers):
+    for number, layer in enumerate(base_of(model).base_model.layers):
         if packed_linears(layer) and not any(p.requires_grad for p in layer.parameters()):
             raise UserError(
                 f"layer {number} has no adapter, and under FSDP2 NF4 weights beside none lose bits on the way: "
@@ -133,13 +137,20 @@ def shard_as_stored(state: Any, model: PeftModel) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
-def trains_tokens(model: PeftModel) -> bool:
+def trains_tokens(model: nn.Module) -> bool:
     return any("trainable_tokens_delta" in name for name, _ in model.named_parameters())
 
 
-def copy_to_reference(model: PeftModel) -> None:
-    """If TRL made an adapter "ref", make it equal to "default" in every tensor, trained token rows included."""
-    if "ref" not in model.peft_config:
+def copy_to_reference(model: nn.Module, is_base: bool = False) -> None:
+    """If TRL made an adapter "ref", make it equal to "default" in every tensor, trained token rows included.
+
+    `is_base`: the reference is the model below a new adapter. Without "ref", TRL asks the model with its adapter off. A trained
+    token row stays on then (`TrainableTokensWrapper.weight`), so a model that has some keeps "ref".
+    """
+    if "ref" not in getattr(model, "peft_config", ()):
+        return
+    if is_base and not trains_tokens(model):
+        model.delete_adapter("ref")
         return
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

@@ -80,13 +80,10 @@ class Rollouts:
 
 
 def reward_functions(settings: Rewards, grader: Grader = NUMBERS) -> tuple[list[Reward], list[float]]:
-    """Reward functions for GRPOTrainer, which logs each, and their weights. A weight `x` beside the two pays `x_reward`."""
+    """The two rewards that grade, for GRPOTrainer, which logs each, and their weights. named_rewards.py has all others."""
     format_reward = rewards.gated_format_reward if settings.gate_format else rewards.format_reward
-    weights = [settings.correctness, settings.format / rewards.FORMAT_REWARD]
-    others = settings.others()
-    own = [judged_by(grader, reward) for reward in (rewards.correctness_reward, format_reward)]
-    functions = [*own, *(getattr(rewards, f"{name}_reward") for name in others)]
-    return functions, [*weights, *others.values()]
+    functions = [judged_by(grader, reward) for reward in (rewards.correctness_reward, format_reward)]
+    return functions, [settings.correctness, settings.format / rewards.FORMAT_REWARD]
 
 
 def judged_by(grader: Grader, reward: Reward) -> Reward:

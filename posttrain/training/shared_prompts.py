@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from posttrain.models.base import base_of
+
 
 class SharedPrompts:
     """Stands in for `model(**inputs)` on rows of prompt and completion, and runs each distinct prompt once.
@@ -63,4 +65,4 @@ class SharedPrompts:
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder inside PEFT's and the data-parallel wrapper. It holds the same adapted layers."""
     inner = getattr(model, "module", model)
-    return inner.get_base_model().base_model
+    return base_of(inner).base_model

@@ -26,7 +26,7 @@ others in the files of the training tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ from posttrain.errors import UserError
 from posttrain.phases import phase
 from posttrain.training.batches import (
     by_length,
+    gated,
+    groups_paid,
     groups_without_signal,
     in_row_order,
     keep_rows,
@@ -46,6 +48,8 @@ from posttrain.training.batches import (
     share_kept,
     trim,
 )
+from posttrain.training.curriculum import Curriculum, Group, Window
+from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
 from posttrain.training.shared_prompts import SharedPrompts
 
@@ -83,14 +87,34 @@ class GRPO(MasterWeights, GRPOTrainer):
 
     `skip_zero_signal` leaves out rows whose advantage is 0. With beta 0 they add nothing to the gradient: the update is
     the same, and the logged entropy and clip ratios cover fewer rows.
+    `curriculum` draws the questions in the place of TRL's sampler, which then only counts the steps.
+    `gates` holds columns of rewards, each with that of the reward without which it pays nothing.
     `correct_mismatch` takes the sampler's log-probabilities for the old policy's. The clipped ratio then corrects for an
     engine that does not compute exactly what the trainer does.
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
+    rollout_func: Any  # TRL's
 
-    def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        skip_zero_signal: bool = False,
+        correct_mismatch: bool = False,
+        reference_is_base: bool = False,
+        gates: Mapping[int, int] | None = None,
+        curriculum: Curriculum | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.gates, self.curriculum = gates or {}, curriculum
+        self._window: Window | None = None  # of the curriculum, while TRL works on it
+        if curriculum:
+            if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+                raise UserError("curriculum pays for plain text, and this tokenizer parses what a model says: remove curriculum")
+            self.add_callback(curriculum)
+        if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
+            LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
         self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
@@ -101,7 +125,7 @@ class GRPO(MasterWeights, GRPOTrainer):
             )
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
-        copy_to_reference(self.model)
+        copy_to_reference(self.model, reference_is_base)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -169,9 +193,41 @@ class GRPO(MasterWeights, GRPOTrainer):
         rows = torch.arange(start, start + len(parts[number - first]["advantages"]), device=batch["advantages"].device)
         return self._step_prompts, rows
 
-    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_and_score_completions(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with phase("logprobs"):  # of the old policy and the reference; the rest has phases of its own
-            return super()._generate_and_score_completions(*args, **kwargs)
+            if self.curriculum is None:
+                return super()._generate_and_score_completions(inputs, *args, **kwargs)
+            size = len(inputs) // self.num_generations
+            window = self._window = self.curriculum.window(size, self.state.global_step, self._ask, self.report)
+            own_rollout, self.rollout_func = self.rollout_func, lambda prompts, trainer: window.output
+            batch = super()._generate_and_score_completions(window.inputs, *args, **kwargs)
+            self.rollout_func, self._window = own_rollout, None
+            return batch
+
+    def _ask(self, questions: list[int]) -> list[Group]:
+        """Completions of these questions, scored, for the curriculum to choose among."""
+        size = self.num_generations
+        inputs = [dict(self.train_dataset[question]) for question in questions for _ in range(size)]
+        prompts = [row["prompt"] for row in inputs]
+        output = self.rollout_func(prompts, self)
+        texts = self.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        scores = self._scores(inputs, prompts, completions, output["completion_ids"])
+        extras = {column: list(values) for column, values in self._pending_extra_logs.items()}
+        self._pending_extra_logs.clear()  # TRL gets those of the chosen groups, in `_calculate_rewards`
+        return [
+            Group(
+                question,
+                inputs[rows],
+                {key: values and values[rows] for key, values in output.items()},
+                scores[rows],
+                {column: values[rows] for column, values in extras.items()},
+                has_signal=groups_without_signal(scores[rows], self.reward_weights, size) == 0,
+                pass_rate=(scores[rows, 0] > 0).float().mean().item(),  # the first reward is correctness
+            )
+            for number, question in enumerate(questions)
+            for rows in [slice(number * size, (number + 1) * size)]
+        ]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self.accelerator.autocast():
@@ -212,9 +268,22 @@ class GRPO(MasterWeights, GRPOTrainer):
         self._last_logps = result[0].detach()
         return result
 
-    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._window:  # paid already, to choose its groups
+            scores = self._window.scores
+            for column, values in self._window.extras.items():
+                self._pending_extra_logs[column].extend(values)
+        else:
+            scores = self._scores(*args, **kwargs)
+        for name, share in zip(self.reward_func_names, groups_paid(scores, self.num_generations), strict=True):
+            self.report(f"rewards/{name}/groups_paid", share)
+        self.report("frac_groups_without_signal", groups_without_signal(scores, self.reward_weights, self.num_generations))
+        return scores
+
+    def _scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What each reward pays each completion, behind its gate: (completions, functions)."""
         with phase("rewards"):
-            scores = super()._calculate_rewards(inputs, *args, **kwargs)
+            scores = super()._calculate_rewards(*args, **kwargs)
         for name, column in zip(self.reward_func_names, scores.T, strict=True):
             if not column.isfinite().all():
                 raise FloatingPointError(
@@ -222,9 +291,7 @@ class GRPO(MasterWeights, GRPOTrainer):
                     f"completion {int((~column.isfinite()).nonzero()[0])} "
                     "of the batch: a grader that returns NaN is broken; nothing was applied"
                 )
-        without_signal = groups_without_signal(scores, self.reward_weights, self.num_generations)
-        self.report("frac_groups_without_signal", without_signal)
-        return scores
+        return gated(scores, self.gates)
 
     def latest(self) -> Iterator[dict[str, Any]]:
         """The completions of the latest generation batch, each with prompt, rewards, advantage and what the rewards logged."""
