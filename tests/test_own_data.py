@@ -72,7 +72,7 @@ def test_every_format_gives_the_same_data_set(prepare, tmp_path):  # noqa: F811
         found.append(told(prepare.rows()))
     assert all(same == found[0] for same in found) and len(found[0]) == 40
     one = next(row for row in prepare.rows() if row.answer == "7")
-    assert one.completion[0]["content"] == "3+4=7.\nAnswer: 7\n#### 7" and one.num_steps == 2
+    assert one.completion[0]["content"] == "3+4=7.\n#### 7" and one.num_steps == 1
     assert len({row.id for row in prepare.rows()}) == 40
 
 
@@ -209,6 +209,43 @@ def test_gsm8ks_own_form_needs_no_map(prepare, tmp_path):  # noqa: F811
     assert prepare.rows() == parquet and "columns" not in (prepare.folder / "train.jsonl").read_text()
 
 
+STATED = {  # (form, solution, answer) -> the solution that is learnt
+    "in the form": ("#### {answer}", "so\n#### 42", "42", "so\n#### 42"),
+    "in another form": ("#### {answer}", "so\nAnswer: 42", "42", "so\n#### 42"),
+    "in tags": ("Answer: {answer}", "so\n<answer>42</answer>", "42", "so\nAnswer: 42"),
+    "in a box": ("Answer: {answer}", "so $\\boxed{42}$", "42", "so $42$\nAnswer: 42"),
+    "behind hashes": ("Answer: {answer}", "so\n#### 42", "42", "so\nAnswer: 42"),
+    "nowhere": ("<answer>{answer}</answer>", "so it is", "42", "so it is\n<answer>42</answer>"),
+    "in other digits": ("Answer: {answer}", "so\nAnswer: 1,000", "1000.0", "so\nAnswer: 1,000"),
+}
+
+
+@pytest.mark.parametrize(("form", "solution", "gold", "learnt"), STATED.values(), ids=STATED)
+def test_a_solution_states_its_answer_once_and_in_the_form(prepare, tmp_path, form, solution, gold, learnt):  # noqa: F811
+    write(tmp_path / "own.jsonl", [{"q": "6*7?", "s": solution, "a": gold}])
+    source = files(str(tmp_path / "own.jsonl"), fields={"question": "q", "solution": "s", "answer": "a"}, test_fraction=0.0)
+    prepare(source, answer={"form": form}, prompt={"instruction": "{question}"}, dev_fraction=0)
+    (row,) = prepare.rows("train")
+    assert row.completion[0]["content"] == learnt
+    write(tmp_path / "own.jsonl", [{"q": "6*7?", "s": solution, "a": "41"}])
+    done = prepare(source, answer={"form": form}, prompt={"instruction": "{question}"}, ok=solution == "so it is")
+    assert done.code == 0 or ("the solution ends in" in done.err and "and the row's answer is '41'" in done.err)
+
+
+def test_a_question_of_several_keys_with_choices_and_answers_by_other_names(prepare, tmp_path):  # noqa: F811
+    rows = [{"text": "A cat {sat}.", "ask": f"Who sat {n}", "options": [1, "dog", 2.0], "label": n % 3} for n in range(3)]
+    fields = {"question": "{text}\n{ask}?", "choices": "options", "answer": "label", "answer_values": {0: "A", "1": "B", 2: "C"}}
+    source = files(write(tmp_path / "own.jsonl", rows), fields=fields, test_fraction=0.0)
+    settings = {"answer": {"kind": "choice"}, "prompt": {"instruction": "{question}"}, "dev_fraction": 0}
+    prepare(source, **settings)
+    assert [(row.question, row.answer) for row in prepare.rows("train")] == [
+        (f"A cat {{sat}}.\nWho sat {n}?\nA) 1\nB) dog\nC) 2", "ABC"[n]) for n in range(3)
+    ]
+    source["fields"] = {"question": "{text} {ask}", "solution": "{label} of {options.0}", "answer": "ask"}
+    prepare(source, answer={"kind": "text"}, prompt={"instruction": "{question}"}, dev_fraction=0)
+    assert [row.completion[0]["content"].splitlines()[0] for row in prepare.rows("train")] == ["0 of 1", "1 of 1", "2 of 1"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [("x", "x"), (18, "18"), (18.0, "18"), (1.5, "1.5"), (True, "true"), (None, None), ([], None), ({}, None)]
 )
@@ -237,11 +274,11 @@ def test_some_rows_may_lack_a_solution(prepare, tmp_path):  # noqa: F811
 
 # --- what is told -----------------------------------------------------------------------------------------------------
 
-ROW = {"problem": "1+1?", "solution": "so", "final_answer": "2", "level": 1, "meta": {"gold": 2}}
+ROW = {"problem": "1+1?", "solution": "so", "final_answer": "2", "level": 1, "meta": {"gold": 2, "two": ["x", "y"]}}
 MAPS = {
     "no map": (
         {"fields": None},
-        "no row has 'question'; the keys are problem, solution, final_answer, level, meta.gold. Say",
+        "no row has 'question'; the keys are problem, solution, final_answer, level, meta.gold, meta.two. Say",
     ),
     "its line": ({"fields": None}, "`fields: {question: problem, solution: solution, answer: final_answer}`"),
     "a wrong key": ({"fields": FIELDS | {"answer": "anser"}}, "own.jsonl: no row has 'anser'"),
@@ -251,6 +288,17 @@ MAPS = {
     "no chat": ({"fields": {"messages": "level"}}, "'level' is no list of chat turns"),
     "nothing named": ({"fields": {"answer": "a"}}, "source.fields.question: missing: the key of a row's question"),
     "no answer": ({"fields": {"question": "problem"}}, "source.fields.answer: missing: the key of a row's answer"),
+    "a part of a question": ({"fields": FIELDS | {"question": "{problem} {more}"}}, "no row has 'more'; the keys are"),
+    "no choices": ({"fields": FIELDS | {"choices": "options"}}, "no row has 'options'; the keys are"),
+    "choices that are none": ({"fields": FIELDS | {"choices": "level"}}, "'level' is no list of 2 to 26 choices"),
+    "choices without an answer": (
+        {"fields": {"question": "problem", "solution": "solution", "choices": "level"}},
+        "source.fields.choices: goes with answer: give the key of a row's answer",
+    ),
+    "an answer that is no choice": (
+        {"fields": FIELDS | {"choices": "meta.two"}},
+        "the answer '2' is none of A to B: say by source.fields.answer_values which letter is meant",
+    ),
     "twice": ({"fields": {"question": "problem", "messages": "meta"}}, "is the last user turn of messages: remove one"),
     "a filter's key": (
         {"where": {"levle": 1}},

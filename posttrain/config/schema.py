@@ -376,15 +376,30 @@ TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids", "tr
 TAKEN |= {"id", "question", "solution", "answer", "num_steps"}
 
 
+def _keys_as_text(values: Any) -> Any:
+    """YAML reads `{true: yes, 0: A}` with a truth value and a number as keys."""
+    if not isinstance(values, dict):
+        return values
+    return {str(key).lower() if isinstance(key, bool | int) else key: value for key, value in values.items()}
+
+
 class Fields(Settings):
-    """Where in a row of the source its texts are. A dot leads into nested rows: `extra.answer`, `turns.0`."""
+    """Where in a row of the source its texts are. A dot leads into nested rows: `extra.answer`, `turns.0`.
+
+    Keys in braces make one text of several: `"{passage}\\n{question}"`.
+    """
 
     question: str | None = None
-    """The key of a row's question. [in posttrain/tasks/fields.py]"""
+    """The key of a row's question, or a text with keys in braces. [in posttrain/tasks/fields.py]"""
+    choices: str | None = None
+    """The key of a row's list of choices; they stand below the question, as `A) ...`. [in posttrain/tasks/fields.py]"""
     solution: str | None = None
     """The key of a row's worked solution; without answer, its last line holds the answer. [in posttrain/tasks/fields.py]"""
     answer: str | None = None
     """The key of a row's answer. [in posttrain/tasks/fields.py]"""
+    answer_values: Annotated[dict[str, str], Field(min_length=1), BeforeValidator(_keys_as_text)] | None = None
+    """What the source's answers are called here, as {true: "yes", false: "no"} or {0: A, 1: B}; others stay as they are.
+    [in posttrain/tasks/fields.py]"""
     messages: str | None = None
     """The key of a row's chat: its last user turn is the question, the assistant's after it the solution.
     [in posttrain/tasks/fields.py]"""
@@ -398,6 +413,9 @@ class Fields(Settings):
             yield ("solution",), "is the last assistant turn of messages: remove one of the two"
         if not (self.solution or self.answer or self.messages):
             yield ("answer",), "missing: the key of a row's answer (or give solution, where its last line holds the answer)"
+        for key in ("choices", "answer_values"):
+            if getattr(self, key) and not self.answer:
+                yield (key,), "goes with answer: give the key of a row's answer"
 
 
 class Mapped(Settings):

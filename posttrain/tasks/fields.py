@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
+from string import ascii_uppercase
 from typing import Any
 
 from posttrain.config.schema import Fields, Mapped
@@ -68,8 +69,10 @@ def table_rows(table: Table, first: int, source: Mapped, fields: Fields) -> Iter
 
 def wanted_keys(source: Mapped) -> set[str]:
     """Every path into a row that the settings name."""
-    fields = (source.fields or GSM8K_FORM).model_dump().values()
-    return {path for path in (*fields, source.split_column, *(source.where or ()), *(source.columns or ())) if path}
+    fields = source.fields or GSM8K_FORM
+    texts = (fields.question, fields.solution, fields.choices, fields.answer, fields.messages)
+    named = [path for text in texts if text for path in paths_in(text)]
+    return {path for path in (*named, source.split_column, *(source.where or ()), *(source.columns or ())) if path}
 
 
 def check_splits(tables: Sequence[Table], source: Mapped) -> None:
@@ -90,16 +93,20 @@ def check_keys(tables: Sequence[Table], source: Mapped, fields: Fields) -> None:
         UserError: one line with the keys that are there, and the line of YAML that maps them.
     """
     read = [table for table in tables if any(not record.problem for record in table.rows)]
-    named = [("fields.question", fields.question), ("fields.messages", fields.messages), ("fields.answer", fields.answer)]
-    named += [("fields.solution", fields.solution)] if not fields.answer else []
+    texts = {role: getattr(fields, role) for role in ("question", "messages", "choices", "answer")}
+    texts |= {"solution": fields.solution} if not fields.answer else {}
+    named: list[tuple[str, str | None]] = [
+        (f"fields.{role}", path) for role, text in texts.items() if text for path in paths_in(text)
+    ]
     named += [("split_column", source.split_column), *((f"where.{key}", key) for key in source.where or ())]
     named += [("columns", name) for name in source.columns or ()]
     for table in read:
         for setting, path in named:
             if path and not has(table, path):
                 raise UserError(f"{table.name}: {no_such_key(table, setting, path, source)}")
-    if read and fields.solution and not any(has(table, fields.solution) for table in read):
-        raise UserError(f"{read[0].name}: {no_such_key(read[0], 'fields.solution', fields.solution, source)}")
+    for path in paths_in(fields.solution) if read and fields.solution else ():
+        if not any(has(table, path) for table in read):
+            raise UserError(f"{read[0].name}: {no_such_key(read[0], 'fields.solution', path, source)}")
 
 
 def has(table: Table, path: str) -> bool:
@@ -109,7 +116,7 @@ def has(table: Table, path: str) -> bool:
 
 def no_such_key(table: Table, setting: str, path: str, source: Mapped) -> str:
     there = f"no row has {path!r}; the keys are {', '.join(table.shown[:20])}"
-    if not setting.startswith("fields."):
+    if not setting.startswith("fields.") or setting == "fields.choices":
         return f"{there}: correct source.{setting}"
     return f"{there}. Say in the data config, under source: `{proposed(table.shown)}`"
 
@@ -125,6 +132,11 @@ def proposed(keys: list[str]) -> str:
         if not found["solution"] and not found["answer"]:
             pairs["answer"] = "KEY"
     return "fields: {" + ", ".join(f"{role}: {key}" for role, key in pairs.items() if key) + "}"
+
+
+def paths_in(text: str) -> list[str]:
+    """The keys in braces of a text that is made of several, else the one key that it is."""
+    return re.findall(r"\{([^{}]+)\}", text) or [text]
 
 
 def at(values: Any, path: str) -> Any:
@@ -213,9 +225,17 @@ def texts_of(values: Mapping[str, Any], fields: Fields) -> tuple[str, str, str |
         question, solution = turns(at(values, fields.messages), fields.messages)
     else:
         assert fields.question
-        question = text_at(values, fields.question)
-        solution = text_at(values, fields.solution, optional=bool(fields.answer)) if fields.solution else ""
-    gold = text_at(values, fields.answer) if fields.answer else None
+        question = text_of(values, fields.question)
+        solution = text_of(values, fields.solution, optional=bool(fields.answer)) if fields.solution else ""
+    gold = text_of(values, fields.answer) if fields.answer else None
+    if gold is not None:
+        gold = (fields.answer_values or {}).get(gold, gold)
+    if fields.choices:
+        listed = lettered(at(values, fields.choices), fields.choices)
+        if gold not in listed:
+            letters = f"{min(listed)} to {max(listed)}"
+            raise NotText(f"the answer {gold!r} is none of {letters}: say by source.fields.answer_values which letter is meant")
+        question = "\n".join([question.rstrip(), *(f"{letter}) {choice}" for letter, choice in listed.items())])
     if gold is None and not solution.strip():
         raise NotText(f"{fields.messages!r} has no turn of the assistant after the last question")
     return question, solution, gold
@@ -223,6 +243,26 @@ def texts_of(values: Mapping[str, Any], fields: Fields) -> tuple[str, str, str |
 
 class NotText(Exception):
     """Why a row has no text at a key."""
+
+
+def text_of(values: Mapping[str, Any], text: str, optional: bool = False) -> str:
+    """What a key leads to; or a text in which each key in braces is replaced by what it leads to."""
+    if paths_in(text) == [text]:
+        return text_at(values, text, optional)
+    found = {path: text_at(values, path, optional) for path in paths_in(text)}
+    return re.sub(r"\{([^{}]+)\}", lambda key: found[key[1]], text) if any(found.values()) else ""
+
+
+def lettered(choices: Any, path: str) -> dict[str, str]:
+    """The choices by their letters. Where each begins with its own, as `A)21`, that is cut off."""
+    if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= len(ascii_uppercase):
+        raise NotText(f"{path!r} is no list of 2 to {len(ascii_uppercase)} choices")
+    listed = {letter: (scalar(choice) or "").strip() for letter, choice in zip(ascii_uppercase, choices, strict=False)}
+    if not all(listed.values()):
+        raise NotText(f"{path!r} has a choice that is empty or not text")
+    if all(re.match(rf"\(?{letter}\s*[).:]", choice) for letter, choice in listed.items()):
+        return {letter: re.sub(rf"\A\(?{letter}\s*[).:]\s*", "", choice) for letter, choice in listed.items()}
+    return listed
 
 
 def text_at(values: Mapping[str, Any], path: str, optional: bool = False) -> str:
