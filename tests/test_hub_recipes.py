@@ -1,4 +1,4 @@
-"""The recipes for ARC, AQuA and BoolQ on folders that look as theirs do on the Hub: the same columns, in Parquet, by the same loader."""
+"""The recipes for ARC, AQuA and BoolQ, on folders as theirs are on the Hub: the same columns in Parquet, by the same loader."""
 
 import pytest
 from scripts import CONFIGS, run
