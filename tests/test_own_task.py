@@ -10,7 +10,7 @@ import yaml
 from scripts import ROOT, run, workplace
 
 from posttrain.config.load import load
-from posttrain.config.schema import DataConfig
+from posttrain.config.schema import DataConfig, GrpoConfig
 
 PAGE = (ROOT / "docs" / "own_task.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```", PAGE)
@@ -70,6 +70,26 @@ def test_what_the_page_shows_is_said(place):
 def test_the_first_map_is_that_of_the_config():
     shown, whole = yaml.safe_load(of("yaml")[0]), yaml.safe_load((ROOT / CONFIG).read_text(encoding="utf-8"))
     assert shown.items() <= whole.items()
+
+
+def test_the_rewards_and_the_start_are_settings_of_grpo(tmp_path):
+    (block,) = [text for text in of("yaml") if "rewards" in yaml.safe_load(text)]
+    values = yaml.safe_load((ROOT / "configs/grpo_demo.yaml").read_text(encoding="utf-8")) | yaml.safe_load(block)
+    file = tmp_path / "grpo.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert load(file, [], GrpoConfig).rewards.named().keys() == {"overlong"}
+
+
+def test_every_yaml_is_of_the_data_or_of_grpo():
+    assert all({"source", "rewards"} & yaml.safe_load(text).keys() for text in of("yaml"))
+
+
+def test_the_other_form_is_prepared_as_it_is_shown(place):
+    (block,) = [text for text in of("yaml") if "form" in yaml.safe_load(text).get("answer", {})]
+    values = yaml.safe_load(Path(CONFIG).read_text(encoding="utf-8")) | yaml.safe_load(block)
+    Path("data.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert "wrote data/own" in said(["python", "data_prep.py", "--config", "data.yaml"])
+    assert "\\nAnswer: " in Path("data/own/train.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("block", [text for text in of("yaml") if "source" in yaml.safe_load(text)])
