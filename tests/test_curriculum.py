@@ -154,6 +154,7 @@ def test_what_trl_gets_belongs_together(tiny, sft):
     }
 
 
+@pytest.mark.slow
 def test_more_groups_with_signal_are_learnt_from(tiny, sft):
     shares = []
     for curriculum in ({"rest_steps": 1}, {"extra_rounds": 4}):
@@ -165,6 +166,7 @@ def test_more_groups_with_signal_are_learnt_from(tiny, sft):
     assert any(row["curriculum/extra_groups"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, sft):
     config = lambda: tiny.grpo_config(sft, FOUR_STEPS | {"temperature": 1.0}, curriculum=BOTH)  # noqa: E731
     (one, _, losses), (two, _, again) = straight(config()), interrupted_and_resumed(config())

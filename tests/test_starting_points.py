@@ -107,10 +107,14 @@ GREAT_LOSS = ("trainer.learning_rate=3e-3", "data.num_dev=0")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_model_dir):
+def prepared(tmp_path_factory, tiny_model_dir, tiny_data_dir):
+    return workplace(tmp_path_factory.mktemp("all"), tiny_model_dir, data=tiny_data_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared):
     """A folder with runs/sft, of all weights, what it said, and an evaluation of it."""
-    folder = workplace(tmp_path_factory.mktemp("all"), tiny_model_dir)
-    assert run("data_prep", "--config", CONFIGS / "data_tiny.yaml", cwd=folder).code == 0
+    folder = prepared
     said = {"sft": stage(folder, "sft", "run_dir=runs/sft", "lora=null", "quantization=none", *GREAT_LOSS)}
     said["eval"] = evaluation(folder, "sft")
     return folder, said
@@ -130,6 +134,7 @@ def manifest(folder, name):
     return json.loads((folder / "runs" / name / "manifest.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_all_weights_are_saved_as_a_model_folder_that_evaluation_traces(trained):
     folder, said = trained
     assert said["sft"].code == said["eval"].code == 0, said
@@ -145,6 +150,7 @@ def test_all_weights_are_saved_as_a_model_folder_that_evaluation_traces(trained)
     assert evaluated["parent"]["run_dir"] == "runs/sft"
 
 
+@pytest.mark.slow
 def test_grpo_goes_on_from_the_model_folder(trained):
     folder, _ = trained
     model = "model.name_or_path=runs/sft/model"
@@ -164,6 +170,7 @@ def test_grpo_goes_on_from_the_model_folder(trained):
     assert [link["stage"] for link in manifest(folder, "eval_tiny_grpo_lora")["chain"]] == ["sft", "grpo"]
 
 
+@pytest.mark.slow
 def test_a_report_and_a_card_follow(trained, tmp_path):
     folder, _ = trained
     groups, trainings = load([folder / "runs/eval_tiny_sft"])
@@ -180,11 +187,6 @@ def test_a_report_and_a_card_follow(trained, tmp_path):
 
 
 REFUSED = [
-    (
-        "sft",
-        ["adapter=runs/sft", "lora=null"],
-        "runs/sft trained all weights and has no adapter: set model.name_or_path=runs/sft/model",
-    ),
     ("sft", ["lora=null"], "quantization: lora null trains all weights, and nf4 cannot be trained: set none, or lora"),
     ("sft", ["lora=null", "quantization=nf4_unpacked"], "quantization: lora null trains all weights, and nf4_unpacked cannot"),
     ("grpo", ["adapter=null"], "lora: missing: the shape of the new adapter"),
@@ -198,14 +200,21 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("name, more, text", REFUSED)
-def test_what_cannot_be_is_refused_in_one_line(trained, name, more, text):
-    done = stage(trained[0], name, "run_dir=runs/refused", *more)
+def test_what_cannot_be_is_refused_in_one_line(prepared, name, more, text):
+    done = stage(prepared, name, "run_dir=runs/refused", *more)
     assert done.code == 2
     assert text in done.err
     assert done.err.count("\n") == 1
-    assert not (trained[0] / "runs/refused").exists()
+    assert not (prepared / "runs/refused").exists()
 
 
+@pytest.mark.slow
+def test_a_run_of_all_weights_is_no_adapter(trained):
+    done = stage(trained[0], "sft", "run_dir=runs/refused", "adapter=runs/sft", "lora=null")
+    assert done.code == 2 and "runs/sft trained all weights and has no adapter: set model.name_or_path=runs/sft/model" in done.err
+
+
+@pytest.mark.slow
 def test_a_model_folder_with_other_weights_is_refused(trained, tmp_path):
     folder, _ = trained
     other = tmp_path / "work"
@@ -219,6 +228,7 @@ def test_a_model_folder_with_other_weights_is_refused(trained, tmp_path):
     assert (done.code, "its model is no result" in done.err) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 def test_resumed_training_of_all_weights_equals_uninterrupted(tiny, name):
     steps = FOUR_STEPS | {"learning_rate": 1e-3}
