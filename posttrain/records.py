@@ -25,7 +25,7 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One question. `prompt` and `completion` are chat messages; `answer` is the canonical gold number.
+    """One question. `prompt` and `completion` are chat messages; `answer` is the gold answer, canonical.
 
     `completion` is empty where the source has no worked solution: such a row can be asked and rewarded, not imitated. `columns`
     holds what source.columns of data_prep.py keeps of the source's row, by that name and as JSON has it (null where the row has
