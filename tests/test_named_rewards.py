@@ -1,6 +1,7 @@
 """Rewards by name: what is called with what, what is refused and when, and the page that shows them."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import shutil
@@ -13,10 +14,12 @@ from scripts import CONFIGS, run, tree, workplace
 from posttrain.config.load import ConfigError, load
 from posttrain.config.schema import BUILT_IN_REWARDS, GrpoConfig, Rewards
 from posttrain.errors import UserError
-from posttrain.records import Example, read_jsonl
+from posttrain.records import Example, as_dataset, columns_of, read_jsonl
+from posttrain.tasks.answers import grader_of
 from posttrain.training.batches import gated, groups_paid
 from posttrain.training.callbacks import UnmetRewards
 from posttrain.training.named_rewards import BUILT_IN, gated_columns, named_rewards, tags, try_rewards
+from posttrain.training.rollouts import reward_functions
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 TEXTS = ["#### 4", "so it is 12\n#### 12"]
@@ -334,6 +337,20 @@ def test_wrong_solutions_are_right_for_another_question(tiny, tokenizer):
 
     [trial] = try_rewards([rewards.correctness_reward], examples, tokenizer)
     assert (trial.gold, trial.wrong) == ([1.0] * 4, [0.0] * 4)
+
+
+def test_columns_of_the_source_are_given_also_where_there_is_no_solution(here, tiny, tokenizer):
+    grader = grader_of({"kind": "choice", "form": "Answer: {answer}"})
+    examples = [
+        dataclasses.replace(example, answer=letter, completion=[], columns={"difficulty": 0.5})
+        for example, letter in zip(read_jsonl(f"{tiny.data}/train.jsonl", Example)[:4], "ABCA", strict=True)
+    ]
+    assert as_dataset(examples, columns_of(examples))["difficulty"][:] == [0.5] * 4
+    named = named_rewards(Rewards(**{"mine.py:wants": 1.0}), 100, columns_of(examples))
+    graded, _ = reward_functions(Rewards(), grader)
+    right, form, own = try_rewards([*graded, named[0].function], examples, tokenizer, grader)
+    assert (right.gold, right.wrong, own.gold) == ([1.0] * 4, [0.0] * 4, [0.5] * 4)
+    assert min(form.gold) > 0 and right.name == "correctness_reward"
 
 
 # --- a reward that is never met ---------------------------------------------------------------------------------------
