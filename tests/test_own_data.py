@@ -9,7 +9,7 @@ from test_data_prep import prepare, refused  # noqa: F401
 
 from posttrain.errors import UserError
 from posttrain.records import Example, as_dataset, read_jsonl
-from posttrain.tasks.fields import scalar
+from posttrain.tasks.fields import proposed, scalar
 
 FIELDS = {"question": "problem", "solution": "solution", "answer": "final_answer"}
 
@@ -244,6 +244,25 @@ def test_a_question_of_several_keys_with_choices_and_answers_by_other_names(prep
     source["fields"] = {"question": "{text} {ask}", "solution": "{label} of {options.0}", "answer": "ask"}
     prepare(source, answer={"kind": "text"}, prompt={"instruction": "{question}"}, dev_fraction=0)
     assert [row.completion[0]["content"].splitlines()[0] for row in prepare.rows("train")] == ["0 of 1", "1 of 1", "2 of 1"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (
+            ["id", "question", "choices.text", "choices.label", "answerKey"],
+            "question: question, answer: answerKey, choices: choices.text",
+        ),
+        (
+            ["question", "options", "rationale", "correct"],
+            "question: question, solution: rationale, answer: correct, choices: options",
+        ),
+        (["conversations"], "messages: conversations"),
+        (["a", "b"], "question: KEY, answer: KEY"),
+    ],
+)
+def test_the_line_that_is_proposed(keys, line):
+    assert proposed(keys) == f"fields: {{{line}}}"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,19 @@ POOL_TEST_FRACTION = 0.2  # of rows that come without a split
 USUAL = {
     "question": ("question", "problem", "query", "prompt", "instruction", "input", "text"),
     "solution": ("solution", "rationale", "explanation", "reasoning", "cot", "response", "output", "completion", "generation"),
-    "answer": ("final_answer", "answer", "expected_answer", "ground_truth", "gold", "target", "label", "result"),
+    "answer": (
+        "final_answer",
+        "answer",
+        "expected_answer",
+        "ground_truth",
+        "gold",
+        "answerkey",
+        "correct",
+        "target",
+        "label",
+        "result",
+    ),
+    "choices": ("choices", "options"),
     "messages": ("messages", "conversations", "conversation", "chat"),
 }
 MISSING = object()
@@ -131,6 +143,7 @@ def proposed(keys: list[str]) -> str:
         pairs = {"question": found["question"] or "KEY", "solution": found["solution"], "answer": found["answer"]}
         if not found["solution"] and not found["answer"]:
             pairs["answer"] = "KEY"
+        pairs["choices"] = found["choices"] or next((key for key in keys if key.lower() == "choices.text"), None)
     return "fields: {" + ", ".join(f"{role}: {key}" for role, key in pairs.items() if key) + "}"
 
 
