@@ -1,0 +1,95 @@
+"""What one decoding step does between its matrix products, as a few Triton kernels on a GPU and as plain torch elsewhere.
+
+A step gives every row one token, so nothing here has much to compute: reading is all. transformers composes these parts of many
+small operations; each of them takes longer to start than to run, and the sampler reads the vocabulary in fp32 eight times. Here
+attention reads the keys that a row has and no others, and drawing reads the logits once.
+
+The torch path is the standard: tests/test_decoding_kernels.py compares the two, in Triton's interpreter where there is no GPU.
+Arithmetic is in fp32, and rounded to the model's dtype where transformers' own layers round.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import nn
+
+if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    from posttrain.kernels import decoding_triton as triton_kernels
+else:
+    triton_kernels = None  # type: ignore[assignment]
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    return triton_kernels is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of `x`, (rows, hidden), or of x + residual, which then holds that sum."""
+    if use_triton(x):
+        return triton_kernels.add_norm(x, residual, weight, eps)
+    if residual is not None:
+        x = residual.add_(x)
+    return weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, (rows, width), of (rows, 2 * width)."""
+    if use_triton(gate_up):
+        return triton_kernels.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
+    cos: torch.Tensor,  # (places, head_dim)
+    sin: torch.Tensor,
+    place: torch.Tensor,  # (rows,), where each row's token stands
+    keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim); the token's are written
+    values: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weights for queries and keys, and epsilon (Qwen3)
+) -> torch.Tensor:
+    """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place."""
+    if use_triton(qkv):
+        return triton_kernels.rotate_and_store(qkv, cos, sin, place, keys, values, norms)
+    rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
+    heads = qkv.view(rows, -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    if norms is not None:
+        q, k = (add_norm(x.reshape(-1, head_dim), None, w, norms[2]).view(x.shape) for x, w in zip((q, k), norms, strict=False))
+    c, s = cos[place][:, None], sin[place][:, None]
+    q, k = (x * c + torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1) * s for x in (q, k))
+    row = torch.arange(rows, device=qkv.device)
+    keys[row, :, place], values[row, :, place] = k, v
+    return q
+
+
+def attend(
+    query: torch.Tensor,  # (rows, heads, head_dim)
+    keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim)
+    values: torch.Tensor,
+    place: torch.Tensor,  # (rows,): a row sees its keys up to this place, and no more of them than `window`
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token of each row, (rows, heads * head_dim)."""
+    if use_triton(query):
+        return triton_kernels.attend(query, keys, values, place, window, scale)
+    rows, heads, head_dim = query.shape
+    kv_heads, end = keys.shape[1], int(place.max()) + 1
+    at = torch.arange(end, device=query.device)
+    sees = at <= place[:, None]
+    if window is not None:
+        sees &= at > place[:, None] - window
+    grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
+    scores = (grouped.float() @ keys[:rows, :, :end].float().transpose(2, 3)) * scale
+    weights = scores.masked_fill(~sees[:, None, None], -torch.inf).softmax(-1)
+    return (weights @ values[:rows, :, :end].float().masked_fill(~sees[:, None, :, None], 0.0)).to(query.dtype).view(rows, -1)
+
+
+def draw_in_two_passes(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """loop.choose for a whole vocabulary, by Triton: tokens drawn at `uniform` and their log-probabilities, (rows,) each."""
+    return triton_kernels.draw(logits, uniform, temperature)
