@@ -149,9 +149,7 @@ def _attend(  # type: ignore[no-untyped-def]
 ) -> None:  # fmt: skip
     row, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     end = tl.load(places + row).to(tl.int32) + 1
-    first = 0
-    if window > 0:
-        first = tl.maximum(end - window, 0)
+    first = tl.where(window > 0, tl.maximum(end - window, 0), 0)
     if PARTS > 1:
         share = tl.cdiv(tl.cdiv(end - first, PARTS), KEYS) * KEYS
         first += part * share
@@ -204,6 +202,7 @@ def _join_parts(partial, weight, out, PARTS: tl.constexpr, HEAD_DIM: tl.constexp
 
 SUM_BLOCK = 256  # as in loop.py: the sums of blocks find the block first
 BLOCKS = 16  # blocks that one program sums
+BELOW_ONE = 1 - 2**-23  # as in loop.py
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +215,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tup
     _sum_blocks[(rows, chunks)](logits, logits.stride(0), sums, tops, vocabulary, temperature, chunks, SUM_BLOCK, BLOCKS)
     _draw[(rows,)](
         logits, logits.stride(0), sums, tops, uniform, token, logprob, vocabulary, temperature, chunks,
-        SUM_BLOCK, BLOCKS, triton.next_power_of_2(chunks * BLOCKS),
+        SUM_BLOCK, BLOCKS, triton.next_power_of_2(chunks * BLOCKS), BELOW_ONE,
     )  # fmt: skip
     return token, logprob
 
@@ -236,9 +235,8 @@ def _sum_blocks(logits, stride, sums, tops, vocabulary, temperature, chunks, SIZ
 @triton.jit
 def _draw(  # type: ignore[no-untyped-def]
     logits, stride, sums, tops, uniform, token, logprob, vocabulary, temperature, chunks,
-    SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALL: tl.constexpr,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, ALL: tl.constexpr, BELOW_ONE: tl.constexpr,
 ) -> None:  # fmt: skip
-    below_one: tl.constexpr = 1 - 2**-23
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, ALL)
     inside = block < chunks * BLOCKS
@@ -247,14 +245,14 @@ def _draw(  # type: ignore[no-untyped-def]
     weights = tl.load(sums + row * chunks * BLOCKS + block, mask=inside, other=0.0) * tl.exp(tops_of - top)
     ends = tl.cumsum(weights, 0)
     total = tl.max(ends, 0)
-    target = tl.minimum(tl.load(uniform + row), below_one) * total
+    target = tl.minimum(tl.load(uniform + row), BELOW_ONE) * total
     chosen = tl.minimum(tl.sum((ends <= target).to(tl.int32), 0), (vocabulary - 1) // SIZE)
     before = tl.sum(tl.where(block == chosen, ends - weights, 0.0), 0)
     cols = tl.arange(0, SIZE)
     at = chosen * SIZE + cols
     x = tl.load(logits + row * stride + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32) / temperature
     cumulative = tl.cumsum(tl.exp(x - top), 0)
-    target = tl.minimum(tl.maximum(target - before, 0.0), tl.max(cumulative, 0) * below_one)
+    target = tl.minimum(tl.maximum(target - before, 0.0), tl.max(cumulative, 0) * BELOW_ONE)
     place = tl.sum((cumulative <= target).to(tl.int32), 0)
     drawn = tl.minimum(chosen * SIZE + place, vocabulary - 1)
     scaled = tl.load(logits + row * stride + drawn).to(tl.float32) / temperature
