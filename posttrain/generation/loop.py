@@ -95,7 +95,7 @@ class _Rows:
     def prefill(self) -> torch.Tensor:
         """Run every prompt once, in slices of similar length, and make a row for each sample. Logits (rows, vocabulary)."""
         self.length = max(len(prompt) for prompt in self.prompts)
-        pieces = [self._prefill(slice) for slice in _slices(self.prompts, PREFILL_TOKENS[self.device.type])]
+        pieces = [self._prefill(slice) for slice in slices(self.prompts, PREFILL_TOKENS[self.device.type])]
         logits, layers, valid, positions = zip(*pieces, strict=True)
         repeat = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.num_samples)
         self.valid = torch.zeros(self.num_rows, self.length + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
@@ -195,7 +195,7 @@ PREFILL_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 STEPS_BETWEEN_DONE_CHECKS = {"cpu": 1, "cuda": 8}
 
 
-def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
+def slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
     """Neighbours in slices of at most `num_tokens` tokens, padding included; a slice has at least one prompt."""
     slices, start = [], 0
     while start < len(prompts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
@@ -258,5 +257,3 @@ def _draw(  # type: ignore[no-untyped-def]
     scaled = tl.load(logits + row * stride + drawn).to(tl.float32) / temperature
     tl.store(token + row, drawn.to(tl.int64))
     tl.store(logprob + row, scaled - top - tl.log(total))
-
-
