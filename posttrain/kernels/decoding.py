@@ -15,6 +15,7 @@ import os
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     from posttrain.kernels import decoding_triton as triton_kernels
@@ -51,10 +52,11 @@ def rotate_and_store(
     keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim); the token's are written
     values: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weights for queries and keys, and epsilon (Qwen3)
+    seat: torch.Tensor | None = None,  # (rows,), whose keys and values the rows' are; None: the front ones
 ) -> torch.Tensor:
-    """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place."""
+    """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place; with `seat`, keys into `qkv` too."""
     if use_triton(qkv):
-        return triton_kernels.rotate_and_store(qkv, cos, sin, place, keys, values, norms)
+        return triton_kernels.rotate_and_store(qkv, cos, sin, place, keys, values, norms, seat)
     rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
@@ -62,8 +64,10 @@ def rotate_and_store(
         q, k = (add_norm(x.reshape(-1, head_dim), None, w, norms[2]).view(x.shape) for x, w in zip((q, k), norms, strict=False))
     c, s = cos[place][:, None], sin[place][:, None]
     q, k = (x * c + torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1) * s for x in (q, k))
-    row = torch.arange(rows, device=qkv.device)
+    row = torch.arange(rows, device=qkv.device) if seat is None else seat
     keys[row, :, place], values[row, :, place] = k, v
+    if seat is not None:
+        heads[:, -2 * kv_heads : -kv_heads] = k
     return q
 
 
@@ -88,6 +92,33 @@ def attend(
     scores = (grouped.float() @ keys[:rows, :, :end].float().transpose(2, 3)) * scale
     weights = scores.masked_fill(~sees[:, None, None], -torch.inf).softmax(-1)
     return (weights @ values[:rows, :, :end].float().masked_fill(~sees[:, None, :, None], 0.0)).to(query.dtype).view(rows, -1)
+
+
+def attend_packed(
+    query: torch.Tensor,  # (tokens, heads, head_dim), prompts one after the other
+    key: torch.Tensor,  # (tokens, kv_heads, head_dim)
+    value: torch.Tensor,
+    starts: torch.Tensor,  # (prompts + 1,), int32
+    longest: int,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of whole prompts, (tokens, heads * head_dim)."""
+    if query.is_cuda:
+        seen = (-1 if window is None else window - 1, 0)
+        grouped = query.shape[1] != key.shape[1]
+        out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=seen, enable_gqa=grouped)
+        return out.flatten(1)
+    parts = [x.split(starts.diff().tolist()) for x in (query, key, value)]
+    outs = []
+    for q, k, v in zip(*parts, strict=True):
+        sees = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        if window is not None:
+            sees = sees.triu(1 - window)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1).flatten(1))
+    return torch.cat(outs)
 
 
 def draw_in_two_passes(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

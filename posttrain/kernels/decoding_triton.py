@@ -64,22 +64,24 @@ def rotate_and_store(
     keys: torch.Tensor,
     values: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+    seat: torch.Tensor | None,
 ) -> torch.Tensor:
     rows, (_, kv_heads, capacity, head_dim) = len(qkv), keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     query = qkv.new_empty(rows, heads, head_dim)
     q_norm, k_norm, eps = norms or (cos, cos, 0.0)
     _rotate_and_store[(rows,)](
-        qkv, cos, sin, place, query, keys, values, q_norm, k_norm, eps, capacity,
-        norms is not None, heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads),
+        qkv, cos, sin, place, place if seat is None else seat, query, keys, values, q_norm, k_norm, eps, capacity,
+        norms is not None, seat is not None, heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads),
     )  # fmt: skip
     return query
 
 
 @triton.jit
 def _rotate_and_store(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, places, query, keys, values, q_norm, k_norm, eps, capacity,
-    NORM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    qkv, cos, sin, places, seats, query, keys, values, q_norm, k_norm, eps, capacity,
+    NORM: tl.constexpr, SEATED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(places + row).to(tl.int64)
@@ -107,6 +109,10 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     tl.store(to_query, new_low, mask=head < HEADS)
     tl.store(to_query + HALF, new_high, mask=head < HEADS)
     is_key = (head >= HEADS) & turns
+    if SEATED:
+        tl.store(at, new_low, mask=is_key)
+        tl.store(at + HALF, new_high, mask=is_key)
+        row = tl.load(seats + row).to(tl.int64)
     to_key = keys + ((row * KV_HEADS + head - HEADS) * capacity + place) * 2 * HALF + half
     tl.store(to_key, new_low, mask=is_key)
     tl.store(to_key + HALF, new_high, mask=is_key)
