@@ -32,14 +32,22 @@ def why_not(model: PreTrainedModel) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return f"rotary embeddings of type {rope.get('rope_type')}"
-    layer = model.model.layers[0]
-    linears = [*_qkv(layer), *_gate_up(layer), layer.self_attn.o_proj, layer.mlp.down_proj]
-    if any(type(linear) is not nn.Linear for linear in linears) or any(linear.bias is not None for linear in _gate_up(layer)):
-        return "its layers are not plain linear layers"
-    head_dim = layer.self_attn.head_dim
+    if not all(_is_plain(layer) for layer in model.model.layers):
+        return "its layers are not plain linear layers, or have other biases"
+    head_dim = model.model.layers[0].self_attn.head_dim
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
         return f"heads of {head_dim}"
     return None
+
+
+def _is_plain(layer: Any) -> bool:
+    linears = [*_qkv(layer), *_gate_up(layer), layer.self_attn.o_proj, layer.mlp.down_proj]
+    biased = {linear.bias is not None for linear in _qkv(layer)}
+    return (
+        all(type(linear) is nn.Linear for linear in linears)
+        and len(biased) == 1
+        and all(linear.bias is None for linear in (*_gate_up(layer), layer.mlp.down_proj))
+    )
 
 
 class Decoder:

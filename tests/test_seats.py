@@ -1,0 +1,166 @@
+"""Decoding in seats against the loop and transformers: the same tokens, draws and log-probabilities, however seats are taken."""
+
+import collections
+import functools
+
+import pytest
+import torch
+from tiny_training import LORA
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.gemma2 import Gemma2Config
+
+from posttrain.config.schema import Lora
+from posttrain.generation import decoder, loop, seats
+from posttrain.generation.loop import Sampling
+from posttrain.models.policy_copy import PolicyCopy
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10_000.0}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "llama, tied, with biases": LlamaConfig(tie_word_embeddings=True, attention_bias=True, **SIZES),
+    "llama, yarn": LlamaConfig(rope_parameters=YARN, **SIZES),
+    "qwen2, windows in some layers": Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, **SIZES),
+    "qwen3": Qwen3Config(head_dim=16, **SIZES),
+    "mistral, windows": MistralConfig(sliding_window=8, **SIZES),
+}
+LENGTH = 16
+SAMPLED = Sampling(LENGTH, temperature=1.0, num_samples=3, seed=4)
+SAMPLINGS = [Sampling(LENGTH), SAMPLED, Sampling(LENGTH, temperature=0.7, top_p=0.8, seed=4), Sampling(1, temperature=1.0)]
+
+
+@functools.cache
+def model_of(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.25)
+    return loop.prepare_to_decode(model)
+
+
+@functools.cache
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 300, (n,), generator=generator).tolist() for n in (30, 21, 13, 13, 8, 5, 2, 1)]
+
+
+@functools.cache
+def wanted(name, sampling):
+    """What the loop decodes, with a stop token that ends some rows and not others."""
+    endless, _ = loop.decode_batch(model_of(name), prompts(), sampling, -1, 3)
+    seen = collections.Counter(token for group in endless for row in group for token in set(row.ids))
+    stop = next(token for token, count in seen.most_common() if count <= max(1, len(prompts()) * sampling.num_samples // 3))
+    return loop.decode_batch(model_of(name), prompts(), sampling, stop, 3)[0], stop
+
+
+def rows(groups):
+    return [(row.ids, row.finish) for group in groups for row in group]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("max_seats", [1, 4, 512])
+def test_seats_hold_what_the_loop_decodes(name, sampling, max_seats):
+    assert decoder.why_not(model_of(name)) is None
+    expected, stop = wanted(name, sampling)
+    found, _ = seats.decode_batch(model_of(name), prompts(), sampling, stop, 3, max_seats)
+    assert rows(found) == rows(expected)
+    assert {finish for _, finish in rows(found)} == {"stop", "length"} or sampling.max_new_tokens == 1
+    for one, other in zip(found, expected, strict=True):
+        for ours, theirs in zip(one, other, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(name):
+    (first, *_), stop = wanted(name, Sampling(LENGTH))
+    found, _ = seats.decode_batch(model_of(name), prompts(), Sampling(LENGTH), stop, max_seats=2)
+    model = model_of(name)
+    model.config._attn_implementation = "eager"
+    for prompt, (row,) in zip(prompts(), found, strict=True):
+        out = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH, eos_token_id=stop, pad_token_id=0
+        )
+        assert row.ids == out[0, len(prompt) :].tolist()
+    loop.prepare_to_decode(model)
+
+
+@pytest.mark.parametrize("looks", [1, 3, 50])
+def test_how_often_the_host_looks_changes_nothing(monkeypatch, looks):
+    monkeypatch.setitem(seats.STEPS_BETWEEN_LOOKS, "cpu", looks)
+    expected, stop = wanted("llama", SAMPLED)
+    assert rows(seats.decode_batch(model_of("llama"), prompts(), SAMPLED, stop, 3, 6)[0]) == rows(expected)
+
+
+def test_a_free_seat_takes_the_next_prompt_and_a_batch_at_its_end_takes_smaller_steps(monkeypatch):
+    expected, stop = wanted("llama", SAMPLED)
+    model, sizes = model_of("llama"), []
+    step = seats.Steps.__call__
+    monkeypatch.setattr(seats.Steps, "__call__", lambda self, n: sizes.append(n) or step(self, n))
+    found, num_slots = seats.decode_batch(model, prompts(), SAMPLED, stop, 3, 6)
+    assert num_slots == sum(sizes) and sizes[0] == 8 and sizes[-1] < 8
+    waves = [seats.decode_batch(model, prompts()[i : i + 2], SAMPLED, stop, 3, 6)[1] for i in range(0, 8, 2)]
+    assert num_slots < sum(waves)
+
+
+def test_another_model_and_longer_prompts_get_seats_of_their_own():
+    model = model_of("llama")
+    seats.decode_batch(model, prompts()[-2:], Sampling(2), -1)
+    small = model._graphs
+    seats.decode_batch(model, prompts()[-2:], Sampling(1), -1)
+    assert model._graphs is small
+    seats.decode_batch(model, [prompts()[0] * 3], Sampling(40), -1)
+    large = model._graphs
+    assert large is not small and large.num_seats >= small.num_seats and large.capacity > small.capacity
+    assert model_of("qwen3").__dict__.get("_graphs") is not large
+
+
+# --- one product for several layers -----------------------------------------------------------------------------------
+
+
+def test_joined_weights_are_views_that_fold_and_save_as_before(tmp_path, tiny_model_dir):
+    """The copy's fused weights follow the adapter, the base's stay where they are, and a saved copy is whole."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    settings = Lora(**LORA)
+    policy = get_peft_model(base, LoraConfig(r=settings.r, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
+    place = base.model.layers[0].self_attn.k_proj.weight.data_ptr()
+    copy = PolicyCopy(policy)
+    decoder.join_projections(copy.model)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    copy.refresh()
+    layer, source = copy.model.model.layers[0], base.model.layers[0]
+    whole = decoder.joined([layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight])
+    folded = source.self_attn.q_proj.weight + source.self_attn.q_proj.get_delta_weight("default")
+    assert torch.allclose(whole, torch.cat([folded, source.self_attn.k_proj.weight, source.self_attn.v_proj.weight]))
+    assert source.self_attn.k_proj.weight.data_ptr() == place
+    copy.model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in copy.model.state_dict().items())
+
+
+def test_what_is_not_llamas_is_left_to_the_loop():
+    def reason(config):
+        return decoder.why_not(AutoModelForCausalLM.from_config(config))
+
+    small = SIZES | {"num_hidden_layers": 1}
+    assert "gemma2" in reason(Gemma2Config(head_dim=16, **small))
+    assert "dynamic" in reason(LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, **small))
+    assert "plain linear" in reason(LlamaConfig(mlp_bias=True, **small))
+    assert "heads of 24" in reason(LlamaConfig(head_dim=24, **small))
+    one_bias = AutoModelForCausalLM.from_config(LlamaConfig(**small))
+    one_bias.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(64))
+    assert "plain linear" in decoder.why_not(one_bias)
