@@ -83,14 +83,12 @@ def test_seats_hold_what_the_loop_decodes(name, sampling, max_seats):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers(name):
-    (first, *_), stop = wanted(name, Sampling(LENGTH))
+    stop = wanted(name, Sampling(LENGTH))[1]
     found, _ = seats.decode_batch(model_of(name), prompts(), Sampling(LENGTH), stop, max_seats=2)
     model = model_of(name)
     model.config._attn_implementation = "eager"
     for prompt, (row,) in zip(prompts(), found, strict=True):
-        out = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH, eos_token_id=stop, pad_token_id=0
-        )
+        out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LENGTH, eos_token_id=stop, pad_token_id=0)
         assert row.ids == out[0, len(prompt) :].tolist()
     loop.prepare_to_decode(model)
 
@@ -103,11 +101,11 @@ def test_how_often_the_host_looks_changes_nothing(monkeypatch, looks):
 
 
 def test_a_free_seat_takes_the_next_prompt_and_a_batch_at_its_end_takes_smaller_steps(monkeypatch):
-    expected, stop = wanted("llama", SAMPLED)
+    stop = wanted("llama", SAMPLED)[1]
     model, sizes = model_of("llama"), []
     step = seats.Steps.__call__
     monkeypatch.setattr(seats.Steps, "__call__", lambda self, n: sizes.append(n) or step(self, n))
-    found, num_slots = seats.decode_batch(model, prompts(), SAMPLED, stop, 3, 6)
+    num_slots = seats.decode_batch(model, prompts(), SAMPLED, stop, 3, 6)[1]
     assert num_slots == sum(sizes) and sizes[0] == 8 and sizes[-1] < 8
     waves = [seats.decode_batch(model, prompts()[i : i + 2], SAMPLED, stop, 3, 6)[1] for i in range(0, 8, 2)]
     assert num_slots < sum(waves)
@@ -164,3 +162,12 @@ def test_what_is_not_llamas_is_left_to_the_loop():
     one_bias = AutoModelForCausalLM.from_config(LlamaConfig(**small))
     one_bias.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(64))
     assert "plain linear" in decoder.why_not(one_bias)
+
+
+def test_the_logits_that_the_guard_sees_are_those_that_tokens_are_chosen_from():
+    """The guard compares them with transformers' own: here as it does on a GPU, where models decode in seats."""
+    tokens, logits = seats.greedy_logits(model_of("qwen3"), prompts()[:3], 4)
+    assert tokens == logits.argmax(-1).tolist()
+    for prompt, row, seen in zip(prompts(), tokens, logits, strict=False):
+        own = model_of("qwen3")(torch.tensor([prompt + row[:-1]]), use_cache=False, logits_to_keep=4).logits
+        assert torch.allclose(seen, own[0], atol=1e-3)

@@ -24,6 +24,14 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # tests/test_decoder.py co
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+def fits(model: PreTrainedModel) -> bool:
+    """Whether a model decodes by `Decoder`: where its kernels run, in a dtype and on a card that flash attention takes."""
+    on_gpu = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+    if not on_gpu or decoding.triton_kernels is None:
+        return False
+    return torch.cuda.get_device_capability(model.device) >= (8, 0) and why_not(model) is None
+
+
 def why_not(model: PreTrainedModel) -> str | None:
     """What keeps a model from `Decoder`; None if nothing does."""
     config = model.config

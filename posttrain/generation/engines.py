@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Engine
 from posttrain.errors import UserError
+from posttrain.generation import decoder, seats
 from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare_to_decode
 from posttrain.kernels.packed_linear import packed_weights
 
@@ -108,7 +109,8 @@ def _transformers_engine(
     with packed_weights(model):
         for number, indices in batches:
             asked = [prompts[i] for i in indices]
-            yield Finished(indices, *decode_batch(model, asked, sampling, tokenizer.eos_token_id, number))
+            decode = seats.decode_batch if decoder.fits(model) else decode_batch
+            yield Finished(indices, *decode(model, asked, sampling, tokenizer.eos_token_id, number))
 
 
 def _continuous_batching_engine(

@@ -50,6 +50,21 @@ def decode_batch(
     return table.completions(), table.num_slots
 
 
+@torch.no_grad()
+def greedy_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_steps: int
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy tokens of each prompt, and the logits that they were chosen from, (prompts, num_steps, vocabulary)."""
+    table = _Table(model, prompts, loop.Sampling(num_steps), -1, 0, rows_for(len(prompts)))
+    table.steps.watched = seen = torch.zeros(table.num_seats, model.config.vocab_size, device=model.device)
+    table.admit()
+    logits = [seen[: len(prompts)].clone()]
+    for _ in range(num_steps - 1):
+        table.steps(table.num_seats)
+        logits.append(seen[: len(prompts)].clone())
+    return table.steps.tokens[: len(prompts), :num_steps].tolist(), torch.stack(logits, 1)
+
+
 class _Table:
     """The state of one batch. `seated` lists the rows of the front seats; the prompts from `waiting` on have none yet."""
 
@@ -151,6 +166,7 @@ class Steps:
         # Read by a graph as it runs, so that one graph serves every limit and every stop token.
         self.limit, self.stop = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.sampling = loop.Sampling(1)
+        self.watched: torch.Tensor | None = None  # gets the logits of each seat, (num_seats, vocabulary)
         self.captured: dict[Any, Callable[[], None]] = {}
 
     def seat(self, seats: slice, layers: Any, lengths: torch.Tensor, num_samples: int) -> None:
@@ -191,6 +207,8 @@ class Steps:
         self._advance(self.decoder(self.ids[front], self.place[front]), front)
 
     def _advance(self, logits: torch.Tensor, seats: slice) -> None:
+        if self.watched is not None:
+            self.watched[seats] = logits
         step, live = self.step[seats], self.live[seats]
         token, logprob = self._choose(logits, self.uniform[seats].gather(1, step[:, None]).squeeze(1))
         at = step[:, None]
@@ -256,6 +274,6 @@ def _steps_of(model: PreTrainedModel, num_seats: int, capacity: int, sampling: l
             new_tokens = max(kept.max_new_tokens, new_tokens)
             del kept
         model.__dict__["_graphs"] = kept = Steps(model, num_seats, capacity, new_tokens)
-    kept.sampling = sampling
+    kept.sampling, kept.watched = sampling, None
     kept.vacate(0)
     return kept
