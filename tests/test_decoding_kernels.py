@@ -3,16 +3,14 @@
 On a GPU, or anywhere in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_decoding_kernels.py
 """
 
-import os
-
 import pytest
 import torch
 
 from posttrain.generation.loop import Sampling, choose
 from posttrain.kernels import decoding
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [pytest.mark.skipif(decoding.triton_kernels is None, reason="needs Triton and a GPU or its interpreter")]
+INTERPRETED = decoding.interpreted()
+pytestmark = [pytest.mark.skipif(decoding.triton_kernels() is None, reason="needs Triton and a GPU or its interpreter")]
 if not INTERPRETED:
     pytestmark.append(pytest.mark.gpu)
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -90,7 +88,7 @@ def test_rotation_and_where_keys_and_values_go(monkeypatch, dtype, heads, kv_hea
 @pytest.mark.parametrize("window", [None, 8, 100])
 @pytest.mark.parametrize("programs", [1, 512])  # each row's keys by one program, or shared out
 def test_attention_of_one_token(monkeypatch, dtype, heads, kv_heads, head_dim, window, programs):
-    monkeypatch.setattr(decoding.triton_kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(decoding.triton_kernels(), "PROGRAMS", programs)
     query = randn(ROWS, heads, head_dim, dtype=dtype)
     keys, values = (randn(7, kv_heads, CAPACITY, head_dim, dtype=dtype) for _ in range(2))
     place = torch.tensor([0, 3, 64, 199, 130], device=DEVICE)
@@ -105,11 +103,11 @@ def test_attention_of_one_token(monkeypatch, dtype, heads, kv_heads, head_dim, w
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_a_draw_is_that_of_the_loop(dtype, vocabulary, temperature):
     """Equal but where a random number falls within rounding of a border between two tokens."""
-    logits, uniform = randn(200, vocabulary, dtype=dtype) * 3, torch.rand(200, device=DEVICE)
+    logits, uniform = randn(60, vocabulary, dtype=dtype) * 3, torch.rand(60, device=DEVICE)
     token, logprob = decoding.draw_in_two_passes(logits, uniform, temperature)
     wanted, wanted_logprob = choose(logits, Sampling(1, temperature=temperature), uniform)
     same = token == wanted
-    assert same.sum() >= 198
+    assert same.sum() >= 58
     assert torch.allclose(logprob[same], wanted_logprob[same], atol=2e-5)
 
 

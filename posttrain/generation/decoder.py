@@ -25,9 +25,10 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a model decodes by `Decoder`: where its kernels run, in a dtype and on a card that flash attention takes."""
-    on_gpu = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
-    if not on_gpu or decoding.triton_kernels is None:
+    """Whether a model decodes by `Decoder`: where its kernels run, on a card and in a dtype that flash attention takes."""
+    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if getattr(model, "kernels", "torch") == "torch" or decoding.triton_kernels() is None:
         return False
     return torch.cuda.get_device_capability(model.device) >= (8, 0) and why_not(model) is None
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from posttrain.generation import loop
 from posttrain.generation.decoder import Decoder
+from posttrain.generation.steps import release_graphs
 from posttrain.kernels import decoding
 from posttrain.phases import phase
 
@@ -55,6 +56,7 @@ def greedy_logits(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_steps: int
 ) -> tuple[list[list[int]], torch.Tensor]:
     """Greedy tokens of each prompt, and the logits that they were chosen from, (prompts, num_steps, vocabulary)."""
+    release_graphs(model)  # graphs that were made before do not write to `watched`
     table = _Table(model, prompts, loop.Sampling(num_steps), -1, 0, rows_for(len(prompts)))
     table.steps.watched = seen = torch.zeros(table.num_seats, model.config.vocab_size, device=model.device)
     table.admit()
@@ -157,7 +159,7 @@ class Steps:
 
     def __init__(self, model: PreTrainedModel, num_seats: int, capacity: int, max_new_tokens: int) -> None:
         device = model.device
-        self.num_seats, self.capacity, self.max_new_tokens = num_seats, capacity, max_new_tokens
+        self.sizes = num_seats, capacity, max_new_tokens
         self.decoder = Decoder(model, num_seats, capacity)
         self.ids, self.place, self.step = (torch.zeros(num_seats, dtype=torch.long, device=device) for _ in range(3))
         self.live = torch.zeros(num_seats, dtype=torch.bool, device=device)
@@ -264,16 +266,12 @@ def _capture(run: Callable[[], None], owner: Steps) -> Callable[[], None]:
 def _steps_of(model: PreTrainedModel, num_seats: int, capacity: int, sampling: loop.Sampling) -> Steps:
     """The steps kept with the model, made anew for a batch that is larger than all before."""
     kept: Steps | None = model.__dict__.get("_graphs")
-    capacity = -(-capacity // 64) * 64
-    new_tokens = sampling.max_new_tokens
-    fits = isinstance(kept, Steps) and kept.num_seats >= num_seats and kept.capacity >= capacity
-    if not fits or kept.max_new_tokens < new_tokens:
-        model.__dict__["_graphs"] = None  # its memory is needed
-        if isinstance(kept, Steps):
-            num_seats, capacity = max(kept.num_seats, num_seats), max(kept.capacity, capacity)
-            new_tokens = max(kept.max_new_tokens, new_tokens)
-            del kept
-        model.__dict__["_graphs"] = kept = Steps(model, num_seats, capacity, new_tokens)
+    wanted: tuple[int, ...] = num_seats, -(-capacity // 64) * 64, sampling.max_new_tokens
+    if kept is None or any(have < want for have, want in zip(kept.sizes, wanted, strict=True)):
+        if kept is not None:
+            wanted = tuple(map(max, kept.sizes, wanted))
+        model.__dict__["_graphs"] = kept = None  # its memory is needed
+        model.__dict__["_graphs"] = kept = Steps(model, *wanted)
     kept.sampling, kept.watched = sampling, None
     kept.vacate(0)
     return kept

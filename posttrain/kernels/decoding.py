@@ -10,27 +10,38 @@ Arithmetic is in fp32, and rounded to the model's dtype where transformers' own 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-    from posttrain.kernels import decoding_triton as triton_kernels
-else:
-    triton_kernels = None  # type: ignore[assignment]
+
+@functools.cache
+def triton_kernels() -> Any:
+    """decoding_triton, or None where Triton cannot run."""
+    if importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or interpreted()):
+        return None
+    from posttrain.kernels import decoding_triton
+
+    return decoding_triton
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    return triton_kernels is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return (x.is_cuda or interpreted()) and triton_kernels() is not None
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of `x`, (rows, hidden), or of x + residual, which then holds that sum."""
     if use_triton(x):
-        return triton_kernels.add_norm(x, residual, weight, eps)
+        return triton_kernels().add_norm(x, residual, weight, eps)
     if residual is not None:
         x = residual.add_(x)
     return weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
@@ -39,7 +50,7 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, (rows, width), of (rows, 2 * width)."""
     if use_triton(gate_up):
-        return triton_kernels.silu_mul(gate_up)
+        return triton_kernels().silu_mul(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return nn.functional.silu(gate) * up
 
@@ -56,7 +67,7 @@ def rotate_and_store(
 ) -> torch.Tensor:
     """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place; with `seat`, keys into `qkv` too."""
     if use_triton(qkv):
-        return triton_kernels.rotate_and_store(qkv, cos, sin, place, keys, values, norms, seat)
+        return triton_kernels().rotate_and_store(qkv, cos, sin, place, keys, values, norms, seat)
     rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
@@ -81,7 +92,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of one token of each row, (rows, heads * head_dim)."""
     if use_triton(query):
-        return triton_kernels.attend(query, keys, values, place, window, scale)
+        return triton_kernels().attend(query, keys, values, place, window, scale)
     rows, heads, head_dim = query.shape
     kv_heads, end = keys.shape[1], int(place.max()) + 1
     at = torch.arange(end, device=query.device)
@@ -123,4 +134,4 @@ def attend_packed(
 
 def draw_in_two_passes(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """loop.choose for a whole vocabulary, by Triton: tokens drawn at `uniform` and their log-probabilities, (rows,) each."""
-    return triton_kernels.draw(logits, uniform, temperature)
+    return triton_kernels().draw(logits, uniform, temperature)
