@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from transformers.models.gemma2 import Gemma2Config
 
 from posttrain.config.schema import Lora
-from posttrain.generation import decoder, loop, seats
+from posttrain.generation import decoder, engines, loop, seats
 from posttrain.generation.loop import Sampling
 from posttrain.models.policy_copy import PolicyCopy
 
@@ -171,3 +172,17 @@ def test_the_logits_that_the_guard_sees_are_those_that_tokens_are_chosen_from():
     for prompt, row, seen in zip(prompts(), tokens, logits, strict=False):
         own = model_of("qwen3")(torch.tensor([prompt + row[:-1]]), use_cache=False, logits_to_keep=4).logits
         assert torch.allclose(seen, own[0], atol=1e-3)
+
+
+def test_the_engine_takes_seats_where_they_fit(monkeypatch):
+    """As on a GPU: four times as many prompts make a batch, and no more rows than before are decoded at a time."""
+    model, tokenizer = model_of("qwen3"), types.SimpleNamespace(eos_token_id=wanted("qwen3", SAMPLED)[1])
+    monkeypatch.setattr(engines, "rows_at_once", lambda *_: 6)
+    assert engines.auto_batch_size(model, 100, 3) == 2
+    monkeypatch.setattr(decoder, "fits", lambda model: True)
+    assert engines.auto_batch_size(model, 100, 3) == 8
+    sizes, step = [], seats.Steps.__call__
+    monkeypatch.setattr(seats.Steps, "__call__", lambda self, n: sizes.append(n) or step(self, n))
+    found = engines.generate(model, prompts(), SAMPLED, tokenizer, 8)
+    assert max(sizes) == 8 and found.num_slots == sum(sizes)
+    assert rows(found.completions) == rows(loop.decode_batch(model, prompts(), SAMPLED, tokenizer.eos_token_id, 0)[0])

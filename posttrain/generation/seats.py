@@ -202,7 +202,7 @@ class Steps:
         key = n, self.sampling.temperature, self.sampling.top_p
         if key not in self.captured:
             run = functools.partial(self._run, slice(0, n))
-            self.captured[key] = _capture(run, self) if self.live.is_cuda else run
+            self.captured[key] = capture(run, self) if self.live.is_cuda else run
         self.captured[key]()
 
     def _run(self, front: slice) -> None:
@@ -245,7 +245,7 @@ class Steps:
         self.step[num_live:] = 0
 
 
-def _capture(run: Callable[[], None], owner: Steps) -> Callable[[], None]:
+def capture(run: Callable[[], None], owner: Steps) -> Callable[[], None]:
     """As steps.capture, with one pool of memory for all graphs of a table: they never run at the same time.
 
     The state is put back after the run that lets kernels set up what they need, and after nothing else: a capture runs nothing.
