@@ -118,3 +118,23 @@ def test_nothing_impossible_is_drawn_at_the_ends(uniform):
     token, logprob = decoding.draw_in_two_passes(logits, torch.full((3,), uniform, device=DEVICE), 1.0)
     assert token.tolist() == [0, 299, 699]
     assert torch.allclose(logprob, torch.zeros(3, device=DEVICE), atol=1e-6)
+
+
+def test_rows_advance(monkeypatch):
+    """Dead rows stay as they are, a stop token and the limit end a row."""
+    ids, place, step = (torch.tensor(x, device=DEVICE) for x in ([9] * 5, [4, 5, 0, 7, 8], [0, 2, 1, 3, 1]))
+    live = torch.tensor([True, True, False, True, True], device=DEVICE)
+    tokens, logprobs = torch.full((5, 4), -1, device=DEVICE), torch.zeros(5, 4, device=DEVICE)
+    token, logprob = torch.tensor([1, 2, 3, 4, 5], device=DEVICE), randn(5)
+    stop, limit = torch.tensor([5], device=DEVICE), torch.tensor([4], device=DEVICE)
+
+    def run():
+        rows = decoding.Rows(*(x.clone() for x in (ids, place, step, live, tokens, logprobs)))
+        decoding.advance(rows, token, logprob, stop, limit)
+        return rows
+
+    ours, wanted = both(monkeypatch, run)
+    assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
+    assert ours.live.tolist() == [True, True, False, False, False]
+    assert ours.place.tolist() == [5, 6, 0, 0, 0]
+    assert ours.tokens.tolist() == [[1, -1, -1, -1], [-1, -1, 2, -1], [-1] * 4, [-1, -1, -1, 4], [-1, 5, -1, -1]]

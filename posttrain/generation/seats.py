@@ -165,6 +165,7 @@ class Steps:
         self.live = torch.zeros(num_seats, dtype=torch.bool, device=device)
         self.tokens = torch.full((num_seats, max_new_tokens), -1, dtype=torch.long, device=device)
         self.logprobs, self.uniform = (torch.zeros(num_seats, max_new_tokens, device=device) for _ in range(2))
+        self.rows = decoding.Rows(self.ids, self.place, self.step, self.live, self.tokens, self.logprobs)
         # Read by a graph as it runs, so that one graph serves every limit and every stop token.
         self.limit, self.stop = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.sampling = loop.Sampling(1)
@@ -211,17 +212,9 @@ class Steps:
     def _advance(self, logits: torch.Tensor, seats: slice) -> None:
         if self.watched is not None:
             self.watched[seats] = logits
-        step, live = self.step[seats], self.live[seats]
-        token, logprob = self._choose(logits, self.uniform[seats].gather(1, step[:, None]).squeeze(1))
-        at = step[:, None]
-        tokens, logprobs = self.tokens[seats], self.logprobs[seats]
-        tokens.scatter_(1, at, torch.where(live[:, None], token[:, None], tokens.gather(1, at)))
-        logprobs.scatter_(1, at, torch.where(live[:, None], logprob[:, None], logprobs.gather(1, at)))
-        goes_on = live & (token != self.stop) & (step + 1 < self.limit)
-        self.ids[seats] = token
-        self.step[seats] = torch.where(goes_on, step + 1, step)
-        self.place[seats] = torch.where(goes_on, self.place[seats] + 1, 0)  # a row that is done reads one key
-        self.live[seats] = goes_on
+        uniform = self.uniform[seats].gather(1, self.step[seats][:, None]).squeeze(1)
+        rows = decoding.Rows(*(state[seats] for state in self.rows))
+        decoding.advance(rows, *self._choose(logits, uniform), self.stop, self.limit)
 
     def _choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.sampling.temperature > 0 and self.sampling.top_p == 1 and decoding.use_triton(logits):
@@ -236,7 +229,7 @@ class Steps:
         end = int(self.place[source].max()) + 1
         for tensor in (*self.decoder.keys, *self.decoder.values):
             tensor[target, :, :end] = tensor[source, :, :end]
-        for state in (self.ids, self.place, self.step, self.live, self.tokens, self.logprobs, self.uniform):
+        for state in (*self.rows, self.uniform):
             state[target] = state[source]
 
     def vacate(self, num_live: int) -> None:
@@ -250,11 +243,10 @@ def capture(run: Callable[[], None], owner: Steps) -> Callable[[], None]:
 
     The state is put back after the run that lets kernels set up what they need, and after nothing else: a capture runs nothing.
     """
-    names = ("ids", "place", "step", "live", "tokens", "logprobs")
-    before = {name: getattr(owner, name).clone() for name in names}
+    before = [state.clone() for state in owner.rows]
     run()
-    for name, state in before.items():
-        getattr(owner, name).copy_(state)
+    for state, kept in zip(owner.rows, before, strict=True):
+        state.copy_(kept)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     pool = owner.__dict__.setdefault("pool", torch.cuda.graph_pool_handle())

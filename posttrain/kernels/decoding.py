@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -135,3 +135,28 @@ def attend_packed(
 def draw_in_two_passes(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """loop.choose for a whole vocabulary, by Triton: tokens drawn at `uniform` and their log-probabilities, (rows,) each."""
     return triton_kernels().draw(logits, uniform, temperature)
+
+
+class Rows(NamedTuple):
+    """What a step changes of each row, (rows,) or (rows, max_new_tokens)."""
+
+    ids: torch.Tensor  # the last token, which the next step begins with
+    place: torch.Tensor  # where it stands
+    step: torch.Tensor  # the number of the token to choose
+    live: torch.Tensor
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+
+
+def advance(rows: Rows, token: torch.Tensor, logprob: torch.Tensor, stop: torch.Tensor, limit: torch.Tensor) -> None:
+    """Write the chosen tokens of live rows. A row goes on unless its token is `stop` or its `limit`-th, (1,) each."""
+    if use_triton(token):
+        return triton_kernels().advance(rows, token, logprob, stop, limit)
+    at, live = rows.step[:, None], rows.live[:, None]
+    rows.tokens.scatter_(1, at, torch.where(live, token[:, None], rows.tokens.gather(1, at)))
+    rows.logprobs.scatter_(1, at, torch.where(live, logprob[:, None], rows.logprobs.gather(1, at)))
+    goes_on = rows.live & (token != stop) & (rows.step + 1 < limit)
+    rows.ids.copy_(token)
+    rows.step.add_(goes_on)
+    rows.place.copy_(torch.where(goes_on, rows.place + 1, 0))  # a row that is done reads one key
+    rows.live.copy_(goes_on)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -263,3 +265,20 @@ def _draw(  # type: ignore[no-untyped-def]
     scaled = tl.load(logits + row * stride + drawn).to(tl.float32) / temperature
     tl.store(token + row, drawn.to(tl.int64))
     tl.store(logprob + row, scaled - top - tl.log(total))
+
+
+def advance(rows: Any, token: torch.Tensor, logprob: torch.Tensor, stop: torch.Tensor, limit: torch.Tensor) -> None:
+    _advance[(len(token),)](token, logprob, *rows, stop, limit, rows.tokens.stride(0), num_warps=1)
+
+
+@triton.jit
+def _advance(token, logprob, ids, places, steps, lives, tokens, logprobs, stop, limit, width) -> None:  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    new, step, live = tl.load(token + row), tl.load(steps + row), tl.load(lives + row)
+    tl.store(tokens + row * width + step, new, mask=live)
+    tl.store(logprobs + row * width + step, tl.load(logprob + row), mask=live)
+    goes_on = live & (new != tl.load(stop)) & (step + 1 < tl.load(limit))
+    tl.store(ids + row, new)
+    tl.store(steps + row, tl.where(goes_on, step + 1, step))
+    tl.store(places + row, tl.where(goes_on, tl.load(places + row) + 1, 0))  # a row that is done reads one key
+    tl.store(lives + row, goes_on)
