@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from transformers.models.gemma2 import Gemma2Config
 
 from posttrain.config.schema import Lora
-from posttrain.generation import decoder, engines, loop, seats
+from posttrain.generation import decoder, engines, guard, loop, seats
 from posttrain.generation.loop import Sampling
 from posttrain.models.policy_copy import PolicyCopy
 
@@ -69,9 +69,17 @@ def rows(groups):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("max_seats", [1, 4, 512])
-def test_seats_hold_what_the_loop_decodes(name, sampling, max_seats):
+def test_seats_hold_what_the_loop_decodes(name):
+    check(name, SAMPLED, 4)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "nucleus", "one token"])
+@pytest.mark.parametrize("max_seats", [1, 6, 512])
+def test_however_many_seats_there_are(sampling, max_seats):
+    check("qwen3", sampling, max_seats)
+
+
+def check(name, sampling, max_seats):
     assert decoder.why_not(model_of(name)) is None
     expected, stop = wanted(name, sampling)
     found, _ = seats.decode_batch(model_of(name), prompts(), sampling, stop, 3, max_seats)
@@ -172,6 +180,15 @@ def test_the_logits_that_the_guard_sees_are_those_that_tokens_are_chosen_from():
     for prompt, row, seen in zip(prompts(), tokens, logits, strict=False):
         own = model_of("qwen3")(torch.tensor([prompt + row[:-1]]), use_cache=False, logits_to_keep=4).logits
         assert torch.allclose(seen, own[0], atol=1e-3)
+
+
+def test_the_guard_looks_at_what_decodes(monkeypatch):
+    monkeypatch.setattr(decoder, "fits", lambda model: True)
+    seen = []
+    monkeypatch.setattr(seats, "greedy_logits", lambda *args, run=seats.greedy_logits: seen.append(args) or run(*args))
+    found = guard.compare(model_of("qwen3"), None, prompts()[:2])
+    assert len(seen) == 1 and max(difference.relative for difference in found.values()) < 1e-4
+    assert "_graphs" not in vars(model_of("qwen3"))
 
 
 def test_the_engine_takes_seats_where_they_fit(monkeypatch):
