@@ -115,7 +115,7 @@ def test_a_free_seat_takes_the_next_prompt_and_a_batch_at_its_end_takes_smaller_
     step = seats.Steps.__call__
     monkeypatch.setattr(seats.Steps, "__call__", lambda self, n: sizes.append(n) or step(self, n))
     num_slots = seats.decode_batch(model, prompts(), SAMPLED, stop, 3, 6)[1]
-    assert num_slots == sum(sizes) and sizes[0] == 8 and sizes[-1] < 8
+    assert num_slots == sum(sizes) and sizes[0] == 6 and sizes[-1] < 6
     waves = [seats.decode_batch(model, prompts()[i : i + 2], SAMPLED, stop, 3, 6)[1] for i in range(0, 8, 2)]
     assert num_slots < sum(waves)
 
@@ -201,5 +201,5 @@ def test_the_engine_takes_seats_where_they_fit(monkeypatch):
     sizes, step = [], seats.Steps.__call__
     monkeypatch.setattr(seats.Steps, "__call__", lambda self, n: sizes.append(n) or step(self, n))
     found = engines.generate(model, prompts(), SAMPLED, tokenizer, 8)
-    assert max(sizes) == 8 and found.num_slots == sum(sizes)
+    assert max(sizes) == 6 and found.num_slots == sum(sizes)
     assert rows(found.completions) == rows(loop.decode_batch(model, prompts(), SAMPLED, tokenizer.eos_token_id, 0)[0])
