@@ -1,6 +1,7 @@
 """Decoding in seats against the loop and transformers: the same tokens, draws and log-probabilities, however seats are taken."""
 
 import collections
+import copy
 import functools
 import types
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from transformers.models.gemma2 import Gemma2Config
 
 from posttrain.config.schema import Lora
-from posttrain.generation import decoder, engines, guard, loop, seats
+from posttrain.generation import decoder, engines, guard, loop, seats, steps
 from posttrain.generation.loop import Sampling
 from posttrain.models.policy_copy import PolicyCopy
 
@@ -143,20 +144,20 @@ def test_joined_weights_are_views_that_fold_and_save_as_before(tmp_path, tiny_mo
     settings = Lora(**LORA)
     policy = get_peft_model(base, LoraConfig(r=settings.r, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
     place = base.model.layers[0].self_attn.k_proj.weight.data_ptr()
-    copy = PolicyCopy(policy)
-    decoder.join_projections(copy.model)
+    twin = PolicyCopy(policy)
+    decoder.join_projections(twin.model)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    copy.refresh()
-    layer, source = copy.model.model.layers[0], base.model.layers[0]
+    twin.refresh()
+    layer, source = twin.model.model.layers[0], base.model.layers[0]
     whole = decoder.joined([layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight])
     folded = source.self_attn.q_proj.weight + source.self_attn.q_proj.get_delta_weight("default")
     assert torch.allclose(whole, torch.cat([folded, source.self_attn.k_proj.weight, source.self_attn.v_proj.weight]))
     assert source.self_attn.k_proj.weight.data_ptr() == place
-    copy.model.save_pretrained(tmp_path)
+    twin.model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in copy.model.state_dict().items())
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in twin.model.state_dict().items())
 
 
 def test_what_is_not_llamas_is_left_to_the_loop():
@@ -203,3 +204,22 @@ def test_the_engine_takes_seats_where_they_fit(monkeypatch):
     found = engines.generate(model, prompts(), SAMPLED, tokenizer, 8)
     assert max(sizes) == 6 and found.num_slots == sum(sizes)
     assert rows(found.completions) == rows(loop.decode_batch(model, prompts(), SAMPLED, tokenizer.eos_token_id, 0)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("sampling", [Sampling(LENGTH), SAMPLED], ids=["greedy", "sampled"])
+def test_a_graph_on_a_gpu_decodes_what_its_kernels_do(monkeypatch, name, sampling):
+    """The same kernels one by one give the same tokens, and the model's own forward gives log-probabilities within rounding."""
+    model = copy.deepcopy(model_of(name)).to("cuda", torch.bfloat16)
+    steps.release_graphs(model)  # those of the CPU
+    stop = wanted(name, sampling)[1]
+    graphed, _ = seats.decode_batch(model, prompts(), sampling, stop, 3, 6)
+    assert model._graphs.captured
+    steps.release_graphs(model)
+    monkeypatch.setattr(seats, "capture", lambda run, owner: run)
+    assert rows(seats.decode_batch(model, prompts(), sampling, stop, 3, 6)[0]) == rows(graphed)
+    tokens, logits = seats.greedy_logits(model, prompts()[:3], 4)
+    for prompt, row, seen in zip(prompts(), tokens, logits, strict=False):
+        own = model(torch.tensor([prompt + row[:-1]], device="cuda"), use_cache=False, logits_to_keep=4).logits[0].float()
+        assert (seen - own).norm() < 0.2 * (own - own.mean(-1, keepdim=True)).norm()

@@ -145,7 +145,7 @@ def attend(
         num_warps=WARPS if head_dim <= 128 else 4, num_stages=STAGES,
     )  # fmt: skip
     if parts > 1:
-        _join_parts[(rows * heads,)](partial, weight, out, parts, head_dim, num_warps=1)
+        _join_parts[(rows * heads,)](partial, weight, out, parts, head_dim)
     return out
 
 
