@@ -1,6 +1,7 @@
 """The kernels of a decoding step: Triton against the torch path, which tests/test_seats.py compares with transformers.
 
 On a GPU, or anywhere in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_decoding_kernels.py
+(Triton 3.6's interpreter needs a numpy that makes an int of an array with one number.)
 """
 
 import pytest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,13 +43,14 @@ def decode_batch(
 ) -> tuple[list[list[loop.Completion]], int]:
     """loop.decode_batch with at most `max_seats` rows at a time."""
     seats = min(len(prompts) * sampling.num_samples, max(max_seats, sampling.num_samples))
-    table = _Table(model, prompts, sampling, stop_id, batch, seats)
-    while table.waiting or table.seated:
-        table.admit()
-        with phase("decode"):
-            table.decode()
-            table.leave()
-    return table.completions(), table.num_slots
+    with _device_of(model):
+        table = _Table(model, prompts, sampling, stop_id, batch, seats)
+        while table.waiting or table.seated:
+            table.admit()
+            with phase("decode"):
+                table.decode()
+                table.leave()
+        return table.completions(), table.num_slots
 
 
 @torch.no_grad()
@@ -57,14 +59,20 @@ def greedy_logits(
 ) -> tuple[list[list[int]], torch.Tensor]:
     """Greedy tokens of each prompt, and the logits that they were chosen from, (prompts, num_steps, vocabulary)."""
     release_graphs(model)  # graphs that were made before do not write to `watched`
-    table = _Table(model, prompts, loop.Sampling(num_steps), -1, 0, len(prompts))
-    table.steps.watched = seen = torch.zeros(table.num_seats, model.config.vocab_size, device=model.device)
-    table.admit()
-    logits = [seen[: len(prompts)].clone()]
-    for _ in range(num_steps - 1):
-        table.steps(table.num_seats)
-        logits.append(seen[: len(prompts)].clone())
-    return table.steps.tokens[: len(prompts), :num_steps].tolist(), torch.stack(logits, 1)
+    with _device_of(model):
+        table = _Table(model, prompts, loop.Sampling(num_steps), -1, 0, len(prompts))
+        table.steps.watched = seen = torch.zeros(len(prompts), model.config.vocab_size, device=model.device)
+        table.admit()
+        logits = [seen.clone()]
+        for _ in range(num_steps - 1):
+            table.steps(len(prompts))
+            logits.append(seen.clone())
+        return table.steps.tokens[:, :num_steps].tolist(), torch.stack(logits, 1)
+
+
+def _device_of(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which is the model's only where somebody has said so."""
+    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
 
 
 class _Table:
