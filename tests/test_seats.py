@@ -7,11 +7,13 @@ import types
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_training import LORA
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.gemma2 import Gemma2Config
 
-from posttrain.config.schema import Lora
+from posttrain.config.schema import Lora, Model
+from posttrain.errors import UserError
 from posttrain.generation import decoder, engines, guard, loop, seats, steps
 from posttrain.generation.loop import Sampling
 from posttrain.models.policy_copy import PolicyCopy
@@ -190,6 +192,25 @@ def test_the_guard_looks_at_what_decodes(monkeypatch):
     found = guard.compare(model_of("qwen3"), None, prompts()[:2])
     assert len(seen) == 1 and max(difference.relative for difference in found.values()) < 1e-4
     assert "_graphs" not in vars(model_of("qwen3"))
+
+
+def test_seats_are_asked_for_and_refused_by_what_they_cannot_do():
+    model = copy.deepcopy(model_of("qwen3"))
+    assert not decoder.fits(model)
+    model.decoding = "seats"
+    assert decoder.fits(model)
+    model.config.hidden_act = "gelu"
+    with pytest.raises(UserError, match="not tried on qwen3 with gelu; use model.decoding=loop"):
+        decoder.fits(model)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [({"kernels": "torch"}, "seats are fused kernels"), ({"dtype": "float32"}, "seats compute in 16 bits")]
+)
+def test_settings_that_seats_contradict_are_refused(setting, said):
+    with pytest.raises(ValidationError, match=said):
+        Model(name_or_path="m", decoding="seats", **setting)
+    assert {need.what for need in Model(name_or_path="m", decoding="seats").needs()} == {"cuda", "triton"}
 
 
 def test_the_engine_takes_seats_where_they_fit(monkeypatch):

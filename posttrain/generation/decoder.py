@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from posttrain.errors import UserError
 from posttrain.generation.masks import ALL_LAYERS, layer_windows
 from posttrain.kernels import decoding
 
@@ -25,12 +26,19 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a model decodes by `Decoder`: where its kernels run, on a card and in a dtype that flash attention takes."""
-    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+    """Whether a model decodes by `Decoder`: where `model.decoding` asks for seats.
+
+    The loop is the default until each of these kernels has run on a GPU as it is now.
+
+    Raises:
+        UserError: seats were asked for, and the model or the card is none for them.
+    """
+    if getattr(model, "decoding", "loop") != "seats":
         return False
-    if getattr(model, "kernels", "torch") == "torch" or decoding.triton_kernels() is None:
-        return False
-    return torch.cuda.get_device_capability(model.device) >= (8, 0) and why_not(model) is None
+    old = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0)  # flash attention needs Ampere
+    if reason := "the card is older than Ampere" if old else why_not(model):
+        raise UserError(f"model.decoding seats: {reason}; use model.decoding=loop")
+    return True
 
 
 def why_not(model: PreTrainedModel) -> str | None:
