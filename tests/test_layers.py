@@ -38,6 +38,7 @@ KEEPERS = {
     "peft": {"kernels", "models", "training"},
     "trl": {"training", "sft_train", "grpo_train"},
     "vllm": {"generation"},
+    "triton": {"kernels"},
     "liger_kernel": set(),  # transformers applies it
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},

@@ -45,7 +45,7 @@ Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "vllm", "liger_kernel", "unsharded", "one process"]
+    what: Literal["cuda", "vllm", "liger_kernel", "triton", "unsharded", "one process"]
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -123,7 +123,20 @@ class Model(Tokenizer):
     """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
     [in posttrain/kernels/liger.py]"""
 
+    decoding: Literal["loop", "seats"] = "loop"
+    """How completions are decoded: seats is a GPU's fast path, not yet used where nothing is said. [in posttrain/generation/decoder.py]"""
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super().problems()
+        if self.decoding == "seats" and self.kernels == "torch":
+            yield ("decoding",), "seats are fused kernels: use model.kernels=auto, or model.decoding=loop"
+        if self.decoding == "seats" and self.dtype == "float32":
+            yield ("decoding",), "seats compute in 16 bits: use model.dtype=bfloat16, or model.decoding=loop"
+
     def needs(self) -> Iterator[Need]:
+        if self.decoding == "seats":
+            yield _needs_cuda("model.decoding seats", "use model.decoding=loop")
+            yield Need("triton", "model.decoding seats needs the package: pip install 'posttrain[liger]', or model.decoding=loop")
         if self.attn_implementation.startswith("flash_attention_"):
             setting = f"model.attn_implementation {self.attn_implementation}"
             yield _needs_cuda(setting, "use model.attn_implementation=sdpa")
