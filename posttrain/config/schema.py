@@ -124,7 +124,8 @@ class Model(Tokenizer):
     [in posttrain/kernels/liger.py]"""
 
     decoding: Literal["loop", "seats"] = "loop"
-    """How completions are decoded: seats is a GPU's fast path, not yet used where nothing is said. [in posttrain/generation/decoder.py]"""
+    """How completions are decoded: seats is a GPU's fast path, not yet used where nothing is said.
+    [in posttrain/generation/decoder.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         yield from super().problems()
