@@ -180,6 +180,7 @@ def predict(
                 for sample, one in enumerate(samples)
             )
             bar.update(len(indices))
+            run.beat()
 
 
 def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: Run) -> int:

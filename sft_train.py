@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import SftConfig
-from posttrain.errors import exit_on_user_error
+from posttrain.errors import exit_on_user_error, stop
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, refuse_unfinished
@@ -56,8 +56,9 @@ def main() -> None:
         model = load_policy(config, ready.adapter, ready.tokenizer, run)
         trainer = make_trainer(config, run, model, ready.tokenizer, ready.train, ready.dev)
         run.record(global_batch=global_batch(trainer.args))
-        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
-        save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+        with stop.held():  # a signal ends the run at the next step's end, with a checkpoint
+            trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+            save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
     push_if_asked(config, run)
 
 

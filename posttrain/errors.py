@@ -1,10 +1,22 @@
-"""Who mends an error, and how a command ends: users' mistakes are `UserError`, faults of this project are everything else."""
+"""Who mends an error, and how a command ends: users' mistakes are `UserError`, faults of this project are everything else.
+
+A signal ends a command so that it can go on later: `Interrupted`, one line, and exit code 75.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on
 
 
 class UserError(Exception):
@@ -15,16 +27,32 @@ class AlreadyDone(Exception):
     """The run directory holds a finished run of exactly these settings."""
 
 
+class Interrupted(BaseException):
+    """The work ended early, and the same command goes on with it. No `except Exception` of a library may keep it.
+
+    `status` is what the manifest of a run says under `exit`.
+    """
+
+    def __init__(self, text: str, status: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command's main: a user's mistake is its text and exit code 2, a fault of this project a traceback."""
     try:
-        main()
+        with stop.watched():
+            main()
         _leave_group()
     except AlreadyDone as done:
         print(done)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as early:
+        if stop.speaks():
+            print(f"{Path(sys.argv[0]).name}: {early}", file=sys.stderr)
+        sys.exit(RESUMABLE)
 
 
 def _leave_group() -> None:
@@ -32,3 +60,70 @@ def _leave_group() -> None:
     distributed = sys.modules.get("torch.distributed")  # a script that failed early has not imported it
     if distributed and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1, as a scheduler and a keyboard send them.
+
+    The first one ends the command at once with `Interrupted`. While they are held it is only noted in `received`, and who
+    holds them ends at the next step. A second one leaves at once, by the signal's own default.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    # A scheduler signals a launcher and its processes, and the launcher signals them again: that is one wish.
+    ECHO_SECONDS = 1.0
+
+    received: str | None = None  # the name of the signal
+    _at, _pid = 0.0, 0
+    _held = _leaving = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the signals for the time of a command. One that the caller ignores stays ignored, as under nohup."""
+        self.received, self._pid, self._leaving = None, os.getpid(), False
+        main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+        mine = [number for number in self.NUMBERS if main and signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in mine}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note a signal instead of ending at once."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def leave(self, text: str, status: str) -> NoReturn:
+        """End now. Another signal changes nothing: a launcher sends one as soon as the first process has left."""
+        self._leaving = True
+        raise Interrupted(text, status)
+
+    @staticmethod
+    def speaks() -> bool:
+        """Whether this process speaks for all of them."""
+        return os.environ.get("RANK", "0") == "0"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if os.getpid() != self._pid or (self.received and not self._is_echo() and not self._leaving):
+            signal.signal(number, signal.SIG_DFL)  # a worker forked from this process, or a second signal
+            os.kill(os.getpid(), number)
+        if self.received or self._leaving:
+            return
+        self.received, self._at = name, time.monotonic()
+        if not self._held:
+            self.leave(f"stopped by {name}: the same command goes on", f"interrupted by {name}")
+        if self.speaks():  # print would fail where the signal came in the middle of a print
+            os.write(2, f"{name}: the run stops at the end of this step; a second signal leaves at once\n".encode())
+
+    def _is_echo(self) -> bool:
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() - self._at < self.ECHO_SECONDS
+
+
+stop = StopSignals()

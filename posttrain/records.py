@@ -86,6 +86,14 @@ def write_atomic(path: Path | str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(partial.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on disk: without it a power loss may undo a rename (fsync(2))."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
 
 
 def cut_torn_tail(file: Path) -> None:

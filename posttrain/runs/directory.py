@@ -23,8 +23,9 @@ from filelock import FileLock, Timeout
 
 from posttrain.config.load import config_sha256, dump
 from posttrain.config.schema import Settings
-from posttrain.errors import AlreadyDone, UserError
+from posttrain.errors import AlreadyDone, Interrupted, UserError
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
+from posttrain.runs.integrity import check_adapter
 from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
 from posttrain.runs.process import is_main_process, is_sharded
 
@@ -63,6 +64,11 @@ class Run:
         self.manifest = dataclasses.replace(self.manifest, **{**fields, "seconds": self.seconds})
         self.save()
 
+    def beat(self, every_seconds: float = 5.0) -> None:
+        """Write how long the run has taken so far, if that was not written just now: a kill loses the rest."""
+        if self.seconds - self.manifest.seconds >= every_seconds:
+            self.record()
+
     def append(self, file: str, row: dict[str, Any]) -> None:
         if self.is_main:
             with open(self.folder / file, "a", encoding="utf-8") as lines:
@@ -89,6 +95,9 @@ def open_run(config: Settings, stage: str, folder: str, resume: bool) -> Iterato
     run = _open(config, stage, Path(folder), resume)
     try:
         yield run
+    except Interrupted as early:
+        run.finish(early.status)
+        raise
     except BaseException as error:
         run.finish(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         raise
@@ -150,6 +159,8 @@ def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     if changed := _changed_input(before):
         raise UserError(f"{folder} belongs to a run over another {changed}, which has changed since: choose another run_dir")
     if before.exit == "ok":
+        if before.adapter_files:
+            check_adapter(folder / "adapter")
         raise AlreadyDone(f"{folder} already holds this run, finished {before.finished}: nothing to do")
     if not resume and any(folder.glob("checkpoints/checkpoint-*")):
         raise UserError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")

@@ -55,7 +55,7 @@ class Manifest:
     launcher: str = ""
     seed: int | None
     finished: str | None
-    exit: str  # `running`, `ok`, or `failed: ` and the error
+    exit: str  # `running`, `ok`, `interrupted at step N of M`, or `failed: ` and the error
     config_sha256: str
     notes: list[str]  # settings that could not be honoured as written
     started: str
@@ -65,13 +65,16 @@ class Manifest:
     model: Entry = dataclasses.field(default_factory=dict)  # the base as it was loaded
 
     special_tokens: list[Entry] | None = None  # one for each that the template emits; none before they are looked at
+    parent_files: Entry = dataclasses.field(default_factory=dict)  # sha256 of weights and config of the parent's adapter
+    adapter_files: Entry = dataclasses.field(default_factory=dict)  # sha256 of every file of the finished adapter
+
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
     rows_cut: int = 0  # rows of SFT that trainer.max_length cut
     wandb_run_id: str = ""
     peak_gib: float | None = None
     steps: int | None = None
-    train_seconds: float | None = None
+    train_seconds: float | None = None  # in the training loop, those of interrupted attempts included
 
     engine: str = ""
     engine_difference: float | None = None  # of decoded logits from the model's own, by generation/guard.py

@@ -88,6 +88,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
+    _sampler: Any
 
     def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,6 +103,32 @@ class GRPO(MasterWeights, GRPOTrainer):
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
         copy_to_reference(self.model)
+
+    def carried(self) -> dict[str, Any]:
+        """What the window holds, if it has not ended: its completions were drawn from a policy that is gone."""
+        window = self.args.steps_per_generation * self.num_iterations
+        logs = {key: _as_lists(values) for key, values in self._logs.items() if key != "images"}
+        held = self._buffered_inputs if self._step % window else None
+        return super().carried() | {"micro_step": self._step, "window": held, "logs": logs}
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        super().carry_on(carried)
+        self._step, self._buffered_inputs = carried["micro_step"], carried["window"]
+        for key, values in carried["logs"].items():
+            columns = ((self._logs[key][name], rows) for name, rows in values.items()) if isinstance(values, dict) else ()
+            for column, rows in columns or ((self._logs[key], values),):
+                column.extend(rows)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's sampler draws each epoch's order after the one before, and a resumed run would begin with the first again."""
+        if kwargs["epoch"] == kwargs["epochs_trained"] and getattr(self._sampler, "shuffle", False):
+            for _ in range(kwargs["epochs_trained"]):
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        super()._run_epoch(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -246,6 +273,10 @@ class GRPO(MasterWeights, GRPOTrainer):
             difference = (self._last_logps - inputs["sampling_per_token_logps"]).abs()
             mask = inputs["completion_mask"].bool()
             self.report("rollout/logp_difference", difference[mask].mean().item())
+
+
+def _as_lists(values: Any) -> Any:
+    return {key: list(rows) for key, rows in values.items()} if isinstance(values, dict) else list(values)
 
 
 def _as_labelled(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
