@@ -99,19 +99,19 @@ def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer:
     Raises:
         UserError: there is none, it belongs to another base, its training saw the questions, or the run began with another.
     """
-    if not config.adapter:
-        return None, {}
     from posttrain.models import adapters
+    from posttrain.runs.integrity import adapter_hashes
 
+    if not config.adapter:
+        adapters.check_begun(config.run_dir, config.model, None)
+        return None, {}
     folder = adapters.resolve_adapter(config.adapter)
     adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=False, stores=config.engine == "vllm")
     sha256 = adapters.adapter_sha256(folder)
     parent, chain = parent_of(folder, sha256)
     refuse_contaminated(chain, data)
-    begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else None
-    if begun and begun.adapter_sha256 not in (None, sha256):
-        raise UserError(f"{folder} has changed since {config.run_dir} was begun with it: choose another run_dir")
-    return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256}
+    adapters.check_begun(config.run_dir, config.model, folder)
+    return folder, {"parent": parent, "parent_files": adapter_hashes(folder), "chain": chain, "adapter_sha256": sha256}
 
 
 def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], run: Run) -> PreTrainedModel:

@@ -90,6 +90,7 @@ def get_ready(config: GrpoConfig) -> Ready:
     train_it = config.adapter_mode != "merge_and_new"
     stores = not train_it or config.rollouts.engine == "vllm"
     start = adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=train_it, stores=stores)
+    adapters.check_begun(config.run_dir, config.model, folder)
     adapters.check_adapter_mode(config, start)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
@@ -108,6 +109,7 @@ def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizer
     from posttrain.models import adapters
     from posttrain.models.checkpoint import weights_hash
     from posttrain.models.policy import open_policy
+    from posttrain.runs.integrity import adapter_hashes
 
     sft_sha256 = adapters.adapter_sha256(folder)
     parent, chain = parent_of(folder, sft_sha256)
@@ -125,7 +127,13 @@ def load_policy(config: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizer
     run.say(
         f"{config.model.name_or_path} + {folder}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
     )
-    run.record(model=identity, parent=parent, chain=chain, start_sha256=adapters.live_adapter_sha256(model))
+    run.record(
+        model=identity,
+        parent=parent,
+        parent_files=adapter_hashes(folder),
+        chain=chain,
+        start_sha256=adapters.live_adapter_sha256(model),
+    )
     return model
 
 

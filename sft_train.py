@@ -85,6 +85,7 @@ def get_ready(config: SftConfig) -> Ready:
     begun_with = refuse_unfinished(folder) if folder else None
     if folder:
         adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
+    adapters.check_begun(config.run_dir, config.model, folder)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
     if dev:
@@ -102,6 +103,7 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTok
     from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256
     from posttrain.models.policy import open_policy
     from posttrain.models.special_tokens import special_token_report
+    from posttrain.runs.integrity import adapter_hashes
 
     parent, chain = parent_of(folder, adapter_sha256(folder)) if folder else (None, [])
     # torch.compile fuses the layers itself. It cannot fuse across Liger's kernels.
@@ -113,6 +115,7 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTok
     run.record(
         model=identity,
         parent=parent,
+        parent_files=adapter_hashes(folder) if folder else {},
         chain=chain,
         special_tokens=special_token_report(model, tokenizer),
         start_sha256=live_adapter_sha256(model),

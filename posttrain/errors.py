@@ -89,6 +89,7 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.received = None
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shlex
 import sys
@@ -35,9 +34,10 @@ from posttrain.hub.card import (
     without_secrets,
 )
 from posttrain.models.chat import looks_local
+from posttrain.runs.integrity import CONFIG, WEIGHTS, check_adapter
 from posttrain.runs.manifest import Manifest, read_manifest
 
-WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
+EVAL_RESULTS = ".eval_results/gsm8k.yaml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -168,21 +168,7 @@ def check_finished(run_dir: Path, manifest: Manifest) -> None:
     for name in (WEIGHTS, CONFIG):
         if not (run_dir / "adapter" / name).is_file():
             raise UserError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
-    if weights_sha256(run_dir / "adapter" / WEIGHTS) != manifest.adapter_sha256:
-        raise UserError(f"{run_dir}/adapter holds other weights than the run finished with: train it again")
-
-
-def weights_sha256(file: Path) -> str:
-    """The hash of adapters.adapter_sha256 without importing torch, which takes seconds; adapters here are fp32."""
-    from safetensors import safe_open
-
-    digest = hashlib.sha256()
-    with safe_open(file, framework="numpy") as tensors:
-        for name in sorted(tensors.keys()):
-            tensor = tensors.get_tensor(name).astype("float32")
-            digest.update(f"{name} {tensor.shape} ".encode())
-            digest.update(tensor.tobytes())
-    return digest.hexdigest()
+    check_adapter(run_dir / "adapter")
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:

@@ -34,8 +34,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 def commit(folder: Path, **said: Any) -> None:
     """Put every file of a checkpoint on disk, then the marker that says what they are."""
     files = {name: {"size": path.stat().st_size, "sha256": _synced_sha256(path)} for name, path in files_of(folder).items()}
-    for inner in {folder, *(path.parent for path in files_of(folder).values())}:
-        sync_folder(inner)
+    _sync_folders(folder)
     values = {**said, "files": files}
     write_atomic(folder / COMMIT, json.dumps(values | {"sha256": _own_sha256(values)}, indent=2) + "\n")
     sync_folder(folder.parent)
@@ -86,6 +85,18 @@ def _synced_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_files(folder: Path) -> None:
+    """Put every file below a folder on disk."""
+    for path in files_of(folder).values():
+        _synced_sha256(path)
+    _sync_folders(folder)
+
+
+def _sync_folders(folder: Path) -> None:
+    for inner in {folder, *(path.parent for path in files_of(folder).values())}:
+        sync_folder(inner)
+
+
 def _own_sha256(values: Entry) -> str:
     return sha256_text(json.dumps(values, sort_keys=True))
 
@@ -101,7 +112,7 @@ def adapter_hashes(folder: Path) -> dict[str, str]:
 def written_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of a finished adapter, put on disk; tokenizer and chat template are among them."""
     hashes = {name: _synced_sha256(path) for name, path in files_of(folder).items() if name not in NOT_READ}
-    sync_folder(folder)
+    _sync_folders(folder)
     return hashes
 
 
@@ -136,7 +147,7 @@ def _changed(folder: Path, files: Entry, tensors_sha256: str | None) -> str | No
         return f"{lost} is missing"
     if not files:  # a run of an earlier version: its manifest knows the weights alone
         return None if tensors_sha256 in (None, weights_sha256(folder / WEIGHTS)) else f"{WEIGHTS} holds other weights"
-    return next((f"{name} has changed" for name in names if sha256_file(folder / name) != files[name]), None)
+    return next((f"{name} has changed since" for name in names if sha256_file(folder / name) != files[name]), None)
 
 
 def weights_sha256(file: Path) -> str | None:

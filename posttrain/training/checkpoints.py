@@ -56,7 +56,7 @@ def last_checkpoint(run: Run, resume: bool) -> str | None:
 
 
 def _newest_verified(run: Run) -> tuple[Path | None, list[tuple[str, str]]]:
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for _, folder in numbered(run.folder / "checkpoints"):
         why = damage(folder) or _unfit(run, folder)
         if why is None:
@@ -181,7 +181,7 @@ def refuse_early_end(trainer: Any) -> None:
     done, planned = trainer.steps.done, trainer.steps.planned
     if done != planned:
         stop.leave(
-            f"the trainer ended by itself at step {done} of {planned}: the same command with --resume goes on from the last checkpoint",
+            f"the trainer ended by itself at step {done} of {planned}: the same command with --resume goes on",
             f"interrupted at step {done} of {planned}",
         )
 
