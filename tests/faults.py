@@ -3,6 +3,7 @@
 `scripts.start` makes the processes: with CRASH_AT and CRASH_BELOW in its environment one of them kills itself.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -44,21 +45,21 @@ def crash_if_asked():
 
 
 def crash_at(number, below):
-    """Kill this process at its `number`-th call that changes something below a folder. 0: count them, into CRASH_COUNT."""
+    """Kill this process at its `number`-th call that changes something below a folder. 0: none, they are counted in `calls`."""
     _write_in_halves()
-    below, seen = os.path.realpath(below), 0
+    below, seen, process = os.path.realpath(below), 0, os.getpid()
 
     def hook(event, arguments):
         nonlocal seen
         if event not in CALLS or not _changes(event, arguments) or not _is_below(arguments[0], below):
             return
         seen += 1
-        if number == 0:
-            os.environ["CRASH_COUNT"] = str(seen)
-        elif seen == number:
+        if seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    if number == 0:
+        atexit.register(lambda: os.getpid() == process and Path("calls").write_text(str(seen)))
 
 
 def _changes(event, arguments):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import Interrupted, UserError
 from posttrain.hub.card import (
     STAGES,
     Base,
@@ -106,8 +106,9 @@ def push_or_explain(run_dir: Path, repo_id: str, private: bool) -> None:
     request = Request(run_dir, repo_id, private, with_base=(run_dir / "merged_base").is_dir())
     try:
         print(f"pushed to {push(Request(run_dir, repo_id, private))}")
-    except Exception as error:  # the run is finished and safe: no fault of the push may make it look failed
-        text = str(error) if isinstance(error, PushFailed | ValueError) else f"{type(error).__name__}: {error}"
+    except (Exception, Interrupted) as error:  # the run is finished and safe: no fault of the push may make it look failed
+        told = isinstance(error, PushFailed | ValueError | Interrupted)
+        text = str(error) if told else f"{type(error).__name__}: {error}"
         print(f"hub: not pushed: {without_secrets(text)}", file=sys.stderr)
         print(f"the run is finished and kept in {run_dir}; push it with: {request}", file=sys.stderr)
 
