@@ -410,17 +410,6 @@ def test_samples_hold_every_completion_of_a_step_with_its_verdict(tiny, sft, tin
 # --- checkpoints and arguments ----------------------------------------------------------------------------------------
 
 
-def test_the_last_complete_checkpoint_is_found_by_its_number(tiny):
-    with tiny.sft() as trainer:
-        folder = trainer.run.folder / "checkpoints"
-        for step in (2, 10, 9, 12):
-            (folder / f"checkpoint-{step}").mkdir(parents=True)
-            if step != 12:  # cut off while it was written
-                (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}")
-        assert last_checkpoint(trainer.run, resume=True) == str(folder / "checkpoint-10")
-        assert last_checkpoint(trainer.run, resume=False) is None
-
-
 def test_without_a_checkpoint_a_resumed_run_begins_again(tiny):
     with tiny.sft() as trainer:
         assert last_checkpoint(trainer.run, resume=True) is None

@@ -19,11 +19,11 @@ override of TRL's internals.
 8. FSDP2. It sends weights as they are stored: otherwise NF4 packed into bf16 loses bits. Checkpoints hold the adapter alone, and
    each process reads them back: accelerate's gathering fails on packed weights, and its reading never ends.
 9. Time. `_generate_and_score_completions` is wrapped to be timed, nothing else.
-10. Where a run ends and goes on. transformers trains a step more where the last checkpoint is inside an epoch (`_run_epoch`), and calls a
-   training finished that something stopped. TRL saves neither a generation window nor the rows it has yet to log, and begins with
-   the first epoch's order again. `_save_checkpoint`, `_load_optimizer_and_scheduler`, `_maybe_log_save_evaluate`.
-When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for time, in test_resume.py
-for the last, for the others in the files of the training tests.
+10. Where a run ends and goes on. transformers trains a step more where the last checkpoint is inside an epoch (`_run_epoch`), and
+   calls a training finished that something stopped (`_maybe_log_save_evaluate`). TRL saves neither a generation window nor the
+   row that it has yet to log (`_save_checkpoint`, `_load_optimizer_and_scheduler`), and repeats the order of the first epoch.
+When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for time, in
+test_resume.py for the last, for the others in the files of the training tests.
 """
 
 from __future__ import annotations
