@@ -3,10 +3,10 @@
 `scripts.start` makes the processes: with CRASH_AT and CRASH_BELOW in its environment one of them kills itself.
 """
 
-import atexit
 import os
 import signal
 import sys
+from multiprocessing import util
 from pathlib import Path
 
 CALLS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "faults.half"}
@@ -45,9 +45,9 @@ def crash_if_asked():
 
 
 def crash_at(number, below):
-    """Kill this process at its `number`-th call that changes something below a folder. 0: none, they are counted in `calls`."""
+    """Kill this process at its `number`-th call that changes something below a folder. 0: none, their number comes into `calls` beside the folder."""
     _write_in_halves()
-    below, seen, process = os.path.realpath(below), 0, os.getpid()
+    below, seen = os.path.realpath(below), 0
 
     def hook(event, arguments):
         nonlocal seen
@@ -59,7 +59,8 @@ def crash_at(number, below):
 
     sys.addaudithook(hook)
     if number == 0:
-        atexit.register(lambda: os.getpid() == process and Path("calls").write_text(str(seen)))
+        # A process of multiprocessing leaves without atexit.
+        util.Finalize(None, lambda: Path(below).with_name("calls").write_text(str(seen)), exitpriority=1)
 
 
 def _changes(event, arguments):

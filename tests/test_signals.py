@@ -176,7 +176,7 @@ def count_calls(place):
     folder = place / "runs/counted"
     code, _ = ended("sft_train", *SFT, f"run_dir={folder}", cwd=place, CRASH_AT="0", CRASH_BELOW=str(folder))
     assert code == 0
-    return int((place / "calls").read_text())
+    return int((place / "runs/calls").read_text())
 
 
 @pytest.mark.slow
