@@ -45,7 +45,10 @@ def crash_if_asked():
 
 
 def crash_at(number, below):
-    """Kill this process at its `number`-th call that changes something below a folder. 0: none, their number comes into `calls` beside the folder."""
+    """Kill this process at its `number`-th call that changes something below a folder.
+
+    0: none, and their number comes into `calls` beside the folder.
+    """
     _write_in_halves()
     below, seen = os.path.realpath(below), 0
 

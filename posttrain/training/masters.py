@@ -124,7 +124,8 @@ class MasterWeights(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and self.run:
-            self._carried = torch.load(Path(checkpoint, _carried_file()), map_location=self.args.device, weights_only=True)
+            to = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch knows no cpu:0, which accelerate has here
+            self._carried = torch.load(Path(checkpoint, _carried_file()), map_location=to, weights_only=True)
 
     def _carry_on_once(self) -> None:
         """As training begins: before that, transformers sets to 0 what it counts."""
