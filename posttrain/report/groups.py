@@ -13,7 +13,8 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.evaluation import comparison, stats, summary
-from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
+from posttrain.evaluation.predictions import check_contents
+from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}
@@ -163,9 +164,12 @@ def _eval_run(path: Path, manifest: Manifest, names: Sequence[str]) -> EvalRun:
     if not (path / "results.json").is_file():
         raise UserError(f"{path} has no results.json: evaluate.py --regrade writes it")
     label = _name(manifest) if names.count(_name(manifest)) == 1 else f"{_name(manifest)} ({path.name})"
-    results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    results = read_object(path / "results.json", "evaluate.py --regrade writes it")
     questions, predictions = _rows(path)
+    if not questions and manifest.completions_sha256:
+        raise UserError(f"{path} has lost questions.jsonl or predictions.jsonl, which its numbers come from: restore them")
     if questions:
+        check_contents(path, manifest, predictions)
         _check_results(path, results, summary.summarize(questions, predictions))
     return EvalRun(path, label, manifest, results, questions, predictions)
 
