@@ -68,12 +68,14 @@ def main() -> None:
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.before import check_questions
+    from posttrain.training.room import check_room
 
     check_engine(config.model, config.engine, OTHER_ENGINE[config.engine])
     tokenizer = load_tokenizer(config.model)
     check_template(tokenizer, asked)
     base = check_base(config.model, config.quantization, tokenizer)
     check_questions(config, base, tokenizer, asked)
+    check_room(config, base, None, len(asked))
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     adapter, origin = find_adapter(config, data, base, tokenizer)
     begun_with = refuse_unfinished(adapter) if adapter else None

@@ -22,7 +22,7 @@ from posttrain.records import (
     as_record,
     cut_torn_tail,
     parse_object,
-    sha256_file,
+    read_rows,
     sha256_text,
     to_json,
     write_jsonl,
@@ -148,7 +148,7 @@ def completions_sha256(predictions: Iterable[Prediction]) -> str:
 def content_hashes(folder: Path, predictions: Iterable[Prediction]) -> dict[str, str]:
     """What the manifest keeps of the two files that every number is computed from."""
     return {
-        "questions_sha256": sha256_file(folder / "questions.jsonl"),
+        "questions_sha256": sha256_text("".join(to_json(row) + "\n" for row in read_rows(folder / "questions.jsonl"))),
         "completions_sha256": completions_sha256(predictions),
     }
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,15 @@ from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, r
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}
+SHOWN = (
+    "n",
+    "subset",
+    "num_samples",
+    "accuracy",
+    "truncated",
+    "format_ok",
+    "completion_tokens",
+)  # of results.json, in every table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +179,21 @@ def _eval_run(path: Path, manifest: Manifest, names: Sequence[str]) -> EvalRun:
         raise UserError(f"{path} has lost questions.jsonl or predictions.jsonl, which its numbers come from: restore them")
     if questions:
         check_contents(path, manifest, predictions)
-        _check_results(path, results, summary.summarize(questions, predictions))
+        counted = summary.summarize(questions, predictions)
+        if lost := next(_lost(results, {key: counted[key] for key in SHOWN}), None):
+            raise UserError(f"{path}/results.json has no {lost}, or something else there: evaluate.py --regrade writes it anew")
+        _check_results(path, results, counted)
     return EvalRun(path, label, manifest, results, questions, predictions)
+
+
+def _lost(there: Any, counted: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Keys whose place in a file of results is empty, or holds another kind of thing."""
+    for key, value in counted.items():
+        found = there.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            yield from _lost(found, value, f"{above}{key}.")
+        elif key not in there or isinstance(value, dict | int | float) != isinstance(found, dict | int | float):
+            yield f"{above}{key}"
 
 
 def _name(manifest: Manifest) -> str:

@@ -79,7 +79,7 @@ class Manifest:
     batch_size: int | None = None
     generated_seconds: float | None = None
     completions_sha256: str = ""  # of what the policy said (evaluation/predictions.py), verdicts left out
-    questions_sha256: str = ""  # of questions.jsonl
+    questions_sha256: str = ""  # of questions.jsonl, unpacked
 
     extra: Entry = dataclasses.field(default_factory=dict)  # keys of the file that are none of these, written as they were read
 
