@@ -1,7 +1,7 @@
 """Predictions of one evaluation as they come: part files, one for each process, that survive a kill at any byte.
 
 A batch counts once all of its rows are whole. A row that a kill tore is cut off, and its batch is generated again with the
-same result; so is that of a row that is damaged, or that another policy wrote: each row of a part file says whose it is.
+same result; so is that of a row that is damaged, or that another policy wrote: each row of a part file is sealed.
 `gather` puts one copy of every row into predictions.jsonl in the order of the questions. The number of a batch alone says which
 process it belongs to, so processes that start at different moments, or go on after a kill, leave none out.
 """
@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.records import (
@@ -33,7 +34,7 @@ from rewards import GRADER_VERSION, grade
 
 PARTS = "predictions.part*.jsonl"
 GATHERED = "predictions.jsonl"
-POLICY = "policy"  # a key that the rows of part files have beside those of `Prediction`
+SEAL = "seal"  # a key that the rows of part files have beside those of `Prediction`
 
 
 def grade_completion(example: Example, sample: int, completion: str, finish: str, num_tokens: int) -> Prediction:
@@ -82,7 +83,7 @@ class PartFiles:
     def rows(self) -> dict[tuple[str, int], Prediction]:
         """Every whole row of every process, by question and sample."""
         found = [row for file in self.folder.glob(PARTS) for row in _whole_rows(file, self.policy)]
-        # predictions.jsonl takes the place of the part files. Its rows name no policy: the manifest has their hash.
+        # predictions.jsonl takes the place of the part files. Its rows have no seal: the manifest has their hash.
         gathered = [row for file in self.folder.glob(GATHERED) for row in _whole_rows(file, "")]
         if self.gathered in (None, completions_sha256(row for row in gathered if row)):
             found += gathered
@@ -101,8 +102,8 @@ class PartFiles:
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         with open(self.mine, "a", encoding="utf-8") as file:
-            rows = [dataclasses.asdict(prediction) | {POLICY: self.policy} for prediction in predictions]
-            file.write("".join(to_json(row) + "\n" for row in rows))
+            rows = map(dataclasses.asdict, predictions)
+            file.write("".join(to_json(row | {SEAL: _seal(self.policy, row)}) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
 
@@ -133,10 +134,16 @@ def _whole_rows(file: Path, policy: str) -> Iterator[Prediction | None]:
     for line in file.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
         try:
             row = parse_object(line, file.name, DAMAGED)
-            of = row.pop(POLICY, "")
-            yield as_record(row, Prediction, file.name) if of == policy else None
+            seal = row.pop(SEAL, None)
+            ours = seal == _seal(policy, row) if policy else seal is None or seal == _seal(policy, row)
+            yield as_record(row, Prediction, file.name) if ours else None
         except UserError:
             yield None
+
+
+def _seal(policy: str, row: dict[str, Any]) -> str:
+    """What a row of a part file is whole by, and of this policy: a bit that flips in a completion leaves it JSON."""
+    return sha256_text(f"{policy} {to_json(row)}")[:16]
 
 
 def completions_sha256(predictions: Iterable[Prediction]) -> str:
