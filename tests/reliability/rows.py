@@ -139,7 +139,7 @@ def full_row(row, place, line, names, kept, count):
     counted = place.copy(*kept)
     total = counted.run(line, Fault()).bytes
     counted.drop()
-    for n in spread(total, count):
+    for n in spread(total * 19 // 20, count):  # two runs differ by some bytes: their rows have the time
         trial = place.copy(*kept)
         full = trial.run(line, Fault(full_at=n - 1))
         row.check(full.is_one_line, f"byte {n} of {total}: {full}")
