@@ -1,4 +1,4 @@
-"""What the machine refuses, and what is damaged, forged or hostile: one line with the remedy, and nothing printed or kept of secrets.
+"""What the machine refuses, and what is damaged, forged or hostile: one line with the remedy, and no secret shown or kept.
 
 The same with faults that are injected into running processes is tests/reliability (make reliability).
 """
@@ -81,7 +81,7 @@ def test_upstream_torch_says_a_full_disk_in_these_words(tmp_path):
             lambda: save_file({"x": tensor}, tmp_path / "x.safetensors"),
             lambda: (tmp_path / "x").write_bytes(b"x" * 10_000),
         ):
-            with pytest.raises(Exception) as caught:  # noqa: PT011  which it is, is the question
+            with pytest.raises(Exception) as caught:
                 save()
             said.append(caught.value)
     finally:

@@ -31,4 +31,4 @@ def test_every_switch_has_a_row():
 
 def test_a_few_of_many_are_the_first_the_last_and_some_between():
     assert list(spread(5, None)) == list(spread(5, 9)) == [1, 2, 3, 4, 5]
-    assert spread(100, 5) == [1, 26, 50, 75, 100] and spread(100, 1) == [1]
+    assert spread(101, 5) == [1, 26, 51, 76, 101] and spread(100, 1) == [1]
