@@ -18,7 +18,7 @@ def plain_write(path, text):
 
 
 def put(name, value):
-    """Replace a name in the modules that have it."""
+    """A function that replaces a name in the product's modules that have it."""
 
     def turn_off():
         import sys
