@@ -18,7 +18,7 @@ from pathlib import Path
 from scripts import CONFIGS, fork_server, run
 
 HERE = Path(__file__).resolve().parent
-HANGS = 240  # seconds: a tiny run takes two, on a machine with six users twenty
+HANGS = 60  # seconds: a tiny run takes two, on a busy machine ten
 MODULES = {"report": "posttrain.report", "hub": "posttrain.hub.push"}
 
 
@@ -104,7 +104,7 @@ class Place:
         out = self.folder.parent / f"{self.folder.name}.json"
         process = fork_server().Process(target=_many, args=(commands, str(self.folder), str(out), self.off))
         process.start()
-        process.join(HANGS * 10)
+        process.join(20 * HANGS)
         if process.exitcode is None:
             process.kill()
             process.join()
