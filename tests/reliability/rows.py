@@ -410,10 +410,10 @@ def malformed_rows(place, count):
 def malformed_configs(place, count):
     row = Row("malformed configs", "every fault with its line, or taken; no code run, no traceback, none slow")
     trial = place.copy()
-    every = [JSONL + change for change in inputs.configs()] + list(inputs.bulk())
+    changed = [JSONL + change for change in inputs.configs()]
     commands = []
-    for number in (index - 1 for index in spread(len(every), count)):
-        (trial.folder / f"{number}.yaml").write_text(every[number], encoding="utf-8")
+    for number, text in enumerate([*(changed[index - 1] for index in spread(len(changed), count)), *inputs.bulk()]):
+        (trial.folder / f"{number}.yaml").write_text(text, encoding="utf-8")
         commands.append(("data_prep", "--config", f"{number}.yaml", "--print-config"))
     answers = trial.many(commands)
     for line, (code, said, seconds) in zip(commands, answers, strict=False):

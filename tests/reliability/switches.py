@@ -61,8 +61,10 @@ def strict_parser():
     def parse_line(line, file, number, split):
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:
-            return gsm8k.Row(file, number, split, problem=f"not JSON: {error.msg}")
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return gsm8k.Row(file, number, split, problem=f"not JSON: {error}")
+        if not isinstance(row, dict):
+            return gsm8k.Row(file, number, split, problem="not a JSON object")
         return gsm8k.checked_row(row, file, number, split)
 
     gsm8k.parse_line = parse_line
@@ -99,6 +101,6 @@ SWITCHES = {
     "splits are compared with their hash": Switch("damaged data sets", put("check_split", lambda path, split: "")),
     "rows that no parser takes are bad rows": Switch("malformed rows and files", strict_parser),
     "numbers that no parser takes are faults": Switch("malformed configs", unguarded_numbers),
-    "texts and configs have an end": Switch("malformed rows and files", unbounded),
+    "texts and configs have an end": Switch("malformed configs", unbounded),
     "settings hold no password": Switch("canaries", shown_passwords),
 }
