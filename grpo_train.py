@@ -81,6 +81,7 @@ def get_ready(config: GrpoConfig) -> Ready:
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.before import Ready, check_grpo, check_trainer
     from posttrain.training.examples import load_examples
+    from posttrain.training.room import check_room
 
     check_machine(config)
     folder = adapters.resolve_adapter(config.adapter)
@@ -101,6 +102,7 @@ def get_ready(config: GrpoConfig) -> Ready:
     check_same_template(tokenizer, folder, train + dev)
     check_grpo(config, base, tokenizer, train, dev)
     check_trainer(config, GRPOConfig, base)
+    check_room(config, base, folder, len(train))
     return Ready(tokenizer, folder, train, dev, begun_with, met)
 
 

@@ -77,6 +77,7 @@ def get_ready(config: SftConfig) -> Ready:
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.before import Ready, check_sft, check_trainer
     from posttrain.training.examples import load_examples
+    from posttrain.training.room import check_room
 
     check_machine(config)
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
@@ -95,6 +96,7 @@ def get_ready(config: SftConfig) -> Ready:
         check_same_template(tokenizer, folder, train + dev)
     cut = check_sft(config, base, tokenizer, train, dev)
     check_trainer(config, SFTConfig, base)
+    check_room(config, base, folder, len(train))
     return Ready(tokenizer, folder, train, dev, begun_with, met, cut)
 
 

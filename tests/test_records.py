@@ -72,7 +72,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 def test_a_row_of_another_shape_is_no_record(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [prediction("x")])
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no example, 'answer' is missing"):
         read_jsonl(tmp_path / "rows.jsonl", Example)
 
 

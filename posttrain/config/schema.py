@@ -5,9 +5,10 @@ The `trainer` block holds TRL's own keys. The installed TRL says which there are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -21,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, sft_problems
+from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, less_at_once, sft_problems
 from posttrain.config.trl_fields import TrlKeys
 from posttrain.config.yaml_lines import KeyPath
 
@@ -69,6 +70,10 @@ class Settings(BaseModel):
     def needs(self) -> Iterator[Need]:
         """What these settings ask of the machine, in the order in which a lack is told."""
         yield from ()
+
+    def less_memory(self, batch_size: int | None = None) -> str:
+        """What to set when memory runs out. `batch_size` is that of a run that chose its own."""
+        return "close other programs, or take a machine with more memory"
 
     @model_validator(mode="after")
     def _has_no_problems(self) -> Settings:
@@ -152,6 +157,10 @@ class TrainData(Settings):
 class Hub(Settings):
     repo_id: str | None = None  # None: nothing is pushed
     private: bool = True
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.repo_id is not None and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", self.repo_id, re.ASCII):
+            yield ("repo_id",), "is not of the form OWNER/NAME, of letters, digits, `-`, `_` and `.`"
 
 
 class Rewards(Settings):
@@ -284,6 +293,7 @@ class TrainConfig(Settings):
     seed: NonNegativeInt = 42
     fast_adapter: bool = True  # use posttrain/kernels/lora_linear.py instead of PEFT's layers
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
+    trl_class: ClassVar[str]
 
     def needs(self) -> Iterator[Need]:
         yield from self.model.needs()
@@ -296,6 +306,12 @@ class TrainConfig(Settings):
         if self.data.num_dev:
             yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
+    def less_memory(self, batch_size: int | None = None) -> str:
+        """Overrides with which an optimizer step has the same rows, fewer of them at once."""
+        more = [] if self.quantization == "nf4" else ["quantization=nf4"]
+        changes = [*less_at_once(self.trainer, self.trl_class), *more]
+        return f"the same batch in smaller parts takes less: {' '.join(changes)} run_dir={self.run_dir}_smaller"
+
 
 class SftConfig(TrainConfig):
     """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
@@ -303,6 +319,7 @@ class SftConfig(TrainConfig):
     trainer: Annotated[dict[str, Any], TrlKeys("SFTConfig")] = {}
     fast_loss: bool = True
     compile: bool = False  # compile the decoder layers, a minute at the start
+    trl_class: ClassVar[str] = "SFTConfig"
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.adapter is None and self.lora is None:
@@ -327,6 +344,7 @@ class GrpoConfig(TrainConfig):
     rewards: Rewards = Rewards()
     rollouts: Rollouts = Rollouts()
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
+    trl_class: ClassVar[str] = "GRPOConfig"
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.adapter_mode == "continue" and self.lora:
@@ -374,6 +392,12 @@ class EvalConfig(Settings):
         if self.engine == "vllm":
             yield _needs_vllm("engine")
         yield from self.model.needs()
+
+    def less_memory(self, batch_size: int | None = None) -> str:
+        size = batch_size or self.generation.batch_size
+        smaller = [f"generation.batch_size={max(1, size // 2) if isinstance(size, int) else 8}"]
+        more = [] if self.quantization == "nf4" else ["quantization=nf4"]
+        return f"smaller batches take less: {' '.join([*smaller, *more])} run_dir={self.run_dir}_smaller"
 
     @model_validator(mode="before")
     @classmethod

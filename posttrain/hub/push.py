@@ -150,7 +150,8 @@ def read_release(request: Request) -> Release:
     """
     run_dir = request.run_dir
     if request.repo_id.count("/") != 1 or request.repo_id.startswith(("/", ".", "~")):
-        raise UserError(f"--repo-id {request.repo_id} is not of the form OWNER/NAME")
+        shown = request.repo_id.rpartition("@")[2]  # what stands before an @ may be a password
+        raise UserError(f"--repo-id {shown} is not of the form OWNER/NAME")
     if not (run_dir / "manifest.json").is_file():
         raise UserError(f"{run_dir} holds no run: give the run_dir of sft_train.py or grpo_train.py")
     manifest = read_manifest(run_dir)

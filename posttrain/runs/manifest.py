@@ -7,7 +7,6 @@ ground floor does not know, and every reader of a manifest is above this room.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shlex
@@ -22,6 +21,7 @@ from typing import Any
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import Settings
 from posttrain.errors import UserError
+from posttrain.records import read_object
 from posttrain.runs.process import launcher, num_processes
 
 PACKAGES = (
@@ -81,6 +81,8 @@ class Manifest:
     generation: Entry = dataclasses.field(default_factory=dict)
     batch_size: int | None = None
     generated_seconds: float | None = None
+    completions_sha256: str = ""  # of what the policy said (evaluation/predictions.py), verdicts left out
+    questions_sha256: str = ""  # of questions.jsonl, unpacked
 
     extra: Entry = dataclasses.field(default_factory=dict)  # keys of the file that are none of these, written as they were read
 
@@ -103,9 +105,9 @@ def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of a run, of this version or an earlier one.
 
     Raises:
-        UserError: manifest.json is not that of a run.
+        UserError: manifest.json is damaged, or not that of a run.
     """
-    values = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    values = read_object(Path(folder, "manifest.json"), "restore it from a copy, or use another run_dir")
     if lacking := [name for name in FIELDS if name not in UNSAID and name not in values]:
         raise UserError(f"{folder}/manifest.json is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
     known = {name: values.pop(name) for name in FIELDS if name in values}

@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.config.schema import RejectionSampledSource
 from posttrain.errors import UserError
+from posttrain.evaluation.predictions import check_contents
 from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.examples import gold_problem
@@ -27,6 +28,7 @@ def sampled_rows(source: RejectionSampledSource) -> Iterator[Row]:
         raise UserError(f"{run_dir} sampled {len(leaked)} rows that are not of the train split (first: {leaked[0]})")
     kept: dict[str, dict[str, str]] = {name: {} for name in questions}
     samples = read_jsonl(run_dir / "predictions.jsonl", Prediction)
+    check_contents(run_dir, read_manifest(run_dir), samples)
     if source.prefer == "shortest":
         samples.sort(key=lambda sample: sample.num_tokens)  # the questions keep their order: it is that of `kept`
     for sample in samples:

@@ -7,6 +7,7 @@ from pathlib import Path
 from posttrain.config.schema import PassRate, TrainConfig
 from posttrain.errors import UserError
 from posttrain.records import Example, Prediction, read_jsonl
+from posttrain.runs.data_sets import check_split
 
 
 def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
@@ -22,6 +23,8 @@ def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
     if not train:
         kept = f" with a pass rate in {config.data.pass_rate.run_dir} between low and high" if config.data.pass_rate else ""
         raise UserError(f"{folder}/train.jsonl has no row{kept}: there is nothing to train on")
+    if config.data.num_dev:
+        check_split(folder, "dev")
     dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
     if not dev and config.trainer.get("eval_strategy", "no") != "no":
         raise UserError(f"{folder}/dev.jsonl has no row: set trainer.eval_strategy=no, or prepare the data with a dev_fraction")
