@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -106,8 +107,11 @@ def read_rows(path: Path | str) -> Iterator[dict[str, Any]]:
     compressed = Path(f"{path}.gz")
     read = gzip.open if compressed.is_file() and not Path(path).is_file() else open
     with read(compressed if read is gzip.open else path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            yield parse_object(line, f"{path}:{number}", DAMAGED)
+        try:
+            for number, line in enumerate(lines, 1):
+                yield parse_object(line, f"{path}:{number}", DAMAGED)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{compressed}: damaged ({error}): {DAMAGED}") from error
 
 
 def read_object(file: Path, remedy: str) -> dict[str, Any]:

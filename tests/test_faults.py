@@ -14,15 +14,18 @@ import torch
 from scripts import CONFIGS, retell, run, workplace
 
 from posttrain.config.load import load
-from posttrain.config.schema import EvalConfig, GrpoConfig, SftConfig
+from posttrain.config.schema import EvalConfig, GrpoConfig, PassRate, SftConfig
 from posttrain.config.yaml_lines import MOST_BYTES
 from posttrain.errors import REMEDIES, UserError, exit_on_user_error, is_out_of_memory, machine_trouble
+from posttrain.evaluation.lm_eval import write_lm_eval_files
+from posttrain.records import Example, read_jsonl
 from posttrain.report.tables import inert
 from posttrain.runs import directory
 from posttrain.runs.directory import check_writable, open_run
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.gsm8k import MOST_CHARACTERS, parse_line, read_plain
 from posttrain.training import room
+from posttrain.training.examples import with_pass_rate
 
 
 def tiny_config(name, cls, *overrides):
@@ -326,3 +329,16 @@ def test_an_evaluation_that_lost_its_predictions_is_not_reported(tmp_path, pipel
         load_report([run_dir])
     retell(run_dir, completions_sha256="")  # a published run keeps its numbers alone, if it says no hash
     assert load_report([run_dir])
+
+
+def test_samples_that_were_changed_after_they_were_drawn_are_read_by_nobody(tmp_path, pipeline):
+    run_dir = shutil.copytree(pipeline / "runs" / "eval_tiny_base", tmp_path / "eval")
+    file = run_dir / "predictions.jsonl"
+    asked = read_jsonl(pipeline / "data" / "tiny" / "test.jsonl", Example)
+    settings = PassRate(run_dir=str(run_dir), low=0.0, high=1.0)
+    assert with_pass_rate(asked, settings) and write_lm_eval_files(run_dir)
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(rows[1:]), encoding="utf-8")
+    for reader in (lambda: with_pass_rate(asked, settings), lambda: write_lm_eval_files(run_dir)):
+        with pytest.raises(UserError, match=r"predictions\.jsonl is not what the evaluation wrote"):
+            reader()

@@ -34,6 +34,7 @@ from rewards import GRADER_VERSION, grade
 
 PARTS = "predictions.part*.jsonl"
 GATHERED = "predictions.jsonl"
+GONE_SECONDS = 3600.0  # no batch takes so long
 SEAL = "seal"  # a key that the rows of part files have beside those of `Prediction`
 
 
@@ -108,8 +109,20 @@ class PartFiles:
             os.fsync(file.fileno())
 
     def wait(self, num_rows: int) -> dict[tuple[str, int], Prediction]:
-        """All rows, once every process has written its share."""
+        """All rows, once every process has written its share.
+
+        Raises:
+            UserError: none came for an hour. A launcher that outlives one of its processes does not say so.
+        """
+        seen, since = -1, time.monotonic()
         while len(rows := self.rows()) < num_rows:
+            if len(rows) != seen:
+                seen, since = len(rows), time.monotonic()
+            if time.monotonic() - since > GONE_SECONDS:
+                raise UserError(
+                    f"{self.folder} has {seen} of {num_rows} answers, and none came in {GONE_SECONDS / 60:.0f} minutes: another "
+                    "process has ended; the same command goes on"
+                )
             time.sleep(0.5)
         return rows
 

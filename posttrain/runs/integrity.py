@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 def commit(folder: Path, **said: Any) -> None:
     """Put every file of a checkpoint on disk, then the marker that says what they are."""
-    files = {name: {"size": path.stat().st_size, "sha256": _synced_sha256(path)} for name, path in files_of(folder).items()}
+    hashes = _hashed(files_of(folder), _synced_sha256)
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
     _sync_folders(folder)
     values = {**said, "files": files}
     write_atomic(folder / COMMIT, json.dumps(values | {"sha256": _own_sha256(values)}, indent=2) + "\n")
@@ -67,16 +70,20 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != written["size"]:
             return f"{name} has {file.stat().st_size:,} bytes where {written['size']:,} were written"
-    return next(
-        (f"{name} is damaged" for name, written in marker["files"].items() if sha256_file(folder / name) != written["sha256"]),
-        None,
-    )
+    hashes = _hashed({name: folder / name for name in marker["files"]}, sha256_file)
+    return next((f"{name} is damaged" for name, sha256 in hashes.items() if sha256 != marker["files"][name]["sha256"]), None)
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
     """What is called `checkpoint-<step>` in a folder, the newest first."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _hashed(files: dict[str, Path], sha256: Callable[[Path], str]) -> dict[str, str]:
+    """The hash of each file, in threads: hashlib and fsync let go of Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
 
 
 def _synced_sha256(path: Path) -> str:

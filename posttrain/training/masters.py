@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 
 from posttrain.errors import UserError, stop
@@ -132,6 +133,15 @@ class MasterWeights(Trainer):
         if self._carried is not None:
             self.carry_on(self._carried)
             self._carried = None
+            self._cut_curves()
+
+    def _cut_curves(self) -> None:
+        """TensorBoard hides what was logged after the checkpoint, for those steps come again."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+                folder, after = callback.tb_writer.log_dir, self.state.global_step + 1
+                callback.tb_writer.close()
+                callback.tb_writer = type(callback.tb_writer)(folder, purge_step=after)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs and self.run:  # transformers' is that of the steps since the run was resumed
