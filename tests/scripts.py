@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import faults
-
 from posttrain.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,11 +73,7 @@ def _run_and_exit(script, arguments, cwd, environment):
     # By default all forked processes share tqdm's lock. A process that is killed while it draws a bar would keep it for ever.
     tqdm.set_lock(threading.RLock())
     os.environ |= environment
-    faults.crash_if_asked()
-    done = run(script, *arguments, cwd=cwd)
-    if report := environment.get("SAID"):
-        Path(report).write_text(json.dumps(asdict(done)), encoding="utf-8")
-    sys.exit(done.code)
+    sys.exit(run(script, *arguments, cwd=cwd).code)
 
 
 def launched(*command, cwd="."):

@@ -8,7 +8,14 @@ from conftest import ROOT
 from reliability.rows import ROWS, spread
 from reliability.switches import SWITCHES
 
-CHEAP = ("crash points, data", "full disk, data", "malformed rows and files", "malformed configs", "damaged part files")
+CHEAP = (
+    "crash points, SFT=4",
+    "crash points, data",
+    "full disk, data",
+    "malformed rows and files",
+    "malformed configs",
+    "damaged part files",
+)
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import LORA, adapter_tensors, by_content, dtypes, in_file, largest_difference, opened, pay
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from posttrain.errors import Interrupted, UserError, exit_on_user_error, stop
 from posttrain.records import read_rows
@@ -331,6 +333,26 @@ def test_times_and_tokens_go_on_over_a_kill(tiny, fp32, monkeypatch):
     assert 1000 < manifest.train_seconds < 1500 and 2000 < manifest.seconds < 2500
     tokens = [row["num_tokens"] for row in read_rows(trainer.run.folder / "metrics.jsonl") if "num_tokens" in row]
     assert tokens == sorted(set(tokens)) and len(tokens) >= 4
+
+
+class KillAfterLogging(TrainerCallback):
+    def on_log(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Killed
+
+
+def test_tensorboard_shows_no_step_twice(tiny, fp32):
+    config = tiny.sft_config({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, tracking="tensorboard", **fp32)
+    with pytest.raises(Killed), opened(config) as trainer:
+        trainer.add_callback(KillAfterLogging())
+        trained(trainer)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.tb_writer.close()
+    with opened(config, resume=True) as trainer:
+        trained(trainer, last_checkpoint(trainer.run, resume=True))
+    curves = EventAccumulator(str(trainer.run.folder / "tensorboard")).Reload()
+    assert [point.step for point in curves.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_other_processes_is_refused(tiny, fp32, monkeypatch):

@@ -2,7 +2,7 @@
 
 python -m reliability --short                     # minutes
 python -m reliability                             # hours: the figures that are published
-python -m reliability --rows "kills, SFT" --out /tmp/one.md
+python -m reliability --rows "kills, SFT=20" "damaged runs" --out /tmp/one.md
 """
 
 import argparse
@@ -20,14 +20,14 @@ def main():
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         prepare_environment(Path(folder))
-        from reliability.place import prepared
-        from reliability.rows import ROWS
+        from reliability.workers import all_of
 
         began = time.monotonic()
-        place = prepared(Path(folder))
-        wanted = args.rows or list(ROWS)
-        table = [timed(name, place, args.short) for name in wanted]
-        switched = [] if args.no_switches else switch_table(place, wanted)
+        wanted = counts(args)
+        protections = [] if args.no_switches else switches_of(wanted)
+        done = all_of([*wanted.items(), *protections], Path(folder), args.jobs, args.minutes)
+        table, unprotected = done[: len(wanted)], done[len(wanted) :]
+        switched = [(off, row) for (_, _, off), row in zip(protections, unprotected, strict=True)]
         text = report(table, switched, time.monotonic() - began, args)
     print(text)
     if args.out:
@@ -38,7 +38,11 @@ def main():
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m reliability", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few of each kind")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument("--rows", nargs="+", metavar="NAME[=COUNT]", help="only these rows, each with so many faults")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time; each takes a core and 2 GB (default 1)")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="M", help="after which a row begins no further fault"
+    )
     parser.add_argument("--no-switches", action="store_true", help="leave out the second table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there, too")
     return parser.parse_args()
@@ -57,29 +61,21 @@ def prepare_environment(folder):
     os.environ |= CANARIES | {"TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def timed(name, place, short):
+def counts(args):
+    """Name -> how many faults of each row; None is all that there are."""
     from reliability.rows import ROWS
 
-    function, full, few = ROWS[name]
-    began = time.monotonic()
-    row = function(place, few if short else full)
-    row.seconds = time.monotonic() - began
-    print(f"{name}: {row.tried - len(row.failed)} of {row.tried} in {row.seconds:.0f} s", flush=True)
-    for line in row.failed:
-        print(f"  {line}", flush=True)
-    return row
+    asked = dict(word.partition("=")[::2] for word in args.rows or ROWS)
+    usual = {name: few if args.short else full for name, (_, full, few) in ROWS.items()}
+    return {name: int(count) if count else usual[name] for name, count in asked.items()}
 
 
-def switch_table(place, wanted):
+def switches_of(wanted):
     """For each protection its row in the short form, with the protection off."""
-    from reliability.place import Place
+    from reliability.rows import ROWS
     from reliability.switches import SWITCHES
 
-    return [
-        (name, timed(switch.row, Place(place.folder, off=(name,)), short=True))
-        for name, switch in SWITCHES.items()
-        if switch.row in wanted
-    ]
+    return [(switch.row, ROWS[switch.row][2], name) for name, switch in SWITCHES.items() if switch.row in wanted]
 
 
 def report(table, switched, seconds, args):

@@ -89,6 +89,15 @@ class Place:
             os.kill(process.pid, number)
         return self.end(process, log)
 
+    def killed_when(self, command, file):
+        """The command, killed as soon as a file is there."""
+        process, log = self.begin(command)
+        while process.exitcode is None and not (self.folder / file).is_file():
+            time.sleep(0.01)
+        if process.exitcode is None:
+            process.kill()
+        return self.end(process, log)
+
     def end(self, process, log):
         process.join(HANGS)
         if hung := process.exitcode is None:

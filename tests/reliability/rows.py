@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from scripts import ROOT, retell
 
@@ -27,6 +28,16 @@ class Row:
     tried: int = 0
     failed: list = field(default_factory=list)
     seconds: float = 0.0
+    minutes: ClassVar[float] = float("inf")
+
+    def __post_init__(self):
+        self.ends = time.monotonic() + 60 * self.minutes
+
+    def in_time(self, faults):
+        """Those that begin before the row's minutes are over: the first in any case."""
+        for number, fault in enumerate(faults):
+            if number == 0 or time.monotonic() < self.ends:
+                yield fault
 
     def check(self, held, what):
         self.tried += 1
@@ -67,7 +78,7 @@ def straight(place, command, names, kept):
 def kill_row(row, place, ways, base, names, kept, count, number=signal.SIGKILL):
     """Each trial is killed one to three times at random moments, then run to its end: the ending has to be the same bytes."""
     rng, known = random.Random(0), {}
-    for trial_number in range(count):
+    for trial_number in row.in_time(range(count)):
         way = list(ways)[trial_number % len(ways)]
         line = (*base, *ways[way])
         if way not in known:
@@ -104,6 +115,32 @@ def data_kills(place, count):
     return kill_row(row, place, {"plain": ()}, DATA, PREPARED, (), count)
 
 
+AT_CHECKPOINTS = {
+    "SFT, constant rate": ((*SFT, *SFT_WAYS["constant rate"]), ("data",), (9, 10)),
+    "GRPO, constant rate": ((*GRPO, *GRPO_WAYS["constant rate"], "trainer.save_steps=1"), ("data", "runs/sft_tiny"), (3,)),
+    "GRPO, two iterations": ((*GRPO, "trainer.num_iterations=2", "trainer.save_steps=1"), ("data", "runs/sft_tiny"), (1, 3)),
+    "GRPO, window of two": ((*GRPO, "trainer.steps_per_generation=2", "trainer.save_steps=1"), ("data", "runs/sft_tiny"), (1, 3)),
+}  # fmt: skip
+
+
+def checkpoint_kills(place, count):
+    row = Row(
+        "kills at a checkpoint",
+        "killed as one is whole, the last or one inside a generation window: the same adapter, no step more",
+    )
+    for way, (line, kept, steps) in list(AT_CHECKPOINTS.items())[:count]:
+        line = (*line, "run_dir=runs/x")
+        ending, _ = straight(place, line, [f"runs/x/{name}" for name in ADAPTER], kept)
+        for step in steps:
+            trial = place.copy(*kept)
+            trial.killed_when(line, f"runs/x/checkpoints/checkpoint-{step}/commit.json")
+            done = trial.run(line)
+            same = trial.sha256(*(f"runs/x/{name}" for name in ADAPTER)) == ending
+            row.check(done.code == 0 and same, f"{way}, step {step}: {done}, or another ending")
+            trial.drop()
+    return row
+
+
 def signals(place, count):
     """SIGTERM, SIGINT and SIGUSR1 to SFT: whatever it says of it, the resumed run ends the same."""
     row = Row("signals, SFT", "sent at random moments, then resumed: the same adapter")
@@ -124,7 +161,7 @@ def crash_row(row, place, line, names, kept, count):
     calls = counted.run(line, Fault()).calls
     counted.drop()
     assert calls, "fault.so counts nothing: is it laid under the fork server?"
-    for k in spread(calls, count):
+    for k in row.in_time(spread(calls, count)):
         trial = place.copy(*kept)
         trial.run(line, Fault(crash_at=k))
         done = trial.run(line)
@@ -139,7 +176,7 @@ def full_row(row, place, line, names, kept, count):
     counted = place.copy(*kept)
     total = counted.run(line, Fault()).bytes
     counted.drop()
-    for n in spread(total * 19 // 20, count):  # two runs differ by some bytes: their rows have the time
+    for n in row.in_time(spread(total * 19 // 20, count)):  # two runs differ by some bytes: their rows have the time
         trial = place.copy(*kept)
         full = trial.run(line, Fault(full_at=n - 1))
         row.check(full.is_one_line, f"byte {n} of {total}: {full}")
@@ -212,7 +249,7 @@ def damage_row(row, place, kept, folder, readers, same, count):
         expected[line] = same(trial)
         trial.drop()
     every = [(file, way) for file in files_below(place, folder) for way in DAMAGES]
-    for index in spread(len(every), count):
+    for index in row.in_time(spread(len(every), count)):
         file, way = every[index - 1]
         for line in readers:
             trial = place.copy(*kept)
@@ -495,6 +532,7 @@ ROWS = {
     "kills, GRPO": (grpo_kills, 60, 2),
     "kills, evaluation": (evaluation_kills, 30, 2),
     "kills, data": (data_kills, 15, 2),
+    "kills at a checkpoint": (checkpoint_kills, None, 3),
     "signals, SFT": (signals, 15, 3),
     "crash points, data": (crash_points("data"), None, 12),
     "crash points, evaluation": (crash_points("evaluation"), None, 6),

@@ -90,7 +90,25 @@ def unbounded():
     yaml_lines.MOST_BYTES = gsm8k.MOST_CHARACTERS = 2**28
 
 
+def trainers_own_end():
+    from transformers import Trainer
+
+    from posttrain.training.masters import MasterWeights
+
+    MasterWeights._run_epoch = Trainer._run_epoch
+
+
+def nothing_carried():
+    from posttrain.training.trainers import GRPO
+
+    GRPO.carry_on = lambda self, carried: None
+
+
 SWITCHES = {
+    "checkpoints are verified": Switch("damaged checkpoints", put("damage", lambda folder: None)),
+    "adapters are compared with their run": Switch("damaged runs", put("check_adapter", lambda folder: None)),
+    "no step follows the last": Switch("kills at a checkpoint", trainers_own_end),
+    "a window outlives a kill": Switch("kills at a checkpoint", nothing_carried),
     "files are written beside and renamed": Switch("crash points, data", put("write_atomic", plain_write)),
     "a kill in the first write locks nobody out": Switch("crash points, data", put("BEFORE_MANIFEST", frozenset())),
     "a torn row is cut off": Switch("damaged part files", put("cut_torn_tail", lambda file: None)),

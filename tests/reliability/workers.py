@@ -1,0 +1,38 @@
+"""Rows at work: one after the other, or several at a time in processes of their own."""
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import starmap
+
+from reliability.place import Place, prepared
+from reliability.rows import ROWS, Row
+
+place = None  # of this process
+
+
+def all_of(tasks, folder, jobs, minutes):
+    """The rows in the order of the tasks. Each process has a server that it forks from, and a user's folder."""
+    if jobs == 1:
+        begin(folder, minutes)
+        return list(starmap(timed, tasks))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin, (folder, minutes)) as pool:
+        return [task.result() for task in [pool.submit(timed, *task) for task in tasks]]
+
+
+def begin(folder, minutes):
+    global place
+    Row.minutes = minutes
+    place = prepared(folder / str(os.getpid()))
+
+
+def timed(name, count, off=None):
+    """A row with `count` faults, and with one protection switched off."""
+    began = time.monotonic()
+    row = ROWS[name][0](Place(place.folder, off=(off,)) if off else place, count)
+    row.seconds = time.monotonic() - began
+    without = f", without: {off}" if off else ""
+    told = f"{name}{without}: {row.tried - len(row.failed)} of {row.tried} in {row.seconds:.0f} s"
+    print("\n  ".join([told, *row.failed]), flush=True)
+    return row
