@@ -19,6 +19,7 @@ from posttrain.errors import UserError
 from posttrain.models.adapters import targets_met
 from posttrain.models.base import device
 from posttrain.runs.process import is_sharded, num_processes
+from posttrain.training.checkpoints import LEAST_KEPT
 from posttrain.training.dry_run import BYTES, gib, num_steps
 
 MEMORY = Path("/proc/meminfo")
@@ -106,7 +107,7 @@ def num_checkpoints(config: SftConfig | GrpoConfig, num_rows: int) -> int:
     steps = num_steps(value, num_rows * group, batch)
     every = steps if value["save_strategy"] != "steps" else value["save_steps"]
     made = max(1, int(steps // every if every >= 1 else 1 / every))  # below 1 it is a share of the steps
-    return min(made, value["save_total_limit"] + 1) if value["save_total_limit"] else made
+    return min(made, max(value["save_total_limit"], LEAST_KEPT) + 1) if value["save_total_limit"] else made
 
 
 def merged_bytes(config: SftConfig | GrpoConfig, base: PreTrainedModel) -> float:
