@@ -285,7 +285,7 @@ def damaged_data(place, count):
 
 def damaged_runs(place, count):
     row = Row("damaged runs", "a finished SFT run, read by GRPO and evaluation: said in a line, or of no effect")
-    readers = [(*GRPO, "run_dir=runs/x", "trainer.max_steps=1"), EVAL]
+    readers = [(*GRPO, "run_dir=runs/x", "trainer.max_steps=3"), EVAL]
     both = lambda trial: (trained(trial), evaluated(trial))  # noqa: E731
     return damage_row(row, place, ("data", "runs/sft_tiny"), "runs/sft_tiny", readers, both, count)
 
