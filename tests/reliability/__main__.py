@@ -22,17 +22,17 @@ def main():
         prepare_environment(Path(folder))
         from reliability.workers import all_of
 
-        began = time.monotonic()
-        wanted = counts(args)
-        protections = [] if args.no_switches else switches_of(wanted)
-        done = all_of([*wanted.items(), *protections], Path(folder), args.jobs, args.minutes)
-        table, unprotected = done[: len(wanted)], done[len(wanted) :]
-        switched = [(off, row) for (_, _, off), row in zip(protections, unprotected, strict=True)]
-        text = report(table, switched, time.monotonic() - began, args)
+        began, here = time.monotonic(), where(args)  # before the file of the table is a change of the tree
+        tasks = tasks_of(args)
+        done = {}
+        for number, row in all_of(tasks, Path(folder), args.jobs, args.minutes):
+            done[number] = row
+            rows = [(tasks[number][2], done[number]) for number in sorted(done)]  # with the protection that is off
+            text = report(rows, len(tasks), time.monotonic() - began, here)
+            if args.out:  # what was tried is kept, should this be stopped
+                args.out.write_text(text, encoding="utf-8")
     print(text)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    sys.exit(any(row.failed for row in table) or any(not row.failed for _, row in switched))
+    sys.exit(any(bool(row.failed) != bool(off) for off, row in rows))
 
 
 def arguments():
@@ -61,33 +61,39 @@ def prepare_environment(folder):
     os.environ |= CANARIES | {"TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def counts(args):
-    """Name -> how many faults of each row; None is all that there are."""
-    from reliability.rows import ROWS
-
-    asked = dict(word.partition("=")[::2] for word in args.rows or ROWS)
-    usual = {name: few if args.short else full for name, (_, full, few) in ROWS.items()}
-    return {name: int(count) if count else usual[name] for name, count in asked.items()}
-
-
-def switches_of(wanted):
-    """For each protection its row in the short form, with the protection off."""
+def tasks_of(args):
+    """Name, number of faults (None is all that there are) and no protection for each row; then, for each protection, its row in
+    the short form with that switched off."""
     from reliability.rows import ROWS
     from reliability.switches import SWITCHES
 
-    return [(switch.row, ROWS[switch.row][2], name) for name, switch in SWITCHES.items() if switch.row in wanted]
+    asked = dict(word.partition("=")[::2] for word in args.rows or ROWS)
+    usual = {name: few if args.short else full for name, (_, full, few) in ROWS.items()}
+    tasks = [(name, int(count) if count else usual[name], None) for name, count in asked.items()]
+    if not args.no_switches:
+        tasks += [(switch.row, ROWS[switch.row][2], off) for off, switch in SWITCHES.items() if switch.row in asked]
+    return tasks
 
 
-def report(table, switched, seconds, args):
+def where(args):
+    """Command, commit and machine."""
     from posttrain.runs.manifest import git_state, hardware
 
     git, machine = git_state(), hardware()
     command = shlex.join(["python", "-m", "reliability", *sys.argv[1:]])
+    return (
+        f"`{command}`{', the short form' if args.short else ''}, commit {(git['commit'] or 'unknown')[:10]}"
+        f"{' with changes' if git['dirty'] else ''}, {machine['cpu']}, {machine['num_cpus']} CPUs, {machine['ram_gib']} GiB, "
+        f"{machine['gpu'] or 'no GPU'}"
+    )
+
+
+def report(rows, planned, seconds, here):
+    table, switched = [row for off, row in rows if not off], [one for one in rows if one[0]]
+    stopped = f", stopped after {len(rows)} of {planned} rows" if len(rows) < planned else ""
     lines = [
         "# Reliability", "",
-        f"`{command}`, commit {(git['commit'] or 'unknown')[:10]}{' with changes' if git['dirty'] else ''}, {machine['cpu']}, "
-        f"{machine['num_cpus']} CPUs, {machine['ram_gib']} GiB, {machine['gpu'] or 'no GPU'}; {seconds / 60:.0f} minutes"
-        f"{', the short form' if args.short else ''}. A tiny Llama of two layers, every command in a process of its own.", "",
+        f"{here}; {seconds / 60:.0f} minutes{stopped}. A tiny Llama of two layers, every command in a process of its own.", "",
         "| Faults | Tried | Held | Failed | Seconds | What holds |", "| --- | ---: | ---: | ---: | ---: | --- |",
         *(f"| {row.name} | {row.tried} | {row.tried - len(row.failed)} | {len(row.failed)} | {row.seconds:.0f} | {row.says} |"
           for row in table), "",
@@ -98,7 +104,7 @@ def report(table, switched, seconds, args):
         lines += [
             "## Each protection switched off", "",
             "| Without this | Faults | Tried | Failed, of them |", "| --- | --- | ---: | ---: |",
-            *(f"| {name} | {row.name} | {row.tried} | {len(row.failed)} |" for name, row in switched), "",
+            *(f"| {off} | {row.name} | {row.tried} | {len(row.failed)} |" for off, row in switched), "",
         ]  # fmt: skip
     return "\n".join(lines)
 

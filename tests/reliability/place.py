@@ -18,7 +18,7 @@ from pathlib import Path
 from scripts import CONFIGS, fork_server, run
 
 HERE = Path(__file__).resolve().parent
-HANGS = 60  # seconds: a tiny run takes two, on a busy machine ten
+HANGS = 300  # seconds: a tiny run takes two, on a busy machine sixty
 MODULES = {"report": "posttrain.report", "hub": "posttrain.hub.push"}
 
 

@@ -3,8 +3,7 @@
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from itertools import starmap
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from reliability.place import Place, prepared
 from reliability.rows import ROWS, Row
@@ -13,12 +12,14 @@ place = None  # of this process
 
 
 def all_of(tasks, folder, jobs, minutes):
-    """The rows in the order of the tasks. Each process has a server that it forks from, and a user's folder."""
+    """Number and row of each task, as it ends. Each process has a server that it forks from, and a user's folder."""
     if jobs == 1:
         begin(folder, minutes)
-        return list(starmap(timed, tasks))
+        yield from ((number, timed(*task)) for number, task in enumerate(tasks))
+        return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin, (folder, minutes)) as pool:
-        return [task.result() for task in [pool.submit(timed, *task) for task in tasks]]
+        numbers = {pool.submit(timed, *task): number for number, task in enumerate(tasks)}
+        yield from ((numbers[task], task.result()) for task in as_completed(numbers))
 
 
 def begin(folder, minutes):
