@@ -48,7 +48,7 @@ def read_commit(folder: Path) -> Entry | None:
     file = folder / COMMIT
     try:
         values: Any = json.loads(file.read_bytes()) if file.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON; nested too deeply
         return None
     if not isinstance(values, dict) or values.pop("sha256", None) != _own_sha256(values):
         return None

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from faults import DAMAGES, empty, flip, halve, zero
 from scripts import ROOT, retell
 
 from posttrain.records import read_rows
@@ -220,22 +221,6 @@ def full_disk(stage):
 # --- damages ----------------------------------------------------------------------------------------------------------
 
 
-def flip(file):
-    content = bytearray(file.read_bytes())
-    if content:
-        content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGES = {
-    "a bit": flip,
-    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "empty": lambda file: file.write_bytes(b""),
-    "zeros": lambda file: file.write_bytes(b"\0" * file.stat().st_size),
-    "gone": lambda file: file.unlink(),
-}
-
-
 def damage_row(row, place, kept, folder, readers, same, count):
     """Each file below a folder is damaged in each way. A reader says so in a line, or does what it would have done.
 
@@ -248,15 +233,15 @@ def damage_row(row, place, kept, folder, readers, same, count):
         assert done.code == 0, done.said
         expected[line] = same(trial)
         trial.drop()
-    every = [(file, way) for file in files_below(place, folder) for way in DAMAGES]
+    every = [(file, damage) for file in files_below(place, folder) for damage in DAMAGES]
     for index in row.in_time(spread(len(every), count)):
-        file, way = every[index - 1]
+        file, damage = every[index - 1]
         for line in readers:
             trial = place.copy(*kept)
-            DAMAGES[way](trial.folder / file)
+            damage(trial.folder / file)
             done = trial.run(line)
             fine = done.is_one_line or (done.code == 0 and same(trial) == expected[line])
-            row.check(fine, f"{file} {way}, then {line[0]}: {done}, or another ending")
+            row.check(fine, f"{file}, {damage.__name__}, then {line[0]}: {done}, or another ending")
             trial.drop()
     return row
 
@@ -337,7 +322,7 @@ GARBAGE = {
     "deep": lambda file: middle(file, lambda line: b"[" * 100_000),
     "another completion": lambda file: middle(file, lambda line: line.replace(b'"completion": "', b'"completion": "#### 1 ')),
     "torn": lambda file: file.write_bytes(file.read_bytes()[:-7]),
-    "half": DAMAGES["half"], "a bit": flip, "zeros": DAMAGES["zeros"], "empty": DAMAGES["empty"],
+    "half": halve, "a bit": flip, "zeros": zero, "empty": empty,
 }  # fmt: skip
 
 
