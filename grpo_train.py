@@ -157,6 +157,7 @@ def make_trainer(
             processing_class=tokenizer,
             rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
+            lean_layers=config.lean_layers,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
         )

@@ -283,6 +283,7 @@ class TrainConfig(Settings):
     hub: Hub = Hub()
     seed: NonNegativeInt = 42
     fast_adapter: bool = True  # use posttrain/kernels/lora_linear.py instead of PEFT's layers
+    lean_layers: bool = False  # compute norms and gated products again instead of keeping them (posttrain/kernels/lean_layers.py)
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
 
     def needs(self) -> Iterator[Need]:
