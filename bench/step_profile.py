@@ -56,12 +56,13 @@ class Profiler(TrainerCallback):
             busy, count = sum(row.self_device_time_total for row in kernels) / 1e6, sum(row.count for row in kernels)
             print(f"\n{STEPS} steps in {seconds:.3f} s: {count} kernels, {busy:.3f} s of them, busy {busy / seconds:.0%}")
             table = [(row.self_device_time_total / 1e6, row.count, row.key) for row in kernels]
-            self.report_gaps()
         else:
             print(f"\n{STEPS} steps in {seconds:.3f} s")
             table = [(row.self_cpu_time_total / 1e6, row.count, row.key) for row in rows]
         for used, times, name in sorted(table, reverse=True)[:ROWS]:
             print(f"{used / seconds:6.1%} {used:8.3f} s {times:7d} x {name[:100]}")
+        if torch.cuda.is_available():
+            self.report_gaps()
 
     def report_gaps(self) -> None:
         """How the time without a kernel is spread: many short gaps are launches, a few long ones are waits of the CPU."""

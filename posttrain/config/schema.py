@@ -297,6 +297,10 @@ class TrainConfig(Settings):
         if self.data.num_dev:
             yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.lean_layers and not self.fast_adapter:
+            yield ("lean_layers",), "runs each adapted layer as one operation: set fast_adapter to true, or this to false"
+
 
 class SftConfig(TrainConfig):
     """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
@@ -310,6 +314,9 @@ class SftConfig(TrainConfig):
             yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
+        yield from super().problems()
+        if self.compile and self.lean_layers:
+            yield ("lean_layers",), "compile chooses itself what a layer keeps: set one of the two to false"
         if self.compile and self.model.kernels == "liger":
             yield ("model", "kernels"), "compile fuses these operations itself: set auto or torch, or compile to false"
         if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
@@ -330,6 +337,7 @@ class GrpoConfig(TrainConfig):
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super().problems()
         if self.adapter_mode == "continue" and self.lora:
             other = "rescale (another alpha) or merge_and_new"
             yield ("lora",), f"adapter_mode continue keeps the adapter's shape: remove lora, or use {other}"

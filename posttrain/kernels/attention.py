@@ -154,8 +154,8 @@ class Packed:
 
 
 def packed(sequence: torch.Tensor) -> Packed:
-    numbered = sequence + (sequence[:, -1:].cumsum(0) - sequence[:, -1:]) + torch.arange(len(sequence), device=sequence.device)[:, None]
-    lengths = numbered.flatten().unique_consecutive(return_counts=True)[1]
+    row = torch.arange(len(sequence), device=sequence.device)[:, None]
+    lengths = (row * sequence.shape[1] + sequence).flatten().unique_consecutive(return_counts=True)[1]
     return Packed(sequence, nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
 
 
@@ -165,8 +165,8 @@ def packed_sequences(mask_function: Callable[..., Any]) -> torch.Tensor | None:
     transformers tells a mask its packed sequences by closures alone: packed_sequence_compatibility_function in
     transformers/masking_utils.py. A function of another make has none of them, and SDPA takes its mask.
     """
-    parts = _enclosed(mask_function, "mask_functions") or ()
-    if getattr(mask_function, "__name__", "") != "and_mask" or len(parts) != 2:
+    parts = _enclosed(mask_function, "mask_functions")
+    if getattr(mask_function, "__name__", "") != "and_mask" or parts is None or len(parts) != 2:
         return None
     within, causal = parts
     return _enclosed(within, "packed_sequence_mask") if _enclosed(causal, "mask_function") is causal_mask_function else None

@@ -1,4 +1,4 @@
-"""Decoder layers that keep little for the backward pass: what is cheap is computed again, and layers that read one input run as one.
+"""Decoder layers that keep little for the backward pass: what is cheap is computed again, layers with one input run as one.
 
 For every token a layer keeps, in widths of the model and of its MLP: the inputs of its two norms, queries, keys, values and what
 attention makes of them, gate and up. The outputs of the norms and the product of gate and up, which the linear layers read, are
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from posttrain.errors import UserError
 from posttrain.kernels.lora_linear import can_be_fused, only_adapter
@@ -71,7 +70,7 @@ def _noted(function: Function, *inputs: torch.Tensor) -> torch.Tensor:
     """The function's output, which remembers how it was made. Whoever takes a view of it or casts it keeps it as it is."""
     output = function(*inputs)
     if torch.is_grad_enabled():
-        output.made = Made(function, tuple(x.detach() for x in inputs))  # type: ignore[attr-defined]
+        output.made = Made(function, tuple(x.detach() for x in inputs))
     return output
 
 
@@ -86,7 +85,7 @@ def gated_product(mlp: Any, fused: bool) -> Function:
     if fused:
         from liger_kernel.ops import LigerSiLUMulFunction
 
-        return LigerSiLUMulFunction.apply  # type: ignore[no-any-return]
+        return LigerSiLUMulFunction.apply
     return _from_inputs(lambda gate, up: mlp.act_fn(gate) * up)
 
 
@@ -104,7 +103,8 @@ class _FromInputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        inputs = [x.detach().requires_grad_(needed) for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)]
+        needed = ctx.needs_input_grad[1:]
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), torch.autocast(grad.device.type, *ctx.autocast):
             output = ctx.function(*inputs)
         wanted = [x for x in inputs if x.requires_grad]
@@ -123,7 +123,7 @@ def _forward(layer: Any, together: tuple[Any, ...], plain: Function, x: torch.Te
     """The output of one layer. The first of a group that is called leaves those of the others at the input."""
     waiting = getattr(x, "waiting", None)
     if waiting and layer in waiting:
-        return waiting.pop(layer)  # type: ignore[no-any-return]
+        return waiting.pop(layer)
     names = [only_adapter(each) for each in together]
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -147,7 +147,7 @@ def _forward(layer: Any, together: tuple[Any, ...], plain: Function, x: torch.Te
     found = dict(zip(together, outputs, strict=True))
     output: torch.Tensor = found.pop(layer)
     if found:
-        x.waiting = found  # type: ignore[attr-defined]
+        x.waiting = found
     return output
 
 
