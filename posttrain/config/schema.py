@@ -334,6 +334,7 @@ class GrpoConfig(TrainConfig):
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     rewards: Rewards = Rewards()
     rollouts: Rollouts = Rollouts()
+    update_tokens: PositiveInt | None = None  # positions that the update runs at once; None: those of a micro-batch
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:

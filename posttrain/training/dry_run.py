@@ -37,8 +37,10 @@ def show_sft_dry_run(config: SftConfig) -> None:
         for example in train[:2]:
             print(with_prompt_dimmed(tokenizer, example))
         show_stop_token(tokenizer)
-    size = value["per_device_train_batch_size"], value["max_length"] or 1024
-    show_memory(config, *((1, math.prod(size)) if value["packing"] else size), value["gradient_checkpointing"])
+    rows, length = value["per_device_train_batch_size"], value["max_length"] or 1024
+    if value["packing"]:
+        rows, length = 1, rows * length
+    show_memory(config, rows, length, value["gradient_checkpointing"])
 
 
 def show_grpo_dry_run(config: GrpoConfig) -> None:
