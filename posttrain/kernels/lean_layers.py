@@ -44,7 +44,7 @@ def use_lean_layers(model: PeftModel) -> None:
         for name in NORMS:
             norm = getattr(layer, name, None)
             if norm and not any(p.requires_grad for p in norm.parameters()):
-                norm.forward = functools.partial(_noted, norm.forward if fused else _from_inputs(norm.forward))
+                norm.forward = functools.partial(_noted, norm.forward if fused else from_inputs(norm.forward))
         layer.mlp.forward = functools.partial(_mlp, layer.mlp, gated_product(layer.mlp, fused))
         for part in (layer.self_attn, layer.mlp):
             children = {name: child for name, child in part.named_children() if can_be_fused(child)}
@@ -86,10 +86,10 @@ def gated_product(mlp: Any, fused: bool) -> Function:
         from liger_kernel.ops import LigerSiLUMulFunction
 
         return LigerSiLUMulFunction.apply
-    return _from_inputs(lambda gate, up: mlp.act_fn(gate) * up)
+    return from_inputs(lambda gate, up: mlp.act_fn(gate) * up)
 
 
-def _from_inputs(function: Function) -> Function:
+def from_inputs(function: Function) -> Function:
     """The same function of activations. Its backward pass keeps the inputs alone, and what lies between is computed again."""
     return lambda *inputs: _FromInputs.apply(function, *inputs)
 
