@@ -185,10 +185,10 @@ def prepare_data(folder, model):
     return folder / "data"
 
 
-def run_family(name, folder):
+def run_family(name, folder, tokenizer=None):
     from conftest import tiny_tokenizer
 
-    model = make_model(name, folder / "model", tiny_tokenizer())
+    model = make_model(name, folder / "model", tokenizer or tiny_tokenizer())
     return outcome(name, model, prepare_data(folder, model))
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from posttrain.training.arguments import trainer_arguments
 from posttrain.training.callbacks import MovedShare, StopOnNonFinite, add_callbacks
 from posttrain.training.checkpoints import last_checkpoint
 from posttrain.training.dev import DevAccuracy, dev_accuracy
+from posttrain.training.examples import load_examples
 from rewards import correctness_reward, extract, grade
 
 
@@ -369,6 +371,14 @@ def test_dev_accuracy_follows_the_policy_and_leaves_it_in_training(tiny, sft):
         watch.measure()
         assert trainer.model.training
         assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(trainer.model).items())
+
+
+def test_dev_rows_that_are_asked_for_and_are_not_there_are_said(tiny, tiny_data_dir, tmp_path, capsys):
+    config = tiny.sft_config(data={"path": str(shutil.copytree(tiny_data_dir, tmp_path / "data")), "num_dev": 4})
+    assert len(load_examples(config)[1]) == 4 and not capsys.readouterr().out
+    (tmp_path / "data" / "dev.jsonl").write_text("")
+    assert load_examples(config)[1] == []
+    assert capsys.readouterr().out == f"{tmp_path}/data/dev.jsonl has no row: this run measures no dev accuracy\n"
 
 
 def test_without_dev_examples_nothing_is_measured(tiny):

@@ -2,6 +2,10 @@
 
 import families
 import pytest
+from scripts import CONFIGS
+from transformers import AutoTokenizer
+
+from posttrain.generation import steps
 
 PAGE = families.PAGE.read_text(encoding="utf-8")
 
@@ -10,6 +14,24 @@ PAGE = families.PAGE.read_text(encoding="utf-8")
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_a_family_does_what_the_page_says(name, tmp_path):
     assert families.row(name, families.run_family(name, tmp_path)) in PAGE.splitlines()
+
+
+@pytest.mark.slow
+def test_a_family_with_the_tokenizer_that_llama_3_ships(tmp_path, llama3_tokenizer_dir):
+    """Its special tokens lie above all others, it begins every text with one, and it has no template of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(llama3_tokenizer_dir)
+    tokenizer.chat_template = (CONFIGS / "templates" / "llama3.jinja").read_text(encoding="utf-8")
+    assert families.run_family("Llama", tmp_path, tokenizer) == "supported"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.REFUSED])
+def test_a_family_on_a_gpu(name, tmp_path, monkeypatch):
+    """As on a CPU, with the fused kernels and the graphs that a GPU gets by default."""
+    captured = []
+    monkeypatch.setattr(steps, "capture", lambda run, capture=steps.capture: captured.append(run) or capture(run))
+    assert families.run_family(name, tmp_path) == "supported"
+    assert captured
 
 
 def test_the_page_has_every_family_and_no_other():

@@ -292,6 +292,15 @@ def test_the_cards_python_loads_the_adapter_from_the_hub(runs, server, tmp_path,
     assert_same_policy(loaded_by_card(server, tmp_path), tiny_model_dir, runs / "grpo_run/adapter")
 
 
+@pytest.mark.slow
+def test_an_adapter_of_the_hub_comes_with_the_template_it_was_trained_in(runs, server, tmp_path):
+    """`check_same_template` looks for it beside the weights."""
+    push(runs / "grpo_run", server, tmp_path)
+    code = f"from posttrain.models.adapters import resolve_adapter as get; print(*(f.name for f in get('{REPO}').iterdir()))"
+    done = execute([sys.executable, "-c", code], server, tmp_path)
+    assert set(done.stdout.split()) == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}, done.stderr
+
+
 def loaded_by_card(server, tmp_path):
     """Runs the card's code; the logits of its model after its prompt, which it answers with at least one token."""
     code = re.search(r"```python\n(.*?)```", readme(server), re.DOTALL)[1]

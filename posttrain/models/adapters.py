@@ -147,7 +147,7 @@ def resolve_adapter(adapter: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
+        return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE, "chat_template.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"adapter {adapter} is neither a local folder nor reachable on the Hub ({type(error).__name__})"

@@ -18,6 +18,8 @@ def reference_of(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         plain = model_class._from_config(config, dtype=model.dtype, attn_implementation="eager")
     for name, module in plain.named_modules():
+        if not module._parameters and not module._buffers:
+            continue  # an activation, say, which Liger's layers do not have
         source = model.get_submodule(name)
         for key in module._parameters:
             module._parameters[key] = source._parameters[key]

@@ -25,6 +25,8 @@ def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
     dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
     if not dev and config.trainer.get("eval_strategy", "no") != "no":
         raise UserError(f"{folder}/dev.jsonl has no row: set trainer.eval_strategy=no, or prepare the data with a dev_fraction")
+    if config.data.num_dev and not dev:
+        print(f"{folder}/dev.jsonl has no row: this run measures no dev accuracy")
     return train[: config.data.num_train], dev
 
 
