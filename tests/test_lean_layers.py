@@ -10,8 +10,10 @@ import torch
 import transformers
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from torch import nn
 
+from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import lean_layers, lora_linear
 from posttrain.kernels.liger import use_liger
@@ -211,6 +213,16 @@ def test_another_kind_of_model_is_refused():
     model = get_peft_model(base_model("Phi-3", torch.float32), LoraConfig(target_modules=["o_proj"]))
     with pytest.raises(UserError, match=r"lean_layers: not tried on phi3"):
         lean_layers.use_lean_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"compile": True}, "compile chooses itself what a layer keeps"), ({"fast_adapter": False}, "set fast_adapter to true")],
+)
+def test_settings_that_take_the_layers_for_themselves_are_refused(settings, told):
+    lora = {"r": 1, "alpha": 1, "target_modules": ["q_proj"]}
+    with pytest.raises(ValidationError, match=told):
+        SftConfig(run_dir="x", model={"name_or_path": "x"}, data={"path": "x"}, lora=lora, lean_layers=True, **settings)
 
 
 @pytest.mark.gpu
