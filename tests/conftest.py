@@ -18,7 +18,7 @@ import pytest
 # import this checkout, whichever one is installed.
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", *filter(None, [os.environ.get("PYTHONPATH")])))),
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",

@@ -19,6 +19,7 @@ from posttrain.generation.loop import Sampling
 from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.reference import _class_read_anew
 from posttrain.training.checkpoints import save_adapter
 
 PAGE = ROOT / "docs" / "models.md"
@@ -148,7 +149,9 @@ def check_tokens(folder):
     settings = Model(name_or_path=str(folder), dtype="float32")
     tokenizer = load_tokenizer(settings)
     base = load_base(settings, "none", tokenizer)
-    own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    # Liger changes the classes themselves, and its kernels take nothing from a CPU.
+    written = _class_read_anew(type(base)) if base.kernels == "liger" else transformers.AutoModelForCausalLM
+    own = written.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     prompts = [torch.randint(5, len(tokenizer), (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 7, 9, 33)]
     stop = tokenizer.eos_token_id
     wanted = [
