@@ -176,10 +176,10 @@ def show_stop_token(tokenizer: Any) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 BYTES = {
-    "nf4": 0.516 + 0.016,
+    "nf4": 0.5 + 4 / 64,
     "nf4_unpacked": 2.0,
     "none": 2.0,
-}  # a weight of a linear layer; NF4 with double quantization
+}  # a weight of a linear layer; NF4 with an fp32 scale for each block of 64
 
 
 def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool) -> None:
