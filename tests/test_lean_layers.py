@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import bitsandbytes
 import pytest
@@ -12,6 +13,7 @@ from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
@@ -101,6 +103,71 @@ def test_in_bf16_they_are_as_exact_as_the_fused_layers(name, packed, checkpointi
         assert distance(found["lean"], found["plain"]) < 1.2 * distance(found["fused"], found["plain"]) + 0.02
     else:
         assert distance(found["lean"], exact) < 1.1 * distance(found["fused"], exact)
+
+
+class LigerMLP(nn.Module):
+    """As Liger's SwiGLU: once it has changed the classes of a process, models that have torch's kernels have it, too."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        raise NotImplementedError("a kernel for a GPU")
+
+
+def test_an_mlp_without_a_module_for_its_activation_is_ligers(monkeypatch):
+    wanted = step(policy("Llama", layers="lean"))
+    make = base_model
+
+    def with_ligers_class(*args, **kwargs):
+        model = make(*args, **kwargs)
+        for layer in model.model.layers:
+            layer.mlp = LigerMLP(layer.mlp)
+        return model
+
+    monkeypatch.setitem(globals(), "base_model", with_ligers_class)
+    found = step(policy("Llama", layers="lean"))
+    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
+
+
+class Launches(TorchDispatchMode):
+    """What is a kernel on a GPU: all operations but those that make a view or allocate."""
+
+    quiet = re.compile(r"aten\.(view|split|detach|empty|new_empty|t\.|permute|transpose|_unsafe_view)")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.quiet.match(str(func)):
+            self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_query_key_and_value_are_few_kernels():
+    """A GPU waits for their launch. Three layers: two products each and three gradients each; all else once for the group."""
+    model = policy("Llama", torch.bfloat16, "lean")
+    attention = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 9, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Launches() as forward:
+        outputs = [getattr(attention, name)(x) for name in lean_layers.GROUPS[0]]
+    with Launches() as backward:
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    backward.names = [name for name in backward.names if "ones_like" not in name]
+    cast = "aten._foreach_copy_.default"
+    assert len(forward.names) == 2 + 3 * 2 and len(backward.names) == 3 + 3 * 3, (forward.names, backward.names)
+    assert forward.names.count(cast) == backward.names.count(cast) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_into_new_memory_read_nothing_of_it(dtype):
+    """A column block of a wider matrix, as the backward pass writes the adapters' gradients side by side."""
+    x, y = torch.randn(9, 64).to(dtype), torch.randn(64, 4).to(dtype)
+    wide = torch.full((9, 12), torch.nan, dtype=dtype)
+    wide[:, 4:8].addmm_(x, y, beta=0, alpha=2.0)
+    assert torch.allclose(wide[:, 4:8], 2 * (x @ y), rtol=1e-2) and wide.isnan().sum() == 9 * 8
 
 
 def bytes_kept(model, tokens):

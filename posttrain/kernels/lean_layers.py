@@ -12,11 +12,12 @@ rounds the sum of a group's gradients at every term in bf16, this once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from posttrain.errors import UserError
 from posttrain.kernels.lora_linear import can_be_fused, only_adapter
@@ -86,7 +87,9 @@ def gated_product(mlp: Any, fused: bool) -> Function:
         from liger_kernel.ops import LigerSiLUMulFunction
 
         return LigerSiLUMulFunction.apply
-    return from_inputs(lambda gate, up: mlp.act_fn(gate) * up)
+    # Liger changes the classes of the whole process, and its own MLP, SwiGLU only, has no module for the activation.
+    activation = getattr(mlp, "act_fn", nn.functional.silu)
+    return from_inputs(lambda gate, up: activation(gate) * up)
 
 
 def from_inputs(function: Function) -> Function:
@@ -170,8 +173,7 @@ class _LoraLinears(torch.autograd.Function):
         count = len(plan.bases)
         flat = x.reshape(-1, x.shape[-1]).to(plan.dtype)
         ctx.precisions, ctx.ranks = [half.dtype for half in halves], [len(a) for a in halves[:count]]
-        a = torch.cat(halves[:count]).to(plan.dtype)
-        bs = [b.to(plan.dtype) for b in halves[count:]]
+        a, bs = _as_products_need_them(halves, ctx.ranks, plan.dtype)
         down = flat @ a.T
         outputs = []
         for base, b, part, scaling in zip(plan.bases, bs, down.split(ctx.ranks, 1), plan.scalings, strict=True):
@@ -191,22 +193,45 @@ class _LoraLinears(torch.autograd.Function):
         down, a, *rest = ctx.saved_tensors
         bs, kept = rest[:count], rest[count:]
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        # s (g B), of all layers side by side
-        up = torch.cat([(g @ b).mul_(s) for g, b, s in zip(flat_grads, bs, plan.scalings, strict=True)], 1)
-        to_x, to_as, to_bs = None, [None] * count, [None] * count
+        up = down.new_empty(down.shape)  # s (g B), of all layers side by side; beta 0 reads nothing of what is there
+        for part, g, b, scaling in zip(up.split(ctx.ranks, 1), flat_grads, bs, plan.scalings, strict=True):
+            part.addmm_(g, b, beta=0, alpha=scaling)
+        found: dict[int, torch.Tensor] = {}  # by place among the halves
         if any(ctx.needs_input_grad[2 : 2 + count]):
             to_a = up.T @ _again(plan, kept).reshape(-1, ctx.shape[-1]).to(plan.dtype)
-            to_as = [part.to(dtype) for part, dtype in zip(to_a.split(ctx.ranks), ctx.precisions[:count], strict=True)]
+            found.update(enumerate(to_a.split(ctx.ranks)))
         if any(ctx.needs_input_grad[2 + count :]):
-            parts = zip(flat_grads, down.split(ctx.ranks, 1), ctx.precisions[count:], plan.scalings, strict=True)
-            to_bs = [(g.T @ part).to(dtype).mul_(scaling) for g, part, dtype, scaling in parts]
+            parts = zip(flat_grads, bs, down.split(ctx.ranks, 1), plan.scalings, strict=True)
+            to_bs = (torch.empty_like(b).addmm_(g.T, part, beta=0, alpha=scaling) for g, b, part, scaling in parts)
+            found.update(enumerate(to_bs, count))
+        cast = dict(zip(found, _cast(found.values(), [ctx.precisions[place] for place in found]), strict=True))
+        to_x = None
         if ctx.needs_input_grad[0]:
             to_x = up @ a
             for g, base in zip(flat_grads, plan.bases, strict=True):
                 weight = vars(base).pop("unpacked", None)
                 to_x.addmm_(g, base_weight(base).to(plan.dtype) if weight is None else weight)
             to_x = to_x.view(ctx.shape).to(ctx.x_dtype)
-        return to_x, None, *to_as, *to_bs
+        return to_x, None, *(cast.get(place) for place in range(2 * count))
+
+
+def _as_products_need_them(
+    halves: tuple[torch.Tensor, ...], ranks: list[int], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The adapters' A below one another, (sum of ranks, in), and each B, (out, rank), by one kernel."""
+    firsts, seconds = halves[: len(ranks)], halves[len(ranks) :]
+    a = firsts[0].new_empty((sum(ranks), firsts[0].shape[1]), dtype=dtype)
+    bs = [torch.empty_like(b, dtype=dtype) for b in seconds]
+    torch._foreach_copy_([*a.split(ranks), *bs], halves)
+    return a, bs
+
+
+def _cast(tensors: Iterable[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+    """Copies in other precisions, by one kernel for all, as torch's optimizers do it: a launch takes longer than a copy."""
+    given = list(tensors)
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(given, dtypes, strict=True)]
+    torch._foreach_copy_(copies, given)
+    return copies
 
 
 def _again(plan: _Plan, kept: list[torch.Tensor]) -> torch.Tensor:
