@@ -37,6 +37,7 @@ KEEPERS = {
     "peft": {"kernels", "models", "training"},
     "trl": {"training", "sft_train", "grpo_train"},
     "vllm": {"generation"},
+    "triton": {"kernels"},
     "liger_kernel": {"kernels"},  # transformers applies it, but for the gated product
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},

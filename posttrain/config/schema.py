@@ -40,7 +40,7 @@ Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "vllm", "liger_kernel", "unsharded"]
+    what: Literal["cuda", "vllm", "liger_kernel", "triton", "unsharded"]
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -104,7 +104,19 @@ class Model(Tokenizer):
     same_base: bool = False  # true: these are the adapter's own base, under another name (posttrain/models/adapters.py)
     kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/kernels/liger.py), else torch's own
 
+    decoding: Literal["loop", "seats"] = "loop"  # seats: a GPU's fast path (posttrain/generation/seats.py), not yet the default
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super().problems()
+        if self.decoding == "seats" and self.kernels == "torch":
+            yield ("decoding",), "seats are fused kernels: use model.kernels=auto, or model.decoding=loop"
+        if self.decoding == "seats" and self.dtype == "float32":
+            yield ("decoding",), "seats compute in 16 bits: use model.dtype=bfloat16, or model.decoding=loop"
+
     def needs(self) -> Iterator[Need]:
+        if self.decoding == "seats":
+            yield _needs_cuda("model.decoding seats", "use model.decoding=loop")
+            yield Need("triton", "model.decoding seats needs the package: pip install 'posttrain[liger]', or model.decoding=loop")
         if self.attn_implementation.startswith("flash_attention_"):
             setting = f"model.attn_implementation {self.attn_implementation}"
             yield _needs_cuda(setting, "use model.attn_implementation=sdpa")

@@ -70,6 +70,7 @@ def load_base(
     model.requires_grad_(False)
     align_special_tokens(model, tokenizer)
     use_liger(model, settings.kernels)
+    model.decoding = settings.decoding
     return model
 
 
