@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from tiny_training import LORA
 
 from posttrain.config.schema import Lora, Model
@@ -108,9 +108,20 @@ def test_flat_scales_unpack_to_the_same_values_and_are_saved_as_bitsandbytes_sav
         state = module.weight.quant_state
         assert state is module.quant_state and not state.nested and state.absmax.dtype == torch.float32
         assert torch.equal(base_weight(module), base_weight(nested.get_submodule(name)))
-        again = Params4bit.from_prequantized(module.weight.data, state.as_dict(packed=True), device="cpu")
+        again = Params4bit.from_prequantized(module.weight.data, state.as_dict(packed=True), device=module.weight.device)
         assert torch.equal(dequantize_4bit(again.data, again.quant_state), base_weight(module))
     assert torch.equal(logits(model), logits(nested))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_flat_scales_unpack_to_the_same_values_on_a_gpu(storage):
+    layer = Linear4bit(512, 384, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
+    model = torch.nn.Sequential(layer).to(torch.bfloat16).cuda()
+    nested = base_weight(layer)
+    assert layer.weight.quant_state.nested
+    flatten_scales(model)
+    assert not layer.weight.quant_state.nested and torch.equal(base_weight(layer), nested)
 
 
 def test_scales_are_flat_where_a_policy_is_trained(tiny_model_dir, tokenizer):
