@@ -168,8 +168,10 @@ def make_trainer(
             processing_class=tokenizer,
             rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
+            lean_layers=config.lean_layers,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
+            update_tokens=config.update_tokens,
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard)) if dev else None

@@ -151,6 +151,7 @@ def make_trainer(
             processing_class=tokenizer,
             score_labels_only=config.fast_loss,
             fast_adapter=config.fast_adapter,
+            lean_layers=config.lean_layers,
         )
     limit = dev_tokens(config, model, tokenizer, dev)
     guard = EngineGuard(NO_DEV, lambda difference: run.record(engine_difference=difference))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import parties, speed
+from bench import decoding, parties, speed
 from posttrain.config.load import load
 from posttrain.config.schema import EvalConfig, GrpoConfig, SftConfig
 
@@ -57,3 +57,13 @@ def test_a_bench_that_cannot_run_says_why(monkeypatch, capsys, more, told):
     with pytest.raises(SystemExit):
         named(monkeypatch, *more)
     assert told in capsys.readouterr().err
+
+
+def test_the_bench_of_decoding_compares_equal_tokens(monkeypatch, capsys, tiny_model_dir, tiny_data_dir):
+    asked = ["--rows", "4", "--samples", "2", "--new-tokens", "6", "--temperature", "1", "--dtype", "float32", "--profile"]
+    monkeypatch.setattr(decoding, "REPEATS", 1)
+    monkeypatch.setattr(sys, "argv", ["decoding.py", "--model", str(tiny_model_dir), "--data", str(tiny_data_dir), *asked])
+    decoding.main()
+    told = capsys.readouterr().out
+    assert "8 of 8 rows are the same tokens" in told
+    assert [line.split(":")[0] for line in told.splitlines() if "kernels, " in line] == ["loop", "seats"]

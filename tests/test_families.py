@@ -5,7 +5,7 @@ import pytest
 from scripts import CONFIGS
 from transformers import AutoTokenizer
 
-from posttrain.generation import steps
+from posttrain.generation import seats, steps
 
 PAGE = families.PAGE.read_text(encoding="utf-8")
 
@@ -29,7 +29,9 @@ def test_a_family_with_the_tokenizer_that_llama_3_ships(tmp_path, llama3_tokeniz
 def test_a_family_on_a_gpu(name, tmp_path, monkeypatch):
     """As on a CPU, with the fused kernels and the graphs that a GPU gets by default."""
     captured = []
-    monkeypatch.setattr(steps, "capture", lambda run, capture=steps.capture: captured.append(run) or capture(run))
+    for module in (steps, seats):
+        capture = module.capture
+        monkeypatch.setattr(module, "capture", lambda *args, capture=capture: captured.append(args) or capture(*args))
     assert families.run_family(name, tmp_path) == "supported"
     assert captured or name in ("gpt-oss", "Mixtral", "Qwen3-MoE")  # no graph holds a choice of experts
 

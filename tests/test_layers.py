@@ -37,7 +37,8 @@ KEEPERS = {
     "peft": {"kernels", "models", "training"},
     "trl": {"training", "sft_train", "grpo_train"},
     "vllm": {"generation"},
-    "liger_kernel": set(),  # transformers applies it
+    "triton": {"kernels"},
+    "liger_kernel": {"kernels"},  # transformers applies it, but for the gated product
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
     "matplotlib": set(),  # bench/growth.py draws with it

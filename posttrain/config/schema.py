@@ -41,7 +41,7 @@ Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "vllm", "liger_kernel", "unsharded"]
+    what: Literal["cuda", "vllm", "liger_kernel", "triton", "unsharded"]
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -109,7 +109,19 @@ class Model(Tokenizer):
     same_base: bool = False  # true: these are the adapter's own base, under another name (posttrain/models/adapters.py)
     kernels: Kernels = "auto"  # of norm, rotary embedding, MLP: Liger's on a GPU (posttrain/kernels/liger.py), else torch's own
 
+    decoding: Literal["loop", "seats"] = "loop"  # seats: a GPU's fast path (posttrain/generation/seats.py), not yet the default
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super().problems()
+        if self.decoding == "seats" and self.kernels == "torch":
+            yield ("decoding",), "seats are fused kernels: use model.kernels=auto, or model.decoding=loop"
+        if self.decoding == "seats" and self.dtype == "float32":
+            yield ("decoding",), "seats compute in 16 bits: use model.dtype=bfloat16, or model.decoding=loop"
+
     def needs(self) -> Iterator[Need]:
+        if self.decoding == "seats":
+            yield _needs_cuda("model.decoding seats", "use model.decoding=loop")
+            yield Need("triton", "model.decoding seats needs the package: pip install 'posttrain[liger]', or model.decoding=loop")
         if self.attn_implementation.startswith("flash_attention_"):
             setting = f"model.attn_implementation {self.attn_implementation}"
             yield _needs_cuda(setting, "use model.attn_implementation=sdpa")
@@ -292,6 +304,7 @@ class TrainConfig(Settings):
     hub: Hub = Hub()
     seed: NonNegativeInt = 42
     fast_adapter: bool = True  # use posttrain/kernels/lora_linear.py instead of PEFT's layers
+    lean_layers: bool = False  # compute norms and gated products again instead of keeping them (posttrain/kernels/lean_layers.py)
     dev_every_steps: PositiveInt | None = None  # None: dev accuracy only before and after
     trl_class: ClassVar[str]
 
@@ -312,6 +325,10 @@ class TrainConfig(Settings):
         changes = [*less_at_once(self.trainer, self.trl_class), *more]
         return f"the same batch in smaller parts takes less: {' '.join(changes)} run_dir={self.run_dir}_smaller"
 
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.lean_layers and not self.fast_adapter:
+            yield ("lean_layers",), "runs each adapted layer as one operation: set fast_adapter to true, or this to false"
+
 
 class SftConfig(TrainConfig):
     """sft_train.py: trains a new adapter (`lora`) or continues one (`adapter`)."""
@@ -326,6 +343,9 @@ class SftConfig(TrainConfig):
             yield ("lora",), "missing: the shape of the new adapter (or give adapter, to continue one)"
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
+        yield from super().problems()
+        if self.compile and self.lean_layers:
+            yield ("lean_layers",), "compile chooses itself what a layer keeps: set one of the two to false"
         if self.compile and self.model.kernels == "liger":
             yield ("model", "kernels"), "compile fuses these operations itself: set auto or torch, or compile to false"
         if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
@@ -343,10 +363,12 @@ class GrpoConfig(TrainConfig):
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     rewards: Rewards = Rewards()
     rollouts: Rollouts = Rollouts()
+    update_tokens: PositiveInt | None = None  # positions that the update runs at once; None: those of a micro-batch
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
     trl_class: ClassVar[str] = "GRPOConfig"
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super().problems()
         if self.adapter_mode == "continue" and self.lora:
             other = "rescale (another alpha) or merge_and_new"
             yield ("lora",), f"adapter_mode continue keeps the adapter's shape: remove lora, or use {other}"

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Engine
 from posttrain.errors import UserError
+from posttrain.generation import decoder, seats
 from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare_to_decode
 from posttrain.kernels.packed_linear import packed_weights
 
@@ -43,7 +44,17 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def auto_batch_size(model: PreTrainedModel, num_tokens: int, num_samples: int, num_processes: int = 1) -> int:
-    """As many prompts in a batch as keep the keys and values of all their samples within a third of the memory.
+    """As many prompts in a batch as can be decoded at a time; where a free seat takes the next prompt, several times as many."""
+    rounds = ROUNDS if decoder.fits(model) else 1
+    return max(1, rounds * rows_at_once(model, num_tokens, num_processes) // num_samples)
+
+
+# A batch is what an interrupted evaluation decodes again, and at the end of each its seats stand empty.
+ROUNDS = 4
+
+
+def rows_at_once(model: PreTrainedModel, num_tokens: int, num_processes: int = 1) -> int:
+    """As many rows as keep their keys and values within a third of the memory.
 
     It counts the memory that the machine has, not what happens to be free: the same machine always gets the same batches.
     """
@@ -53,8 +64,7 @@ def auto_batch_size(model: PreTrainedModel, num_tokens: int, num_samples: int, n
     per_token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
     on_gpu = model.device.type == "cuda"
     memory = memory_bytes(model.device) // (1 if on_gpu else num_processes)
-    rows = min(512 if on_gpu else 128, max(1, memory // 3 // (per_token * num_tokens)))
-    return max(1, rows // num_samples)
+    return min(512 if on_gpu else 128, max(1, memory // 3 // (per_token * num_tokens)))
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -108,7 +118,14 @@ def _transformers_engine(
     with packed_weights(model):
         for number, indices in batches:
             asked = [prompts[i] for i in indices]
-            yield Finished(indices, *decode_batch(model, asked, sampling, tokenizer.eos_token_id, number))
+            yield Finished(indices, *_decode(model, asked, sampling, tokenizer.eos_token_id, number))
+
+
+def _decode(model: Any, prompts: Any, sampling: Sampling, stop_id: int, number: int) -> tuple[list[list[Completion]], int]:
+    if not decoder.fits(model):
+        return decode_batch(model, prompts, sampling, stop_id, number)
+    num_seats = rows_at_once(model, max(map(len, prompts)) + sampling.max_new_tokens)
+    return seats.decode_batch(model, prompts, sampling, stop_id, number, num_seats)
 
 
 def _continuous_batching_engine(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from posttrain.config.schema import Engine
 from posttrain.errors import UserError
-from posttrain.generation import loop, steps
+from posttrain.generation import decoder, loop, seats, steps
 from posttrain.generation.masks import layer_windows
 from posttrain.kernels.packed_linear import packed_weights
 from posttrain.models.reference import reference_of
@@ -108,6 +108,10 @@ def compare(policy: PreTrainedModel, trained: nn.Module | None, prompts: Prompts
 def decoded_logits(policy: PreTrainedModel, prompts: Prompts) -> tuple[list[list[int]], torch.Tensor]:
     """Greedy tokens of each prompt by the engine, and the logits that they were chosen from, (rows, NUM_STEPS, vocabulary)."""
     loop.prepare_to_decode(policy)
+    if decoder.fits(policy):
+        tokens, seen = seats.greedy_logits(policy, prompts, NUM_STEPS)
+        steps.release_graphs(policy)
+        return tokens, seen
     with packed_weights(policy):
         rows = loop._Rows(policy, prompts, loop.Sampling(NUM_STEPS), stop_id=-1, batch=0)
         logits = [rows.prefill()]

@@ -82,7 +82,7 @@ class _Rows:
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int
     ) -> None:
         self.model, self.prompts, self.sampling, self.stop_id = model, prompts, sampling, stop_id
-        self.device, self.windows = model.device, masks.layer_windows(model.config)
+        self.device = model.device
         self.num_rows = len(prompts) * sampling.num_samples
         self.num_slots = 0  # rows x steps so far
         self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
@@ -90,13 +90,12 @@ class _Rows:
         self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each decoding row belongs to
         self.done = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
         if sampling.temperature > 0:
-            draw = torch.Generator().manual_seed((sampling.seed * 1_000_003 + batch) % 2**63)
-            self.uniform = torch.rand(self.num_rows, sampling.max_new_tokens, generator=draw).to(self.device)
+            self.uniform = draws(sampling, batch, self.num_rows).to(self.device)
 
     def prefill(self) -> torch.Tensor:
         """Run every prompt once, in slices of similar length, and make a row for each sample. Logits (rows, vocabulary)."""
         self.length = max(len(prompt) for prompt in self.prompts)
-        pieces = [self._prefill(slice) for slice in _slices(self.prompts, PREFILL_TOKENS[self.device.type])]
+        pieces = [self._prefill(slice) for slice in slices(self.prompts, PREFILL_TOKENS[self.device.type])]
         logits, layers, valid, positions = zip(*pieces, strict=True)
         repeat = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.sampling.num_samples)
         self.valid = torch.zeros(self.num_rows, self.length + self.sampling.max_new_tokens, dtype=torch.bool, device=self.device)
@@ -109,27 +108,9 @@ class _Rows:
         return torch.cat(logits)[repeat]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, steps.Layers, torch.Tensor, torch.Tensor]:
-        """Run one slice, padded on the left: last logits, keys and values, `valid` in the batch's width, next positions."""
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        valid = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            valid[row, width - len(prompt) :] = True
-        ids, valid = ids.to(self.device), valid.to(self.device)
-        positions = (valid.cumsum(1) - 1).clamp(min=0)
-        buffers = steps.Buffers(width)
-        logits = steps.last_logits(self.model, ids, self._prompt_masks(valid), positions, buffers)
-        return logits, buffers.layers, nn.functional.pad(valid, (self.length - width, 0)), positions[:, -1] + 1
-
-    def _prompt_masks(self, valid: torch.Tensor) -> masks.Mask:
-        added = self.model.config._attn_implementation == "eager"  # a model's own attention adds its mask to the scores
-
-        def make(window: int | None) -> torch.Tensor:
-            looks = masks.prompt_mask(valid, window)
-            return masks.as_added(looks, self.model.dtype) if added else looks
-
-        return masks.mask_for_each(self.windows, make)
+        """Run one slice: last logits, keys and values, `valid` in the batch's width, next positions."""
+        logits, layers, valid, lengths = prefill(self.model, prompts)
+        return logits, layers, nn.functional.pad(valid, (self.length - valid.shape[1], 0)), lengths
 
     def choose_tokens(self, logits: torch.Tensor, step: int) -> bool:
         """Choose token number `step` of every live row. False: nothing is left to decode."""
@@ -160,15 +141,52 @@ class _Rows:
         return logits
 
     def completions(self) -> list[list[Completion]]:
-        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
-        flat = [self._completion(ids, logps) for ids, logps in zip(tokens, logprobs, strict=True)]
-        k = self.sampling.num_samples
-        return [flat[start : start + k] for start in range(0, len(flat), k)]
+        return as_completions(self.tokens, self.logprobs, self.stop_id, self.sampling.num_samples)
 
-    def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
-        length = ids.index(-1) if -1 in ids else len(ids)
-        finish: Literal["stop", "length"] = "stop" if ids[length - 1] == self.stop_id else "length"
-        return Completion(ids[:length], finish, logprobs[:length])
+
+def draws(sampling: Sampling, batch: int, num_rows: int) -> torch.Tensor:
+    """The random number of every row and step of a batch, (rows, max_new_tokens), on the CPU."""
+    draw = torch.Generator().manual_seed((sampling.seed * 1_000_003 + batch) % 2**63)
+    return torch.rand(num_rows, sampling.max_new_tokens, generator=draw)
+
+
+def as_completions(tokens: torch.Tensor, logprobs: torch.Tensor, stop_id: int, num_samples: int) -> list[list[Completion]]:
+    """Tokens (rows, max_new_tokens), -1 behind the end of a row, as completions of each prompt."""
+    flat = [_completion(ids, logps, stop_id) for ids, logps in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+    return [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
+
+
+def _completion(ids: list[int], logprobs: list[float], stop_id: int) -> Completion:
+    length = ids.index(-1) if -1 in ids else len(ids)
+    finish: Literal["stop", "length"] = "stop" if ids[length - 1] == stop_id else "length"
+    return Completion(ids[:length], finish, logprobs[:length])
+
+
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, steps.Layers, torch.Tensor, torch.Tensor]:
+    """Run prompts once, padded on the left: last logits, keys and values, `valid` (prompts, width), lengths (prompts,)."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    valid = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        valid[row, width - len(prompt) :] = True
+    ids, valid = ids.to(model.device), valid.to(model.device)
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    buffers = steps.Buffers(width)
+    logits = steps.last_logits(model, ids, _prompt_masks(model, valid), positions, buffers)
+    return logits, buffers.layers, valid, positions[:, -1] + 1
+
+
+def _prompt_masks(model: PreTrainedModel, valid: torch.Tensor) -> masks.Mask:
+    added = model.config._attn_implementation == "eager"  # a model's own attention adds its mask to the scores
+
+    def make(window: int | None) -> torch.Tensor:
+        looks = masks.prompt_mask(valid, window)
+        return masks.as_added(looks, model.dtype) if added else looks
+
+    return masks.mask_for_each(masks.layer_windows(model.config), make)
 
 
 # Prompt tokens, padding included, in one prefill slice: enough to fill the device, few enough to need little padding.
@@ -177,7 +195,7 @@ PREFILL_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 STEPS_BETWEEN_DONE_CHECKS = {"cpu": 1, "cuda": 8}
 
 
-def _slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
+def slices(prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Sequence[Sequence[int]]]:
     """Neighbours in slices of at most `num_tokens` tokens, padding included; a slice has at least one prompt."""
     slices, start = [], 0
     while start < len(prompts):
@@ -197,7 +215,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor | Non
     every entry of the vocabulary. Log-probabilities are those of the temperature-scaled distribution, as in the trainer.
     """
     if uniform is None:
-        top = logits.float().argmax(-1)  # on CPU an argmax of bf16 takes five times as long
+        top = (logits if logits.is_cuda else logits.float()).argmax(-1)  # on CPU an argmax of bf16 takes five times as long
         return top, torch.zeros_like(top, dtype=torch.float32)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     drawn_from = _nucleus(probabilities, sampling.top_p) if sampling.top_p < 1 else probabilities

@@ -39,6 +39,7 @@ class PolicyCopy:
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=base.dtype)
         use_liger(self.model, getattr(base, "kernels", "torch"))
+        self.model.decoding = getattr(base, "decoding", "loop")
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         self.merged: list[tuple[nn.Module, nn.Module]] = []
         for name, module in self.model.named_modules():

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 
 from posttrain.errors import UserError, stop
 from posttrain.kernels import lora_linear
+from posttrain.kernels.lean_layers import use_lean_layers
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
 from posttrain.phases import phase
@@ -40,7 +41,13 @@ class MasterWeights(Trainer):
     _carried: dict[str, Any] | None = None  # of the checkpoint that this run is resumed from
 
     def __init__(
-        self, *args: Any, model: PeftModel, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        model: PeftModel,
+        score_labels_only: bool = True,
+        fast_adapter: bool = True,
+        lean_layers: bool = False,
+        **kwargs: Any,
     ) -> None:
         masters = {name: p.detach().to(MASTER_DTYPE, copy=True) for name, p in model.named_parameters() if p.requires_grad}
         assert masters, "the model has no trainable parameter: load the adapter with trainable=True (trl#6700)"
@@ -54,6 +61,8 @@ class MasterWeights(Trainer):
             lora_linear.fuse_adapters(model)
         self.steps = Steps(self._carry_on_once)
         self.add_callback(self.steps)
+        if lean_layers:
+            use_lean_layers(model)
         self._head_checked = False
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):

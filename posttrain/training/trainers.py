@@ -44,12 +44,14 @@ from posttrain.training.batches import (
     in_row_order,
     keep_rows,
     rows_by_length,
+    rows_by_tokens,
     rows_with_signal,
     sampled_logps,
     share_kept,
     trim,
 )
 from posttrain.training.masters import MasterWeights, copy_to_reference
+from posttrain.training.packing import check_packing, num_rows
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -61,23 +63,45 @@ SPLIT_INVARIANT_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
 class SFT(MasterWeights, SFTTrainer):
-    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed."""
+    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed, and what an optimizer step is made of."""
+
+    _packing_checked = False
+    _rows = 0  # that this process has trained on since the last logged row
+    _logged = (0, 0)  # optimizer steps and tokens at the last logged row
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._rows += sum(num_rows(batch) for batch in batches)
+        return batches, items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else starts autocast
             self.check_head_once(inputs)
+            self._check_packing_once(inputs)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
         if "attention_mask" in inputs:  # packed rows have none, and no padding
             self.log_useful_slots(inputs["attention_mask"])
         return result
 
+    def _check_packing_once(self, inputs: dict[str, Any]) -> None:
+        if not self._packing_checked and "cu_seq_lens_q" in inputs and num_rows(inputs) > 1:
+            self._packing_checked = True
+            with torch.compiler.set_stance("force_eager"):
+                check_packing(self.model, inputs, self.model.get_base_model().dtype)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for mode in ("train", "eval"):
             if any(math.isnan(value) for value in self._metrics[mode].get("entropy", [])):
                 del self._metrics[mode]["entropy"]
+        steps = self.state.global_step - self._logged[0]
+        if self.model.training and steps > 0:
+            rows = self.accelerator.reduce(torch.tensor(self._rows, device=self.accelerator.device))
+            self.report("update/rows", int(rows) / steps)
+            self.report("update/tokens", (self._total_train_tokens - self._logged[1]) / steps)
+            self._rows, self._logged = 0, (self.state.global_step, self._total_train_tokens)
         super().log(logs, start_time)
 
 
@@ -88,14 +112,23 @@ class GRPO(MasterWeights, GRPOTrainer):
     the same, and the logged entropy and clip ratios cover fewer rows.
     `correct_mismatch` takes the sampler's log-probabilities for the old policy's. The clipped ratio then corrects for an
     engine that does not compute exactly what the trainer does.
+    `update_tokens` cuts a micro-batch into parts of rows of like length, of at most so many positions each. Each part has its
+    gradient before the next begins, so that no more is ever kept; the update is the same.
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
     _sampler: Any
 
-    def __init__(self, *args: Any, skip_zero_signal: bool = False, correct_mismatch: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        skip_zero_signal: bool = False,
+        correct_mismatch: bool = False,
+        update_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        self.skip_zero_signal, self.correct_mismatch, self.update_tokens = skip_zero_signal, correct_mismatch, update_tokens
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
@@ -105,6 +138,8 @@ class GRPO(MasterWeights, GRPOTrainer):
             )
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
+        if update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+            raise UserError("update_tokens: entropy terms are of a whole micro-batch and not of its parts: remove one of the two")
         copy_to_reference(self.model)
 
     def carried(self) -> dict[str, Any]:
@@ -144,15 +179,41 @@ class GRPO(MasterWeights, GRPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        whole = inputs
         with phase("forward"):
-            self._shared = self._share_across_step(model, whole)
-        inputs = trim(self._kept(whole), self._shared[0].width + 1 if self._shared else None)
+            shared = self._share_across_step(model, inputs)
+        kept = self._kept(inputs)
+        *earlier, last = self._parts(kept, shared is not None)
+        before = torch.zeros((), device=kept["advantages"].device)
+        for rows in earlier:
+            loss = self._part_loss(model, inputs, kept, rows, shared)
+            with phase("backward"), self.accelerator.no_sync(model):
+                self.accelerator.backward(loss)
+            before += loss.detach()
+        return self._part_loss(model, inputs, kept, last, shared) + before
+
+    def _parts(self, kept: dict[str, Any], shares_prompts: bool) -> list[torch.Tensor]:
+        """The rows of a micro-batch, in parts of at most `update_tokens` positions if that is set."""
+        if not self.update_tokens or not torch.is_grad_enabled():
+            return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
+        prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
+        return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
+
+    def _part_loss(
+        self,
+        model: nn.Module,
+        whole: dict[str, Any],
+        kept: dict[str, Any],
+        rows: torch.Tensor,
+        shared: tuple[SharedPrompts, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """What some of the rows that are kept of a micro-batch add to its loss."""
+        self._shared = shared and (shared[0], shared[1][rows])
+        inputs = trim(keep_rows(kept, rows), shared[0].width + 1 if shared else None)
         if self.correct_mismatch:
             inputs["old_per_token_logps"] = sampled_logps(inputs)
         with phase("forward"):
             self.check_head_once(_as_labelled(inputs))
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss: torch.Tensor = super().compute_loss(model, inputs)
         self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
@@ -178,7 +239,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         gradients would come after it.
         """
         args = self.args
-        alone = args.gradient_accumulation_steps == 1 or args.gradient_checkpointing or self.accelerator.num_processes > 1
+        undivided = args.gradient_accumulation_steps == 1 and not self.update_tokens
+        alone = undivided or args.gradient_checkpointing or self.accelerator.num_processes > 1
         number = next((i for i, buffered in enumerate(self._buffered_inputs or []) if buffered is batch), None)
         if alone or number is None or not torch.is_grad_enabled():
             return None

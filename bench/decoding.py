@@ -1,0 +1,101 @@
+"""The loop and the seats on the same prompts: seconds, tokens a second, and the kernels of a step.
+
+    python bench/decoding.py --model DIR --data data/gsm8k --rows 512 --new-tokens 400 --temperature 1
+    python bench/decoding.py --model DIR --data data/gsm8k --rows 16 --samples 8 --endless --profile
+
+Prompts are those of the test split, longest first. The first run of each way makes its graphs and does not count. `--endless`
+lets no token end a row; real answers end early, and what is decoded after their end counts as time alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+from posttrain.config.schema import Model
+from posttrain.generation import decoder, loop, seats
+from posttrain.generation.loop import Completion, Sampling
+from posttrain.generation.steps import release_graphs
+from posttrain.models.base import load_base
+from posttrain.models.chat import chat_ids, load_tokenizer
+from posttrain.models.policy_copy import PolicyCopy
+from posttrain.records import Example, read_jsonl
+
+REPEATS = 3
+KERNELS = 25  # lines of the table
+WAYS: dict[str, Callable[..., Any]] = {"loop": loop.decode_batch, "seats": seats.decode_batch}
+
+
+def main() -> None:
+    args = parse()
+    settings = Model(name_or_path=str(args.model), dtype=args.dtype)
+    tokenizer = load_tokenizer(settings)
+    policy = loop.prepare_to_decode(PolicyCopy(load_base(settings, "none", tokenizer)).model)
+    if reason := decoder.why_not(policy):
+        raise SystemExit(f"this model decodes by the loop alone: {reason}")
+    examples = read_jsonl(args.data / "test.jsonl", Example)[: args.rows]
+    prompts = sorted((chat_ids(tokenizer, e.prompt, add_generation_prompt=True) for e in examples), key=len, reverse=True)
+    sampling = Sampling(args.new_tokens, args.temperature, num_samples=args.samples)
+    stop = -1 if args.endless else tokenizer.eos_token_id
+    found = {way: timed(way, policy, prompts, sampling, stop) for way in WAYS}
+    same = sum(one.ids == other.ids for one, other in zip(*found.values(), strict=True))
+    print(f"{same} of {len(found['loop'])} rows are the same tokens: in bf16, rounding decides between near ties")
+    if args.profile:
+        for way in WAYS:
+            kernels_of(way, policy, prompts, sampling, stop)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "data"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name, default in (("rows", 512), ("samples", 1), ("new-tokens", 400)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bfloat16")
+    for name in ("endless", "profile"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser.parse_args()
+
+
+def timed(way: str, policy: Any, prompts: list[list[int]], sampling: Sampling, stop: int) -> list[Completion]:
+    seconds = []
+    for _ in range(1 + REPEATS):
+        begun = time.perf_counter()
+        groups, slots = WAYS[way](policy, prompts, sampling, stop)
+        seconds.append(time.perf_counter() - begun)
+    flat = [completion for group in groups for completion in group]
+    tokens = sum(len(completion.ids) for completion in flat)
+    useful = (tokens - len(flat)) / max(1, slots)
+    runs = ", ".join(f"{one:.2f}" for one in seconds[1:])
+    speed = tokens / statistics.median(seconds[1:])
+    print(f"{way}: {tokens} tokens in {runs} s (first {seconds[0]:.2f}), {speed:.0f} tokens/s, {useful:.0%} of slots useful")
+    release_graphs(policy)  # the other way keeps its own
+    return flat
+
+
+def kernels_of(way: str, policy: Any, prompts: list[list[int]], sampling: Sampling, stop: int) -> None:
+    """The time of each kernel in one run, prompts included."""
+    on_gpu = policy.device.type == "cuda"
+    WAYS[way](policy, prompts, sampling, stop)  # makes the graphs
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        WAYS[way](policy, prompts, sampling, stop)
+    release_graphs(policy)
+    rows = [row for row in seen.key_averages() if not on_gpu or row.device_type == DeviceType.CUDA]
+    table = [(row.self_device_time_total if on_gpu else row.self_cpu_time_total, row.count, row.key) for row in rows]
+    print(f"\n{way}: {sum(count for _, count, _ in table)} kernels, {sum(time for time, *_ in table) / 1e6:.3f} s")
+    for took, count, name in sorted(table, reverse=True)[:KERNELS]:
+        print(f"{took / 1e3:10.1f} ms {count:7d}  {name[:100]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What one decoding step does between its matrix products, as a few Triton kernels on a GPU and as plain torch elsewhere.
+
+A step gives every row one token, so nothing here has much to compute: reading is all. transformers composes these parts of many
+small operations; each of them takes longer to start than to run, and the sampler reads the vocabulary in fp32 eight times. Here
+attention reads the keys that a row has and no others, and drawing reads the logits once.
+
+The torch path is the standard: tests/test_decoding_kernels.py compares the two, in Triton's interpreter where there is no GPU.
+Arithmetic is in fp32, and rounded to the model's dtype where transformers' own layers round.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+
+
+@functools.cache
+def triton_kernels() -> Any:
+    """decoding_triton, or None where Triton cannot run."""
+    if importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or interpreted()):
+        return None
+    from posttrain.kernels import decoding_triton
+
+    return decoding_triton
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    return (x.is_cuda or interpreted()) and triton_kernels() is not None
+
+
+def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of `x`, (rows, hidden), or of x + residual, which then holds that sum."""
+    if use_triton(x):
+        return triton_kernels().add_norm(x, residual, weight, eps)
+    if residual is not None:
+        x = residual.add_(x)
+    return weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, (rows, width), of (rows, 2 * width)."""
+    if use_triton(gate_up):
+        return triton_kernels().silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
+    cos: torch.Tensor,  # (places, head_dim)
+    sin: torch.Tensor,
+    place: torch.Tensor,  # (rows,), where each row's token stands
+    keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim); the token's are written
+    values: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weights for queries and keys, and epsilon (Qwen3)
+    seat: torch.Tensor | None = None,  # (rows,), whose keys and values the rows' are; None: the front ones
+) -> torch.Tensor:
+    """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place; with `seat`, keys into `qkv` too."""
+    if use_triton(qkv):
+        return triton_kernels().rotate_and_store(qkv, cos, sin, place, keys, values, norms, seat)
+    rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
+    heads = qkv.view(rows, -1, head_dim)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    if norms is not None:
+        q, k = (add_norm(x.reshape(-1, head_dim), None, w, norms[2]).view(x.shape) for x, w in zip((q, k), norms, strict=False))
+    c, s = cos[place][:, None], sin[place][:, None]
+    q, k = (x * c + torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1) * s for x in (q, k))
+    row = torch.arange(rows, device=qkv.device) if seat is None else seat
+    keys[row, :, place], values[row, :, place] = k, v
+    if seat is not None:
+        heads[:, -2 * kv_heads : -kv_heads] = k
+    return q
+
+
+def attend(
+    query: torch.Tensor,  # (rows, heads, head_dim)
+    keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim)
+    values: torch.Tensor,
+    place: torch.Tensor,  # (rows,): a row sees its keys up to this place, and no more of them than `window`
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token of each row, (rows, heads * head_dim)."""
+    if use_triton(query):
+        return triton_kernels().attend(query, keys, values, place, window, scale)
+    rows, heads, head_dim = query.shape
+    kv_heads, end = keys.shape[1], int(place.max()) + 1
+    at = torch.arange(end, device=query.device)
+    sees = at <= place[:, None]
+    if window is not None:
+        sees &= at > place[:, None] - window
+    grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
+    scores = (grouped.float() @ keys[:rows, :, :end].float().transpose(2, 3)) * scale
+    weights = scores.masked_fill(~sees[:, None, None], -torch.inf).softmax(-1)
+    return (weights @ values[:rows, :, :end].float().masked_fill(~sees[:, None, :, None], 0.0)).to(query.dtype).view(rows, -1)
+
+
+def attend_packed(
+    query: torch.Tensor,  # (tokens, heads, head_dim), prompts one after the other
+    key: torch.Tensor,  # (tokens, kv_heads, head_dim)
+    value: torch.Tensor,
+    starts: torch.Tensor,  # (prompts + 1,), int32
+    longest: int,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of whole prompts, (tokens, heads * head_dim)."""
+    if query.is_cuda:
+        seen = (-1 if window is None else window - 1, 0)
+        grouped = query.shape[1] != key.shape[1]
+        out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=seen, enable_gqa=grouped)
+        return out.flatten(1)
+    parts = [x.split(starts.diff().tolist()) for x in (query, key, value)]
+    outs = []
+    for q, k, v in zip(*parts, strict=True):
+        sees = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        if window is not None:
+            sees = sees.triu(1 - window)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1).flatten(1))
+    return torch.cat(outs)
+
+
+def draw_in_two_passes(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """loop.choose for a whole vocabulary, by Triton: tokens drawn at `uniform` and their log-probabilities, (rows,) each."""
+    return triton_kernels().draw(logits, uniform, temperature)
+
+
+class Rows(NamedTuple):
+    """What a step changes of each row, (rows,) or (rows, max_new_tokens)."""
+
+    ids: torch.Tensor  # the last token, which the next step begins with
+    place: torch.Tensor  # where it stands
+    step: torch.Tensor  # the number of the token to choose
+    live: torch.Tensor
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+
+
+def advance(rows: Rows, token: torch.Tensor, logprob: torch.Tensor, stop: torch.Tensor, limit: torch.Tensor) -> None:
+    """Write the chosen tokens of live rows. A row goes on unless its token is `stop` or its `limit`-th, (1,) each."""
+    if use_triton(token):
+        return triton_kernels().advance(rows, token, logprob, stop, limit)
+    at, live = rows.step[:, None], rows.live[:, None]
+    rows.tokens.scatter_(1, at, torch.where(live, token[:, None], rows.tokens.gather(1, at)))
+    rows.logprobs.scatter_(1, at, torch.where(live, logprob[:, None], rows.logprobs.gather(1, at)))
+    goes_on = rows.live & (token != stop) & (rows.step + 1 < limit)
+    rows.ids.copy_(token)
+    rows.step.add_(goes_on)
+    rows.place.copy_(torch.where(goes_on, rows.place + 1, 0))  # a row that is done reads one key
+    rows.live.copy_(goes_on)
