@@ -69,6 +69,13 @@ class SFT(MasterWeights, SFTTrainer):
     _rows = 0  # that this process has trained on since the last logged row
     _logged = (0, 0)  # optimizer steps and tokens at the last logged row
 
+    def carried(self) -> dict[str, Any]:
+        return super().carried() | {"rows": self._rows, "logged": self._logged}
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        super().carry_on(carried)
+        self._rows, self._logged = carried["rows"], carried["logged"]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._rows += sum(num_rows(batch) for batch in batches)

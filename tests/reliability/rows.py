@@ -275,6 +275,11 @@ def damaged_runs(place, count):
     return damage_row(row, place, ("data", "runs/sft_tiny"), "runs/sft_tiny", readers, both, count)
 
 
+def damaged_adapters(place, count):
+    row = Row("damaged adapters", "each file of a finished adapter, read by evaluation: said in a line, or of no effect")
+    return damage_row(row, place, ("data", "runs/sft_tiny"), "runs/sft_tiny/adapter", [EVAL], evaluated, count)
+
+
 def damaged_checkpoints(place, count):
     """An SFT run that was stopped after its last but one checkpoint, of which one file is damaged."""
     row = Row("damaged checkpoints", "resumed from one that is whole with the same ending, or said in a line")
@@ -529,6 +534,7 @@ ROWS = {
     "full disk, GRPO": (full_disk("GRPO"), 10, 2),
     "damaged data sets": (damaged_data, None, 6),
     "damaged runs": (damaged_runs, None, 6),
+    "damaged adapters": (damaged_adapters, None, 8),
     "damaged checkpoints": (damaged_checkpoints, None, 6),
     "damaged evaluations": (damaged_evaluations, None, 10),
     "damaged part files": (damaged_parts, None, None),

@@ -106,7 +106,7 @@ def nothing_carried():
 
 SWITCHES = {
     "checkpoints are verified": Switch("damaged checkpoints", put("damage", lambda folder: None)),
-    "adapters are compared with their run": Switch("damaged runs", put("check_adapter", lambda folder: None)),
+    "adapters are compared with their run": Switch("damaged adapters", put("check_adapter", lambda folder: None)),
     "no step follows the last": Switch("kills at a checkpoint", trainers_own_end),
     "a window outlives a kill": Switch("kills at a checkpoint", nothing_carried),
     "files are written beside and renamed": Switch("crash points, data", put("write_atomic", plain_write)),
