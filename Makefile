@@ -13,7 +13,7 @@ BENCH_DATA := data/demo
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint fast-tests slow-tests gpu-tests bench vllm-cpu
+.PHONY: help setup model demo test lint fast-tests slow-tests gpu-tests reliability audit bench vllm-cpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -103,6 +103,19 @@ slow-tests: fast-tests
 # All other tests run on the CPU, also where there is a GPU.
 gpu-tests: $(READY)  ## the tests that need a GPU
 	POSTTRAIN_GPU_TESTS=1 python -m pytest -m gpu $(PYTEST_FLAGS)
+
+# SHORT=1: a few faults of each kind, in minutes, printed and not kept.
+reliability: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
+reliability: $(READY)  ## faults injected into runs, and what held: results/reliability.md, hours; SHORT=1 for less
+	python -m reliability $(if $(SHORT),--short,--out results/reliability.md) $(RELIABILITY_FLAGS)
+
+# pip-audit goes into an environment of its own: it brings dozens of packages. Its data are PyPI's advisories. Where they, or it,
+# cannot be had, this says so, and ends with 75 (try again later), not with success.
+audit: $(READY)  ## known vulnerabilities of the pinned packages, where PyPI's advisories can be had
+	@{ .venv-audit/bin/pip-audit --version || { python -m venv .venv-audit && .venv-audit/bin/python -m pip install -qq pip-audit; } \
+	  && python -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=20)'; } >/dev/null 2>&1 \
+	  || { echo "not audited: pip-audit or PyPI's advisories cannot be had from here"; exit 75; }
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 # vLLM's CPU build, for bench/speed.py --vllm. It needs torch's CPU build, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # offers, and another transformers than ours. torchvision, torchaudio and torchcodec do not match that torch, and vLLM runs without them.

@@ -21,6 +21,7 @@ from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
+from posttrain.runs.directory import check_writable, make_folder
 from posttrain.runs.manifest import git_state
 from posttrain.tasks.answers import grader_of
 from posttrain.tasks.contamination import train_test_overlap
@@ -56,6 +57,7 @@ def main() -> None:
     refuse_none(rows, config)
     contrary = contradictions(rows, grader_of(config.answer.model_dump()))
     rows, repeats = without_repeats(rows, distinct_by_answer=config.source.kind == "rejection_sampled")
+    refuse_emptied({row.split for row in source.rows} - {row.split for row in rows}, config)
     shots = few_shot_rows(rows, source.shots, config, specials)
     examples = [to_example(row, config, shots) for row in rows]
     manifest = describe(examples, config, source, repeats | {"contradictions": len(contrary)}, len(rejected), tokenizer)
@@ -69,6 +71,14 @@ def refuse_none(rows: list[Row], config: DataConfig) -> None:
     if not rows:
         raise UserError(
             f"no row in the source of {config.name} ({config.source.kind}): nothing written; check source in its config"
+        )
+
+
+def refuse_emptied(splits: set[str], config: DataConfig) -> None:
+    if splits:
+        raise UserError(
+            f"no {' and no '.join(sorted(splits))} row of {config.name} is left, for all are bad or in the test split too: "
+            "nothing written; give the source others"
         )
 
 
@@ -149,11 +159,12 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
     if not (folder / "manifest.json").is_file():
         return False
     manifest = read_data_manifest(folder)
-    same = (manifest["config_sha256"], manifest["source_sha256"], manifest["grader"]) == (
-        config_sha256(config),
-        source.sha256,
-        grader_of(config.answer.model_dump()).name,
-    )
+    now = {
+        "config_sha256": config_sha256(config),
+        "source_sha256": source.sha256,
+        "grader": grader_of(config.answer.model_dump()).name,
+    }
+    same = all(manifest.get(key) == value for key, value in now.items())
     return (
         same
         and bool(manifest["files"])
@@ -161,16 +172,27 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
     )
 
 
+# What a kill in the first write leaves behind.
+BEFORE_MANIFEST = frozenset(("manifest.json.partial",))
+
+
 def refuse_foreign(folder: Path) -> None:
-    """Refuse a folder that data_prep.py did not write: it may hold the only copy of something, say of the source."""
-    ours = (folder / "manifest.json").is_file() and read_data_manifest(folder).get("stage") == "data"
-    if folder.exists() and any(folder.iterdir()) and not ours:
+    """Refuse a folder that data_prep.py did not write: it may hold the only copy of something, say of the source.
+
+    Raises:
+        UserError: it holds no data set, a damaged one, or may not be written to.
+    """
+    check_writable(folder, "output_dir")
+    if not folder.exists() or BEFORE_MANIFEST.issuperset(path.name for path in folder.iterdir()):
+        return
+    if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not empty and holds no data set of data_prep.py: choose another output_dir")
+    read_data_manifest(folder)
 
 
 def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
     """Write the files and last their hashes: until then, and after a kill, no stage takes the folder for a data set."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": {}}, indent=2) + "\n")
     for split in SPLITS:
         write_jsonl(folder / f"{split}.jsonl", [example for example in examples if example.split == split])

@@ -22,7 +22,7 @@ from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation import summary
-from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
+from posttrain.evaluation.predictions import PartFiles, check_contents, content_hashes, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
@@ -70,12 +70,14 @@ def main() -> None:
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.before import check_questions
+    from posttrain.training.room import check_room
 
     check_engine(config.model, config.engine, OTHER_ENGINE[config.engine])
     tokenizer = load_tokenizer(config.model)
     check_template(tokenizer, asked)
     base = check_base(config.model, config.quantization, tokenizer)
     check_questions(config, base, tokenizer, asked)
+    check_room(config, base, None, len(asked))
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in asked]
     adapter, origin = find_adapter(config, data, base, tokenizer)
     begun_with = refuse_unfinished(adapter) if adapter else refuse_unfinished_model(config.model.name_or_path)
@@ -87,10 +89,12 @@ def main() -> None:
             run.note(note)
         policy = load_policy(config, adapter, tokenizer, prompts, run)
         write_questions(asked, tokenizer, run)
-        parts = PartFiles(run.folder, grader_of(data.get("answer")))
+        parts = PartFiles(run.folder, grader_of(data.get("answer")), policy_key(run), run.manifest.completions_sha256)
         predict(config, asked, prompts, policy, tokenizer, parts, run)
         if run.is_main:
-            predictions = parts.gather(asked, config.generation.samples)
+            predictions = parts.gather(
+                asked, config.generation.samples, lambda rows: run.record(**content_hashes(run.folder, rows))
+            )
             run.record(generated_seconds=run.seconds)
             write_results(run.folder, predictions)
 
@@ -102,6 +106,7 @@ def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer:
         UserError: there is none, it belongs to another base, its training saw the questions, or the run began with another.
     """
     from posttrain.models import adapters
+    from posttrain.runs.integrity import adapter_hashes
 
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
     parent: dict[str, Any] | None
@@ -113,11 +118,11 @@ def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer:
     else:
         parent, chain, sha256 = parent_of_model(config.model.name_or_path)
     refuse_contaminated(chain, data)
-    begun = read_manifest(config.run_dir) if Path(config.run_dir, "manifest.json").is_file() else None
-    if begun and begun.adapter_sha256 not in (None, sha256):
-        what = folder or config.model.name_or_path
-        raise UserError(f"{what} has changed since {config.run_dir} was begun with it: choose another run_dir")
-    return folder, {"parent": parent, "chain": chain, "adapter_sha256": sha256} if sha256 else {}
+    adapters.check_begun(config.run_dir, config.model, folder)
+    if not sha256:
+        return None, {}
+    origin = {"parent": parent, "chain": chain, "adapter_sha256": sha256}
+    return folder, origin | ({"parent_files": adapter_hashes(folder)} if folder else {})
 
 
 def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], run: Run) -> PreTrainedModel:
@@ -185,6 +190,8 @@ def predict(
     sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.samples, config.seed)
     size = batch_size(config, prompts, policy, run)
     share = parts.pending(plan_batches([len(prompt) for prompt in prompts], size), asked, generation.samples)
+    if parts.passed_over:
+        run.note(f"{parts.passed_over} rows on disk are damaged or of another policy: their questions are answered again")
     todo = sum(len(batch) for _, batch in share)
     with tqdm(total=todo, unit="question", desc=run.manifest.name, disable=None) as bar:
         for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
@@ -201,6 +208,13 @@ def predict(
                 for sample, one in enumerate(samples)
             )
             bar.update(len(indices))
+            run.beat()
+
+
+def policy_key(run: Run) -> str:
+    """What tells this run's answers from those of another model, adapter or setting."""
+    manifest = run.manifest
+    return sha256_text(f"{manifest.config_sha256} {manifest.adapter_sha256} {manifest.model.get('fingerprint')}")[:16]
 
 
 def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: Run) -> int:
@@ -243,15 +257,23 @@ def headline(name: str, results: dict[str, Any]) -> str:
 
 
 def regrade(folder: Path) -> None:
-    """Every verdict and number again, from questions.jsonl and predictions.jsonl; no model is loaded."""
-    if not (folder / "predictions.jsonl").is_file():
+    """Every verdict and number again, from questions.jsonl and predictions.jsonl; no model is loaded.
+
+    Raises:
+        UserError: there is no finished evaluation, or questions or completions are not those that it ended with.
+    """
+    if not all((folder / name).is_file() for name in ("manifest.json", "questions.jsonl", "predictions.jsonl")):
         raise UserError(f"{folder} holds no finished evaluation: run it without --regrade first")
+    rows = read_jsonl(folder / "predictions.jsonl", Prediction)
+    check_contents(folder, read_manifest(folder), rows)
     examples = {
         row["id"]: Example(row["id"], row["split"], row["question"], [], [], row["answer"], row["num_steps"])
         for row in read_rows(folder / "questions.jsonl")
     }
+    if unknown := {row.id for row in rows} - examples.keys():
+        raise UserError(f"{folder}/predictions.jsonl answers {min(unknown)}, which questions.jsonl does not ask: restore both")
     grader = grader_of(read_manifest(folder).data.get("answer"))
-    predictions = [regraded(row, examples[row.id], grader) for row in read_jsonl(folder / "predictions.jsonl", Prediction)]
+    predictions = [regraded(row, examples[row.id], grader) for row in rows]
     write_jsonl(folder / "predictions.jsonl", predictions)
     write_results(folder, predictions)
 

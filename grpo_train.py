@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import GrpoConfig
-from posttrain.errors import exit_on_user_error
+from posttrain.errors import exit_on_user_error, stop
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
@@ -62,8 +62,9 @@ def main() -> None:
         model = load_policy(config, ready.adapter, ready.tokenizer, run)
         trainer = make_trainer(config, run, model, ready.tokenizer, ready.train, ready.dev)
         run.record(global_batch=global_batch(trainer.args))
-        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
-        save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+        with stop.held():  # a signal ends the run at the next step's end, with a checkpoint
+            trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+            save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
     push_if_asked(config, run)
 
 
@@ -84,6 +85,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     from posttrain.training.before import Ready, check_grpo, check_trainer, max_completion_length
     from posttrain.training.examples import load_examples
     from posttrain.training.named_rewards import named_rewards, try_rewards
+    from posttrain.training.room import check_room
 
     check_machine(config)
     train, dev = load_examples(config)
@@ -94,6 +96,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     base = check_base(config.model, config.quantization, tokenizer)
     if folder:
         adapters.check_grpo_start(folder, config, base, tokenizer)
+    adapters.check_begun(config.run_dir, config.model, folder)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
     if dev:
@@ -105,6 +108,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     for _ in try_rewards([reward.function for reward in named], train, tokenizer, grader):
         pass
     check_trainer(config, GRPOConfig, base)
+    check_room(config, base, folder, len(train))
     return Ready(tokenizer, folder, train, dev, begun_with, met, rewards=named)
 
 
@@ -112,6 +116,7 @@ def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTo
     """The policy to train on: the SFT adapter's, continued, rescaled or merged under a new adapter; or the model itself."""
     from posttrain.models import adapters
     from posttrain.models.policy import open_policy
+    from posttrain.runs.integrity import adapter_hashes
 
     sft_sha256 = adapters.adapter_sha256(folder) if folder else None
     parent, chain = parent_of(folder, sft_sha256) if folder and sft_sha256 else parent_of_model(config.model.name_or_path)[:2]
@@ -131,6 +136,7 @@ def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTo
     run.record(
         model=identity,
         parent=parent,
+        parent_files=adapter_hashes(folder) if folder else {},
         chain=chain,
         all_weights=config.trains_all_weights,
         start_sha256=adapters.trained_sha256(model),
@@ -175,11 +181,13 @@ def make_trainer(
             processing_class=tokenizer,
             rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
+            lean_layers=config.lean_layers,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
             reference_is_base=config.adapter is None,
             gates=gated_columns(("correctness", "format"), named),
             curriculum=Curriculum(len(train), config.seed, config.curriculum) if config.curriculum else None,
+            update_tokens=config.update_tokens,
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard, grader)) if dev else None

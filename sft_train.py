@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import SftConfig
-from posttrain.errors import exit_on_user_error
+from posttrain.errors import exit_on_user_error, stop
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
@@ -59,8 +59,9 @@ def main() -> None:
         model = load_policy(config, ready.adapter, ready.tokenizer, run)
         trainer = make_trainer(config, run, model, ready.tokenizer, ready.train, ready.dev)
         run.record(global_batch=global_batch(trainer.args))
-        trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
-        save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+        with stop.held():  # a signal ends the run at the next step's end, with a checkpoint
+            trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
+            save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
     push_if_asked(config, run)
 
 
@@ -79,6 +80,7 @@ def get_ready(config: SftConfig) -> Ready:
     from posttrain.models.template_check import check_same_template, check_template
     from posttrain.training.before import Ready, check_sft, check_trainer
     from posttrain.training.examples import load_examples
+    from posttrain.training.room import check_room
 
     check_machine(config)
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
@@ -87,6 +89,7 @@ def get_ready(config: SftConfig) -> Ready:
     begun_with = refuse_unfinished(folder) if folder else refuse_unfinished_model(config.model.name_or_path)
     if folder:
         adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
+    adapters.check_begun(config.run_dir, config.model, folder)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
     if dev:
@@ -96,6 +99,7 @@ def get_ready(config: SftConfig) -> Ready:
         check_same_template(tokenizer, folder, train + dev)
     cut = check_sft(config, base, tokenizer, train, dev)
     check_trainer(config, SFTConfig, base)
+    check_room(config, base, folder, len(train))
     return Ready(tokenizer, folder, train, dev, begun_with, met, cut)
 
 
@@ -104,6 +108,7 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTok
     from posttrain.models.adapters import adapter_sha256, count_trainable, trained_sha256
     from posttrain.models.policy import open_policy
     from posttrain.models.special_tokens import special_token_report
+    from posttrain.runs.integrity import adapter_hashes
 
     parent, chain = parent_of(folder, adapter_sha256(folder)) if folder else parent_of_model(config.model.name_or_path)[:2]
     # torch.compile fuses the layers itself. It cannot fuse across Liger's kernels.
@@ -115,6 +120,7 @@ def load_policy(config: SftConfig, folder: Path | None, tokenizer: PreTrainedTok
     run.record(
         model=identity,
         parent=parent,
+        parent_files=adapter_hashes(folder) if folder else {},
         chain=chain,
         all_weights=config.trains_all_weights,
         special_tokens=special_token_report(model, tokenizer),
@@ -149,6 +155,7 @@ def make_trainer(
             processing_class=tokenizer,
             score_labels_only=config.fast_loss,
             fast_adapter=config.fast_adapter,
+            lean_layers=config.lean_layers,
         )
     limit = dev_tokens(config, model, tokenizer, dev)
     guard = EngineGuard(NO_DEV, lambda difference: run.record(engine_difference=difference))

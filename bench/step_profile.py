@@ -8,6 +8,7 @@ kernel runs: what is missing to 1 the GPU spends waiting for Python. On a CPU, o
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import sys
 import time
@@ -60,6 +61,24 @@ class Profiler(TrainerCallback):
             table = [(row.self_cpu_time_total / 1e6, row.count, row.key) for row in rows]
         for used, times, name in sorted(table, reverse=True)[:ROWS]:
             print(f"{used / seconds:6.1%} {used:8.3f} s {times:7d} x {name[:100]}")
+        if torch.cuda.is_available():
+            self.report_gaps()
+
+    def report_gaps(self) -> None:
+        """How the time without a kernel is spread: many short gaps are launches, a few long ones are waits of the CPU."""
+        kernels = [event for event in self.profile.events() if event.device_type == DeviceType.CUDA]
+        spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in kernels if not e.name.startswith("ProfilerStep"))
+        gaps, end, last = [], spans[0][1], spans[0][2]
+        for start, stop, name in spans[1:]:
+            if start > end:
+                gaps.append((start - end, last, name))
+            if stop > end:
+                end, last = stop, name
+        for low, high in itertools.pairwise((0, 5, 20, 100, 1000, 1e9)):
+            inside = [gap for gap, *_ in gaps if low <= gap < high]
+            print(f"gaps of {low:g} to {high:g} us: {len(inside)}, {sum(inside) / 1e6:.4f} s")
+        for gap, before, after in sorted(gaps, reverse=True)[:5]:
+            print(f"  {gap / 1e3:.2f} ms between {before[:60]} and {after[:60]}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,26 @@
-"""Who mends an error, and how a command ends: users' mistakes are `UserError`, faults of this project are everything else."""
+"""Who mends an error, and how a command ends: users' mistakes are `UserError`, faults of this project are everything else.
+
+A signal ends a command so that it can go on later: `Interrupted`, one line, and exit code 75.
+What the machine refuses (a full disk, a folder that may not be written, memory that is not there) is the user's to mend, too. It
+comes up through libraries as it likes: as an `OSError`, as a `RuntimeError` of torch's archive writer, as one during the handling
+of another. `machine_trouble` knows it by number and by words, and tells it in one line.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on
 
 
 class UserError(Exception):
@@ -15,16 +31,40 @@ class AlreadyDone(Exception):
     """The run directory holds a finished run of exactly these settings."""
 
 
+class Interrupted(BaseException):
+    """The work ended early, and the same command goes on with it. No `except Exception` of a library may keep it.
+
+    `status` is what the manifest of a run says under `exit`.
+    """
+
+    def __init__(self, text: str, status: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command's main: a user's mistake is its text and exit code 2, a fault of this project a traceback."""
     try:
-        main()
+        with stop.watched():
+            main()
         _leave_group()
     except AlreadyDone as done:
         print(done)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except Interrupted as early:
+        if stop.speaks():
+            print(f"{Path(sys.argv[0]).name}: {early}", file=sys.stderr)
+        sys.exit(RESUMABLE)
+    except Exception as error:
+        if (trouble := machine_trouble(error)) is None:
+            raise
+        _refuse(trouble)
+
+
+def _refuse(text: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _leave_group() -> None:
@@ -32,3 +72,139 @@ def _leave_group() -> None:
     distributed = sys.modules.get("torch.distributed")  # a script that failed early has not imported it
     if distributed and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1, as a scheduler and a keyboard send them.
+
+    The first one ends the command at once with `Interrupted`. While they are held it is only noted in `received`, and who
+    holds them ends at the next step. A second one leaves at once, by the signal's own default.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    # A scheduler signals a launcher and its processes, and the launcher signals them again: that is one wish.
+    ECHO_SECONDS = 1.0
+
+    received: str | None = None  # the name of the signal
+    _at, _pid = 0.0, 0
+    _held = _leaving = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the signals for the time of a command. One that the caller ignores stays ignored, as under nohup."""
+        self.received, self._pid, self._leaving = None, os.getpid(), False
+        main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+        mine = [number for number in self.NUMBERS if main and signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in mine}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.received = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note a signal instead of ending at once."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def leave(self, text: str, status: str) -> NoReturn:
+        """End now. Another signal changes nothing: a launcher sends one as soon as the first process has left."""
+        self._leaving = True
+        raise Interrupted(text, status)
+
+    @staticmethod
+    def speaks() -> bool:
+        """Whether this process speaks for all of them."""
+        return os.environ.get("RANK", "0") == "0"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if os.getpid() != self._pid or (self.received and not self._is_echo() and not self._leaving):
+            signal.signal(number, signal.SIG_DFL)  # a worker forked from this process, or a second signal
+            os.kill(os.getpid(), number)
+        if self.received or self._leaving:
+            return
+        self.received, self._at = name, time.monotonic()
+        if not self._held:
+            self.leave(f"stopped by {name}: the same command goes on", f"interrupted by {name}")
+        if self.speaks():  # print would fail where the signal came in the middle of a print
+            os.write(2, f"{name}: the run stops at the end of this step; a second signal leaves at once\n".encode())
+
+    def _is_echo(self) -> bool:
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() - self._at < self.ECHO_SECONDS
+
+
+stop = StopSignals()
+
+
+# --- what the machine refuses -----------------------------------------------------------------------------------------
+
+DISK_FULL = "free some space, then give the same command again (training: with --resume)"
+ELSEWHERE = "choose another folder, or change its permissions"
+REMEDIES = {
+    errno.ENOSPC: DISK_FULL,
+    errno.EDQUOT: DISK_FULL,
+    errno.EFBIG: DISK_FULL,
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: ELSEWHERE,
+    errno.EPERM: ELSEWHERE,
+    errno.ENOTDIR: "a file stands where a folder should: choose another path",
+    errno.EISDIR: "a folder stands where a file should: choose another path",
+    errno.EEXIST: "something else stands there: choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "the link leads to itself: choose another path",
+    errno.EIO: "the disk or its network fails: mend it, then give the same command again",
+    errno.ESTALE: "the disk or its network fails: mend it, then give the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "close other programs, or take a machine with more memory",
+}
+# How libraries say it that raise no OSError: safetensors, which puts the system's words into its own error, and torch's writer of
+# archives (caffe2/serialize/inline_container.cc), whose file ends before the place that it counted.
+FULL_DISK_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large (os error",
+    ". unexpected pos ",
+    "iostream error",
+)
+# torch on CUDA (also of classes of its own: torch.OutOfMemoryError), torch on a CPU, cuBLAS.
+MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def machine_trouble(error: BaseException) -> str | None:
+    """One line with its remedy if the machine refused something, or None: then it is a fault of this project."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in REMEDIES:
+            where = f"{os.fsdecode(cause.filename)}: " if isinstance(cause.filename, str | bytes) else ""
+            return f"{where}{os.strerror(cause.errno)}: {REMEDIES[cause.errno]}"
+        if any(words in str(cause) for words in FULL_DISK_WORDS):
+            return f"{os.strerror(errno.ENOSPC)}: {DISK_FULL}"
+    return f"out of memory ({_first_line(error)}): {REMEDIES[errno.ENOMEM]}" if is_out_of_memory(error) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a GPU."""
+    return any(
+        isinstance(cause, MemoryError)
+        or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
+        or (isinstance(cause, RuntimeError) and any(words in str(cause) for words in MEMORY_WORDS))
+        for cause in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came of: raised from, or raised while one was handled."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

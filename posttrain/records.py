@@ -7,13 +7,16 @@ reads. Both are one JSON object a line, so any tool can read them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_origin, get_type_hints
 
 from posttrain.errors import UserError
 
@@ -75,18 +78,84 @@ class Prediction:
 
 Record = TypeVar("Record", Example, Prediction)
 
+DAMAGED = "restore the file from a copy, or make it again"
+
 
 def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
-    return [cls(**row) for row in read_rows(path)]
+    """The records of a file of ours.
+
+    Raises:
+        UserError: a row is damaged; the text has file and line.
+    """
+    return [as_record(row, cls, f"{path}:{number}") for number, row in enumerate(read_rows(path), 1)]
+
+
+def as_record(row: dict[str, Any], cls: type[Record], place: str) -> Record:
+    """The record that a row holds.
+
+    Raises:
+        UserError: it holds another one, or none; the text begins with `place`.
+    """
+    known, needed, kinds = _form(cast(Any, cls))
+    if odd := (needed - row.keys()) | (row.keys() - known):
+        raise UserError(
+            f"{place}: no {cls.__name__.lower()}, {min(odd)!r} is {'unknown' if min(odd) in row else 'missing'}: {DAMAGED}"
+        )
+    for name, value in row.items():
+        if not isinstance(value, kinds[name]):
+            raise UserError(f"{place}: {name!r} is {_shown(value)}: {DAMAGED}")
+    return cls(**row)
+
+
+@functools.cache
+def _form(cls: type[Any]) -> tuple[set[str], set[str], dict[str, Any]]:
+    """A record's fields, those that a row has to have, and what `isinstance` asks of each."""
+    fields = dataclasses.fields(cls)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    kinds = {name: {Literal: str}.get(get_origin(hint), get_origin(hint) or hint) for name, hint in get_type_hints(cls).items()}
+    unions = {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is UnionType}
+    return {f.name for f in fields}, needed, kinds | unions
 
 
 def read_rows(path: Path | str) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, or of `path`.gz where only that is there: results/ keeps predictions compressed."""
+    """The rows of a JSONL file, or of `path`.gz where only that is there: results/ keeps predictions compressed.
+
+    Raises:
+        UserError: a row is no JSON object; the text has file and line.
+    """
     compressed = Path(f"{path}.gz")
     read = gzip.open if compressed.is_file() and not Path(path).is_file() else open
-    with read(compressed if read is gzip.open else path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    with read(compressed if read is gzip.open else path, "rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                yield parse_object(line, f"{path}:{number}", DAMAGED)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{compressed}: damaged ({error}): {DAMAGED}") from error
+
+
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        UserError: it does not, or it is not there; the text ends with the remedy.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is not there: {remedy}")
+    return parse_object(file.read_bytes(), str(file), remedy)
+
+
+def parse_object(text: bytes, place: str, remedy: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits; nested too deeply
+        raise UserError(f"{place}: damaged ({' '.join(str(error).split())[:120]}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {_shown(value)} is no JSON object: {remedy}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def holds_rows(path: Path | str) -> bool:
@@ -105,6 +174,14 @@ def write_atomic(path: Path | str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(partial.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on disk: without it a power loss may undo a rename (fsync(2))."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
 
 
 def cut_torn_tail(file: Path) -> None:

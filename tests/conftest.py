@@ -82,6 +82,10 @@ def word_problems(count, seed):
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def make_tiny_model(folder):
     """A Llama of two layers with random weights in bf16 and a tokenizer of its own, in ChatML, as a model folder.
 
     Its tokenizer's end token is `<|endoftext|>`, as in a base model; the template ends a turn with `<|im_end|>`.
@@ -89,7 +93,6 @@ def tiny_model_dir(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(

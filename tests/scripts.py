@@ -53,13 +53,13 @@ def run(script, *arguments, cwd="."):
 
 def start(script, *arguments, cwd=".", **environment):
     """The same in a process of its own, which can be killed. It imports nothing: the server that it is forked from has."""
-    process = _fork_server().Process(target=_run_and_exit, args=(script, arguments, cwd, environment))
+    process = fork_server().Process(target=_run_and_exit, args=(script, arguments, cwd, environment))
     process.start()
     return process
 
 
 @functools.cache
-def _fork_server():
+def fork_server():
     """Forks from a process that runs nothing. A fork of this one could inherit a lock that a thread of some test holds."""
     context = multiprocessing.get_context("forkserver")
     heavy = ("posttrain.models.policy", "posttrain.generation.engines", "posttrain.training.trainers", "datasets", "tqdm")

@@ -8,10 +8,23 @@ from conftest import tiny_tokenizer
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    packed_sequence_compatibility_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from posttrain.config.schema import Model
-from posttrain.kernels.attention import QUERY_BLOCK, LeftPadded, left_padded, matmul_attention, varlen_attention, varlen_mask
+from posttrain.kernels.attention import (
+    QUERY_BLOCK,
+    LeftPadded,
+    left_padded,
+    matmul_attention,
+    packed,
+    varlen_attention,
+    varlen_mask,
+)
 from posttrain.models.base import fastest_attention, load_base
 
 
@@ -235,6 +248,23 @@ def test_its_dense_mask_is_transformers():
     assert torch.equal(*both)
 
 
+SEQUENCES = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 3, 3, 3]])
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 0, 1, 2, 3]])
+
+
+def test_upstream_tells_a_mask_its_packed_sequences():
+    causal = packed_sequence_compatibility_function(causal_mask_function, POSITIONS, SEQUENCES)
+    found = varlen_mask(2, 7, 7, mask_function=causal)
+    assert found.ends.tolist() == [0, 3, 5, 7, 8, 9, 10, 14] and found.longest == 4
+    assert torch.equal(found.mask(7, 7), sdpa_mask(2, 7, 7, mask_function=causal, allow_is_causal_skip=False))
+
+
+def test_windows_of_packed_sequences_are_sdpas():
+    windows = packed_sequence_compatibility_function(sliding_window_causal_mask_function(2), POSITIONS, SEQUENCES)
+    found = varlen_mask(2, 7, 7, mask_function=windows, allow_is_causal_skip=False)
+    assert torch.equal(found, sdpa_mask(2, 7, 7, mask_function=windows, allow_is_causal_skip=False))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("queries", "keys"), [(60, 60), (33, 90), (1, 40)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
@@ -246,6 +276,18 @@ def test_on_a_gpu_outputs_and_gradients_are_those_of_sdpa(heads, kv_heads, queri
     token = sees.any(-1)[:, 0, :, None, None]  # nobody reads what padding attends to
     ours = with_gradients(lambda q, k, v: varlen_attention(None, q, k, v, cut)[0] * token, inputs)
     wanted = with_gradients(lambda q, k, v: by_sdpa(q, k, v, sees).nan_to_num() * token, inputs)
+    assert all(distance(one, other) < 0.02 for one, other in zip(ours, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_on_a_gpu_packed_rows_are_those_of_sdpa(heads, kv_heads):
+    rows = torch.tensor([[0] * 33 + [1] * 7 + [2] * 1 + [3] * 19, [0] * 60], device="cuda")
+    inputs = [x.detach().cuda().requires_grad_() for x in states(2, heads, kv_heads, 60, 60, torch.bfloat16)]
+    mask = packed(rows)
+    assert mask.ends.tolist() == [0, 33, 40, 41, 60, 120] and mask.longest == 60
+    ours = with_gradients(lambda q, k, v: varlen_attention(None, q, k, v, mask)[0], inputs)
+    wanted = with_gradients(lambda q, k, v: by_sdpa(q, k, v, mask.mask(60, 60)), inputs)
     assert all(distance(one, other) < 0.02 for one, other in zip(ours, wanted, strict=True))
 
 

@@ -36,3 +36,19 @@ def test_fused_kernels_keep_less(place, monkeypatch):
             2
         ]
     assert 0.7 < sizes[True] / sizes[False] < 0.95
+
+
+def test_lean_layers_keep_less_still(place, monkeypatch):
+    monkeypatch.setattr(dry_run, "is_fused", lambda model: True)
+    settings = ("trainer.per_device_train_batch_size=4096", "model.attn_implementation=sdpa")
+    fused, lean = (planned(place, "sft_train", *settings, f"lean_layers={value}")[2] for value in ("false", "true"))
+    assert 0.5 < lean / fused < 0.75
+
+
+def test_a_packed_step_is_told_in_rows_and_tokens(place):
+    packed = ("trainer.packing=true", "trainer.max_length=512", "trainer.per_device_train_batch_size=2")
+    done = run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", *packed, "trainer.max_steps=-1", "--dry-run", cwd=place)
+    assert done.code == 0, done.err
+    assert "= 2 rows of 512 packed tokens a step" in done.out and "activations of 1 x 1024 tokens" in done.out
+    tokens, rows = re.search(r"about ([\d,]+) a step \((\d+) rows\)", done.out).groups()
+    assert 800 < int(tokens.replace(",", "")) <= 1024 and 4 < int(rows) < 20

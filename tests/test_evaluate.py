@@ -283,6 +283,9 @@ def test_regrading_counts_what_the_completions_say(place):
     rows = [vars_of(row) | {"completion": f"#### {golds[row.id]}"} for row in judged(folder)]
     rows[0]["completion"] = "It is " + golds[rows[0]["id"]]
     write_jsonl(folder / "predictions.jsonl", rows)
+    done = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", "run_dir=runs/one", "--regrade", cwd=place)
+    assert done.code == 2 and "runs/one/predictions.jsonl is not what the evaluation wrote" in done.err
+    retell(folder, completions_sha256="")  # as in a run of before there was one
     evaluate(place, "runs/one", "--regrade")
     accuracy = results_of(folder)["accuracy"]
     assert (accuracy["lenient"]["k"], accuracy["strict"]["k"]) == (10, 9)

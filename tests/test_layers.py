@@ -39,7 +39,7 @@ KEEPERS = {
     "trl": {"training", "sft_train", "grpo_train"},
     "vllm": {"generation"},
     "triton": {"kernels"},
-    "liger_kernel": set(),  # transformers applies it
+    "liger_kernel": {"kernels"},  # transformers applies it, but for the gated product
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},

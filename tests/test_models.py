@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from tiny_training import LORA
 
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
-from posttrain.kernels.nf4 import base_weight, packed_linears
+from posttrain.kernels.nf4 import base_weight, flatten_scales, packed_linears
 from posttrain.models.adapters import hold_fp32, new_adapter
 from posttrain.models.base import device, fingerprint, load_base
 from posttrain.models.chat import load_tokenizer
+from posttrain.models.policy import open_policy
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.special_tokens import align_special_tokens, check_stop_token
 
@@ -96,6 +99,36 @@ def test_double_quantization_packs_a_weight_in_half_a_byte(load):
     assert module.weight.numel() == module.in_features * module.out_features // 2
     assert module.weight.quant_state.nested
     assert module.weight.quant_state.quant_type == "nf4"
+
+
+def test_flat_scales_unpack_to_the_same_values_and_are_saved_as_bitsandbytes_saves_them(load):
+    model, nested = load("nf4"), load("nf4")
+    flatten_scales(model)
+    for name, module in packed_linears(model).items():
+        state = module.weight.quant_state
+        assert state is module.quant_state and not state.nested and state.absmax.dtype == torch.float32
+        assert torch.equal(base_weight(module), base_weight(nested.get_submodule(name)))
+        again = Params4bit.from_prequantized(module.weight.data, state.as_dict(packed=True), device=module.weight.device)
+        assert torch.equal(dequantize_4bit(again.data, again.quant_state), base_weight(module))
+    assert torch.equal(logits(model), logits(nested))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_flat_scales_unpack_to_the_same_values_on_a_gpu(storage):
+    layer = Linear4bit(512, 384, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
+    model = torch.nn.Sequential(layer).to(torch.bfloat16).cuda()
+    nested = base_weight(layer)
+    assert layer.weight.quant_state.nested
+    flatten_scales(model)
+    assert not layer.weight.quant_state.nested and torch.equal(base_weight(layer), nested)
+
+
+def test_scales_are_flat_where_a_policy_is_trained(tiny_model_dir, tokenizer):
+    settings = Model(name_or_path=str(tiny_model_dir))
+    for trainable in (True, False):
+        policy, _ = open_policy(settings, "nf4", tokenizer, None, trainable=trainable)
+        assert {module.weight.quant_state.nested for module in packed_linears(policy).values()} == {not trainable}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,11 +1,14 @@
 """Part files: whatever is torn, missing or double in them, every question ends up with one verdict of one grader."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
 
 import rewards
+from posttrain.errors import UserError
+from posttrain.evaluation import predictions
 from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, write_jsonl
 
@@ -111,6 +114,8 @@ def test_the_main_process_waits_for_the_others(tmp_path, process):
     class Clock:
         """Stands in for the module time: while the main process sleeps, the other one works."""
 
+        monotonic = time.monotonic
+
         @staticmethod
         def sleep(seconds):
             other.append(answers(share.pop()[1]))
@@ -155,3 +160,11 @@ def test_more_samples_than_before_are_missing_samples(tmp_path):
     write_jsonl(tmp_path / "predictions.part0.jsonl", [row for row in WHOLE if row.sample == 0])
     assert len(PartFiles(tmp_path).pending(BATCHES, ASKED, 1)) == 0
     assert len(PartFiles(tmp_path).pending(BATCHES, ASKED, NUM_SAMPLES)) == len(BATCHES)
+
+
+def test_a_process_that_ended_is_not_waited_for_for_ever(tmp_path, process, monkeypatch):
+    process(0, 2)
+    parts = generate(tmp_path)
+    monkeypatch.setattr(predictions, "GONE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"8 of 14 answers, and none came in .*: another process has ended; the same command"):
+        parts.gather(ASKED, NUM_SAMPLES)

@@ -72,7 +72,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 def test_a_row_of_another_shape_is_no_record(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [prediction("x")])
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no example, 'answer' is missing"):
         read_jsonl(tmp_path / "rows.jsonl", Example)
 
 
@@ -112,3 +112,13 @@ def test_rows_are_read_compressed_where_only_that_is_there(tmp_path):
     assert not holds_rows(file)
     with pytest.raises(FileNotFoundError):
         list(read_rows(file))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-9], lambda whole: whole[:40] + b"\xff" * 20 + whole[60:], lambda _: b"PK"]
+)
+def test_a_damaged_archive_of_rows_is_one_line(tmp_path, damage):
+    whole = gzip.compress(b"".join(b'{"row": %d}\n' % number for number in range(999)))
+    (tmp_path / "rows.jsonl.gz").write_bytes(damage(whole))
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz: damaged .*restore the file"):
+        list(read_rows(tmp_path / "rows.jsonl"))

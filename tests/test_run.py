@@ -124,7 +124,7 @@ def test_the_manifest_says_how_many_processes_there_were_and_who_started_them(fo
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("out of memory\nwith more lines"), "failed: RuntimeError: out of memory"),
+        (RuntimeError("no such layer\nwith more lines"), "failed: RuntimeError: no such layer"),
         (KeyboardInterrupt(), "failed: KeyboardInterrupt: "),
         (SystemExit(3), "failed: SystemExit: 3"),
     ],

@@ -21,6 +21,7 @@ from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
+from posttrain.kernels.nf4 import flatten_scales
 from posttrain.models.adapters import gather_sharded_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
@@ -76,6 +77,7 @@ def test_nothing_is_rounded_that_one_process_does_not_round(mesh, tiny_model_dir
     found = {}
     for name in ("whole", "theirs", "ours"):
         base = load_base(settings, "nf4", tokenizer)
+        flatten_scales(base)
         torch.manual_seed(0)
         model = get_peft_model(base, LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
         LabelHead(base, 1.0, ())

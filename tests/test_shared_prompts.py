@@ -15,6 +15,7 @@ from tiny_training import (
     stir,
 )
 
+from posttrain.errors import UserError
 from posttrain.training.batches import keep_rows, trim
 from posttrain.training.shared_prompts import SharedPrompts
 
@@ -107,3 +108,57 @@ def test_prompts_are_not_shared_where_layers_are_checkpointed_or_none_is_repeate
         trainer.args.gradient_checkpointing = False
         trainer.compute_loss(trainer.model, keep_rows(inputs, torch.tensor([0, 4])))
     assert seen == [(8, width + 9), (2, width + 7)]
+
+
+# --- parts of a micro-batch, sized by tokens --------------------------------------------------------------------------
+
+
+def an_update(tiny, sft, trainer, **settings):
+    """Losses and gradients of two steps of 8 completions, and the shapes of what the model ran."""
+    shapes = []
+    with pay_tiny(
+        tiny, sft, {"max_grad_norm": 0.0, "max_steps": 2, "gradient_accumulation_steps": 1} | trainer, **settings
+    ) as grpo:
+        stir(grpo.model)
+        generate = grpo._generate_and_score_completions
+        grpo._generate_and_score_completions = lambda inputs: ragged(generate(inputs), LENGTHS)
+        embed = grpo.model.get_base_model().model.embed_tokens
+        embed.register_forward_pre_hook(lambda _, a: shapes.append(tuple(a[0].shape)) if torch.is_grad_enabled() else None)
+        gradients = GradientsBeforeStep()
+        grpo.add_callback(gradients)
+        grpo.train()
+        losses = [row["loss"] for row in grpo.state.log_history if "loss" in row]
+    return losses, gradients.of, shapes
+
+
+@pytest.mark.parametrize(("loss_type", "checkpointing"), [("dapo", False), ("grpo", True), ("bnpo", False)])
+def test_an_update_in_parts_of_so_many_tokens_is_the_update(tiny, sft, fp32, loss_type, checkpointing):
+    trainer = {"per_device_train_batch_size": 8, "beta": 0.1, "loss_type": loss_type, "gradient_checkpointing": checkpointing}
+    losses, gradients, _ = an_update(tiny, sft, trainer, **fp32)
+    tokens = 300 if checkpointing else 25  # with its prompt a row is 80 to 100 tokens
+    parts, in_parts, shapes = an_update(tiny, sft, trainer, **fp32, update_tokens=tokens)
+    assert parts == pytest.approx(losses, abs=1e-6)
+    for whole, part in zip(gradients, in_parts, strict=True):
+        assert relative(whole, part) < 1e-5
+    if not checkpointing:  # the two prompts once a step, then rows of like length: 2 x 10, 3 x 8, 3 x 4
+        assert [shape[0] for shape in shapes] == 2 * [2, 2, 3, 3]
+        assert [shape[1] for shape in shapes[1:4]] == [10, 8, 4]
+    else:
+        assert all(rows * columns <= tokens for rows, columns in shapes) and len(shapes) > 2
+
+
+def test_lean_layers_share_prompts_and_take_the_same_step(tiny, sft, fp32):
+    trainer = {"per_device_train_batch_size": 8, "beta": 0.1}
+    losses, gradients, _ = an_update(tiny, sft, trainer, **fp32)
+    lean, found, _ = an_update(tiny, sft, trainer, **fp32, lean_layers=True, update_tokens=25)
+    assert lean == pytest.approx(losses, abs=1e-6)
+    for whole, part in zip(gradients, found, strict=True):
+        assert relative(whole, part) < 1e-5
+
+
+def test_parts_with_an_entropy_of_a_whole_micro_batch_are_refused(tiny, sft):
+    with (
+        pytest.raises(UserError, match="update_tokens: entropy terms"),
+        pay_tiny(tiny, sft, {"entropy_coef": 0.1}, update_tokens=100),
+    ):
+        pass

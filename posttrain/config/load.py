@@ -90,6 +90,7 @@ def load(path: Path | str, overrides: Sequence[str], cls: type[Config]) -> Confi
     document = _read(path)
     for assignment in overrides:
         document.override(assignment)
+    document.refuse_passwords()
     try:
         config = cls.model_validate(document.values)
     except ValidationError as error:

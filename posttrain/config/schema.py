@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from posttrain.config.messages import did_you_mean
-from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, sft_problems
+from posttrain.config.trl_batches import SHARDED_LAUNCH, group_problems, less_at_once, sft_problems
 from posttrain.config.trl_fields import TrlKeys
 from posttrain.config.yaml_lines import KeyPath
 
@@ -76,6 +76,10 @@ class Settings(BaseModel):
     def needs(self) -> Iterator[Need]:
         """What these settings ask of the machine, in the order in which a lack is told."""
         yield from ()
+
+    def less_memory(self, batch_size: int | None = None) -> str:
+        """What to set when memory runs out. `batch_size` is that of a run that chose its own."""
+        return "close other programs, or take a machine with more memory"
 
     @model_validator(mode="after")
     def _has_no_problems(self) -> Settings:
@@ -200,6 +204,10 @@ class Hub(Settings):
     """Where the finished adapter is pushed; null pushes nothing. [in posttrain/training/checkpoints.py]"""
     private: bool = True
     """Whether a repository that the push creates is private. [in posttrain/hub/push.py]"""
+
+    def problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.repo_id is not None and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", self.repo_id, re.ASCII):
+            yield ("repo_id",), "is not of the form OWNER/NAME, of letters, digits, `-`, `_` and `.`"
 
 
 class Reward(Settings):
@@ -615,8 +623,11 @@ class TrainConfig(Settings):
     """Of a new adapter, the order of rows, dropout and sampling. [in posttrain/training/arguments.py]"""
     fast_adapter: bool = True
     """Compute a layer and its LoRA adapter as one operation, in place of PEFT's dozen. [in posttrain/training/masters.py]"""
+    lean_layers: bool = False
+    """Compute norms and gated products again in the backward pass instead of keeping them. [in posttrain/training/masters.py]"""
     dev_every_steps: PositiveInt | None = None
     """Dev accuracy every so many steps; null: before and after training alone. [steps, in sft_train.py and grpo_train.py]"""
+    trl_class: ClassVar[str]
 
     @property
     def trains_all_weights(self) -> bool:
@@ -633,6 +644,10 @@ class TrainConfig(Settings):
                 ("quantization",),
                 f"lora null trains all weights, and {self.quantization} cannot be trained: set none, or lora",
             )
+        if self.lean_layers and not self.fast_adapter:
+            yield ("lean_layers",), "runs each adapted layer as one operation: set fast_adapter to true, or this to false"
+        if self.lean_layers and self.trains_all_weights:
+            yield ("lean_layers",), "runs layers that have an adapter: set false, or give lora"
 
     def needs(self) -> Iterator[Need]:
         if self.trains_all_weights:
@@ -648,6 +663,12 @@ class TrainConfig(Settings):
         if self.data.num_dev:
             yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
+    def less_memory(self, batch_size: int | None = None) -> str:
+        """Overrides with which an optimizer step has the same rows, fewer of them at once."""
+        more = [] if self.quantization == "nf4" else ["quantization=nf4"]
+        changes = [*less_at_once(self.trainer, self.trl_class), *more]
+        return f"the same batch in smaller parts takes less: {' '.join(changes)} run_dir={self.run_dir}_smaller"
+
 
 class SftConfig(TrainConfig):
     """sft_train.py: trains a new adapter (`lora`), continues one (`adapter`), or trains all weights (`lora: null`)."""
@@ -659,11 +680,14 @@ class SftConfig(TrainConfig):
     [in sft_train.py]"""
     compile: bool = False
     """Compile the decoder layers, which takes a minute at the start. [in sft_train.py]"""
+    trl_class: ClassVar[str] = "SFTConfig"
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         yield from super().problems()
         if self.adapter and self.lora:
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
+        if self.compile and self.lean_layers:
+            yield ("lean_layers",), "compile chooses itself what a layer keeps: set one of the two to false"
         if self.compile and self.model.kernels == "liger":
             yield ("model", "kernels"), "compile fuses these operations itself: set auto or torch, or compile to false"
         if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
@@ -695,8 +719,12 @@ class GrpoConfig(TrainConfig):
     """Say after so many steps which share of groups each reward has paid anything. [steps, in grpo_train.py]"""
     rollouts: Rollouts = Rollouts()
     """How completions are made and used. [in posttrain/training/rollouts.py]"""
+    update_tokens: PositiveInt | None = None
+    """Positions that the update runs at once, padding included; null: those of a micro-batch.
+    [tokens, in posttrain/training/trainers.py]"""
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
     """TRL's keys of GRPOConfig, checked against the installed TRL. [in posttrain/training/arguments.py]"""
+    trl_class: ClassVar[str] = "GRPOConfig"
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         yield from super().problems()
@@ -760,6 +788,12 @@ class EvalConfig(Settings):
         if self.engine == "vllm":
             yield _needs_vllm("engine")
         yield from self.model.needs()
+
+    def less_memory(self, batch_size: int | None = None) -> str:
+        size = batch_size or self.generation.batch_size
+        smaller = [f"generation.batch_size={max(1, size // 2) if isinstance(size, int) else 8}"]
+        more = [] if self.quantization == "nf4" else ["quantization=nf4"]
+        return f"smaller batches take less: {' '.join([*smaller, *more])} run_dir={self.run_dir}_smaller"
 
     @model_validator(mode="before")
     @classmethod

@@ -46,6 +46,21 @@ def group_problems(trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _eval_problem(settings)
 
 
+def less_at_once(trainer: dict[str, Any], config_class: str) -> list[str]:
+    """Overrides with which an optimizer step has the same rows, and GRPO's window the same completions, fewer of them at once."""
+    value = {name: trainer.get(name, field.default) for name, field in trl_fields(config_class).items()}
+    rows, accumulation = value["per_device_train_batch_size"], value["gradient_accumulation_steps"]
+    parts = next((n for n in range(2, rows + 1) if rows % n == 0), 1)  # its smallest divisor
+    changes = {}
+    if parts > 1:
+        changes = {"per_device_train_batch_size": rows // parts, "gradient_accumulation_steps": accumulation * parts}
+        if value.get("steps_per_generation"):
+            changes["steps_per_generation"] = value["steps_per_generation"] * parts
+    if not value["gradient_checkpointing"]:
+        changes["gradient_checkpointing"] = "true"
+    return [f"trainer.{name}={to}" for name, to in changes.items()]
+
+
 _SMALLEST = {
     "num_generations": 2,  # one completion has nothing to be compared with
     "num_generations_eval": 1,

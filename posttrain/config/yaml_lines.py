@@ -6,6 +6,8 @@ fault. Faults are collected and not raised: the reader wants all of them at once
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 KeyPath = tuple[str | int, ...]
+MOST_BYTES = 50_000  # thirty times the longest of configs/; the parser takes two seconds for them
 COMMAND_LINE = 0  # the line number of everything that was given as key=value
 
 _CONVERTED = {"int", "float", "bool", "null"}
@@ -25,6 +28,7 @@ _TEXT = {
     "merge",
     "value",
 }  # dates, `<<` and `=` are not in YAML 1.2's core schema: they are text
+_PASSWORD = re.compile(r"://[^\s/@]{1,200}@")
 _CONSTRUCTOR = YAML(typ="safe", pure=True).constructor
 
 
@@ -83,6 +87,12 @@ class Document:
             return self.fault(path, str(error), COMMAND_LINE)
         parent[path[-1]] = self._build(node, path, COMMAND_LINE) if node else None
 
+    def refuse_passwords(self) -> None:
+        """A setting is printed, and stored beside what it made: none may hold a password, and no fault shows one."""
+        for path, value in _leaves(self.values, ()):
+            if isinstance(value, str) and _PASSWORD.search(value):
+                self.fault(path, "holds an address with a password in it: log in instead, and leave it out")
+
     def _build(self, node: Node, path: KeyPath, line: int | None = None) -> Any:
         """The node's value in YAML 1.2's core types. `line` replaces the node's own."""
         self.lines.setdefault(path, _line(node) if line is None else line)
@@ -94,8 +104,18 @@ class Document:
         if isinstance(node, SequenceNode) and kind == "seq":
             return [self._build(item, (*path, i), line) for i, item in enumerate(node.value)]
         if kind in _CONVERTED:
-            return _CONSTRUCTOR.construct_object(node)
+            return self._converted(node, kind, path)
         return node.value if kind in _TEXT else self.fault(path, f"the tag {node.tag} is not supported")
+
+    def _converted(self, node: Node, kind: str, path: KeyPath) -> Any:
+        """The value of a number, a truth value or null, which a tag may have promised in vain."""
+        try:
+            value = _CONSTRUCTOR.construct_object(node)
+        except (ValueError, KeyError, OverflowError):
+            return self.fault(path, f"{_beginning(node.value)} is not of the kind {kind}")
+        if isinstance(value, int) and value.bit_length() > 63:
+            return self.fault(path, f"{_beginning(node.value)} is a larger number than any setting takes")
+        return value
 
     def _mapping(self, node: MappingNode, path: KeyPath, line: int | None) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -121,6 +141,18 @@ def _key_path(key: str) -> KeyPath:
     return (block, f"{file}:{function}", *inside)
 
 
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    match value:
+        case dict():
+            for key, child in value.items():
+                yield from _leaves(child, (*path, key))
+        case list():
+            for i, child in enumerate(value):
+                yield from _leaves(child, (*path, i))
+        case _:
+            yield path, value
+
+
 def read(path: Path | str) -> Document:
     """The document in a file.
 
@@ -128,7 +160,10 @@ def read(path: Path | str) -> Document:
         NotYaml: the text is not UTF-8, not YAML, or not a mapping. The error has the line.
         OSError: the file cannot be read.
     """
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise NotYaml(1, f"more than {MOST_BYTES:,} bytes: this is no config")
     try:
         node = _compose(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -151,6 +186,10 @@ def _compose(text: str) -> Node | None:
         raise NotYaml(line, "not valid YAML: " + ", ".join(filter(None, (error.context, error.problem)))) from error
     except RecursionError as error:
         raise NotYaml(1, "not valid YAML: nested too deeply") from error
+
+
+def _beginning(text: Any, most: int = 40) -> str:
+    return f"{str(text)[:most]!r}{'...' if len(str(text)) > most else ''}"
 
 
 def _line(node: Node) -> int:

@@ -21,9 +21,19 @@ from typing import Any
 
 from posttrain.config.schema import HASHES
 from posttrain.errors import UserError, exit_on_user_error
+from posttrain.evaluation.predictions import check_contents
 from posttrain.evaluation.stats import Question
 from posttrain.evaluation.summary import group_samples
-from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
+from posttrain.records import (
+    Prediction,
+    holds_rows,
+    read_jsonl,
+    read_object,
+    read_rows,
+    sha256_text,
+    write_atomic,
+    write_jsonl,
+)
 from posttrain.runs.manifest import Manifest, read_manifest
 
 METRIC = "exact_match"
@@ -49,12 +59,13 @@ def write_lm_eval_files(run_dir: Path) -> tuple[Path, Path]:
     The same evaluation gives the same bytes.
 
     Raises:
-        UserError: the folder holds no evaluation, an unfinished one, or only its numbers.
+        UserError: the folder holds no evaluation, an unfinished one, only its numbers, or others than it ended with.
     """
     manifest = check_finished(run_dir)
-    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    results = read_object(run_dir / "results.json", "evaluate.py --regrade writes it anew")
     questions = list(read_rows(run_dir / "questions.jsonl"))
     predictions = read_jsonl(run_dir / "predictions.jsonl", Prediction)
+    check_contents(run_dir, manifest, predictions)
     task = re.sub(r"\W", "_", results["dataset"]) or "questions"
     place = run_dir / "lm_eval" / _sanitized(_model_name(manifest))
     date = datetime.fromisoformat(manifest.started).strftime("%Y-%m-%dT%H-%M-%S.%f")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shlex
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from posttrain.config.schema import MODEL_FOLDER
-from posttrain.errors import UserError
+from posttrain.errors import Interrupted, UserError
 from posttrain.hub.card import (
     STAGES,
     Base,
@@ -36,9 +35,10 @@ from posttrain.hub.card import (
     without_secrets,
 )
 from posttrain.models.chat import looks_local
+from posttrain.runs.integrity import CONFIG, WEIGHTS, check_adapter
 from posttrain.runs.manifest import Manifest, model_sha256, read_manifest
 
-WEIGHTS, CONFIG, EVAL_RESULTS = "adapter_model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"
+EVAL_RESULTS = ".eval_results/gsm8k.yaml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -107,8 +107,9 @@ def push_or_explain(run_dir: Path, repo_id: str, private: bool) -> None:
     request = Request(run_dir, repo_id, private, with_base=(run_dir / "merged_base").is_dir())
     try:
         print(f"pushed to {push(Request(run_dir, repo_id, private))}")
-    except Exception as error:  # the run is finished and safe: no fault of the push may make it look failed
-        text = str(error) if isinstance(error, PushFailed | ValueError) else f"{type(error).__name__}: {error}"
+    except (Exception, Interrupted) as error:  # the run is finished and safe: no fault of the push may make it look failed
+        told = isinstance(error, PushFailed | ValueError | Interrupted)
+        text = str(error) if told else f"{type(error).__name__}: {error}"
         print(f"hub: not pushed: {without_secrets(text)}", file=sys.stderr)
         print(f"the run is finished and kept in {run_dir}; push it with: {request}", file=sys.stderr)
 
@@ -151,7 +152,8 @@ def read_release(request: Request) -> Release:
     """
     run_dir = request.run_dir
     if request.repo_id.count("/") != 1 or request.repo_id.startswith(("/", ".", "~")):
-        raise UserError(f"--repo-id {request.repo_id} is not of the form OWNER/NAME")
+        shown = request.repo_id.rpartition("@")[2]  # what stands before an @ may be a password
+        raise UserError(f"--repo-id {shown} is not of the form OWNER/NAME")
     if not (run_dir / "manifest.json").is_file():
         raise UserError(f"{run_dir} holds no run: give the run_dir of sft_train.py or grpo_train.py")
     manifest = read_manifest(run_dir)
@@ -174,21 +176,7 @@ def check_finished(run_dir: Path, manifest: Manifest) -> None:
     for name in (WEIGHTS, CONFIG):
         if not (run_dir / "adapter" / name).is_file():
             raise UserError(f"{run_dir}/adapter has no {name}: the run is not whole, train it again")
-    if weights_sha256(run_dir / "adapter" / WEIGHTS) != manifest.adapter_sha256:
-        raise UserError(f"{run_dir}/adapter holds other weights than the run finished with: train it again")
-
-
-def weights_sha256(file: Path) -> str:
-    """The hash of adapters.adapter_sha256 without importing torch, which takes seconds; adapters here are fp32."""
-    from safetensors import safe_open
-
-    digest = hashlib.sha256()
-    with safe_open(file, framework="numpy") as tensors:
-        for name in sorted(tensors.keys()):
-            tensor = tensors.get_tensor(name).astype("float32")
-            digest.update(f"{name} {tensor.shape} ".encode())
-            digest.update(tensor.tobytes())
-    return digest.hexdigest()
+    check_adapter(run_dir / "adapter")
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:

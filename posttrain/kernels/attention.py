@@ -8,7 +8,8 @@ The probabilities are kept for the backward pass: 2 bytes for every pair of posi
 
 "varlen" is twice as fast as SDPA on a GPU: a batch with padding needs a mask, and torch's flash attention takes none. Causality
 hides padding on the right from every query. Padding on the left is cut off: torch's `varlen_attn` takes rows of different
-lengths.
+lengths. So it takes the sequences of a packed row, each of which sees itself alone. Layers with sliding windows have a mask of
+their own, which transformers makes for packed rows as well: SDPA computes those.
 
     model.config._attn_implementation = "matmul"
 """
@@ -149,6 +150,45 @@ def left_padded(first: torch.Tensor, keys: int) -> LeftPadded:
     return LeftPadded(first, row, place, nn.functional.pad((keys - first).cumsum(0), (1, 0)).int())
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Causal attention of packed rows: a token sees the earlier ones of its own sequence."""
+
+    sequence: torch.Tensor  # the number of each token's sequence in its row, which never falls, (rows, tokens)
+    ends: torch.Tensor  # 0, then where each sequence ends among the tokens of all rows; int32 (sequences + 1,)
+    longest: int
+
+    def mask(self, queries: int, keys: int) -> torch.Tensor:
+        """The same as a mask for SDPA, (rows, 1, queries, keys), True where a query looks."""
+        same = self.sequence[:, :, None] == self.sequence[:, None]
+        return same.tril()[:, None]
+
+
+def packed(sequence: torch.Tensor) -> Packed:
+    row = torch.arange(len(sequence), device=sequence.device)[:, None]
+    lengths = (row * sequence.shape[1] + sequence).flatten().unique_consecutive(return_counts=True)[1]
+    return Packed(sequence, nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
+
+
+def packed_sequences(mask_function: Callable[..., Any]) -> torch.Tensor | None:
+    """The number of each token's sequence, (rows, tokens), if a mask is causality within packed sequences and nothing more.
+
+    transformers tells a mask its packed sequences by closures alone: packed_sequence_compatibility_function in
+    transformers/masking_utils.py. A function of another make has none of them, and SDPA takes its mask.
+    """
+    parts = _enclosed(mask_function, "mask_functions")
+    if getattr(mask_function, "__name__", "") != "and_mask" or parts is None or len(parts) != 2:
+        return None
+    within, causal = parts
+    return _enclosed(within, "packed_sequence_mask") if _enclosed(causal, "mask_function") is causal_mask_function else None
+
+
+def _enclosed(function: Any, name: str) -> Any:
+    """What a function holds of the scope that made it, under this name."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index(name)].cell_contents if name in names else None
+
+
 def varlen_mask(
     batch_size: int,
     q_length: int,
@@ -157,8 +197,10 @@ def varlen_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> LeftPadded | torch.Tensor | None:
-    """The mask for transformers: None if no row begins with padding, LeftPadded if one does, SDPA's in every other case."""
+) -> LeftPadded | Packed | torch.Tensor | None:
+    """The mask for transformers: None if no row begins with padding, LeftPadded if one does, Packed, or else SDPA's."""
+    if attention_mask is None and (sequence := packed_sequences(mask_function)) is not None:
+        return packed(sequence)
     plain = mask_function is causal_mask_function and kv_length == q_offset + q_length
     if plain and attention_mask is not None and attention_mask.shape[1] == kv_length:
         token = attention_mask.bool()
@@ -177,7 +219,7 @@ def varlen_attention(
     query: torch.Tensor,  # (rows, heads, queries, head_dim)
     key: torch.Tensor,  # (rows, kv_heads, keys, head_dim)
     value: torch.Tensor,
-    attention_mask: LeftPadded | torch.Tensor | None,
+    attention_mask: LeftPadded | Packed | torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -185,15 +227,20 @@ def varlen_attention(
     query, key, value = _as_autocast_would(query, key, value)
     rows, heads, queries, dim = query.shape
     keys = key.shape[2]
-    if isinstance(attention_mask, LeftPadded):
+    if isinstance(attention_mask, LeftPadded | Packed):
         more = any(kwargs.get(name) for name in ("dropout", "softcap"))
         if query.is_cuda and query.dtype in HALF and dim <= 256 and not more:
             q = query.transpose(1, 2).reshape(rows * queries, heads, dim)
-            k, v = (_TakeKeys.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
-            starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)
+            if isinstance(attention_mask, Packed):
+                k, v = (x.transpose(1, 2).reshape(rows * keys, -1, dim) for x in (key, value))
+                starts, longest = attention_mask.ends, (attention_mask.longest, attention_mask.longest)
+            else:
+                k, v = (_TakeKeys.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
+                starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)
+                longest = queries, keys
             # The causal window counts from the end of a row, also in rows with more keys than queries.
             out = varlen_attn(
-                q, k, v, starts, attention_mask.ends, queries, keys,
+                q, k, v, starts, attention_mask.ends, *longest,
                 scale=scaling, window_size=(-1, 0), enable_gqa=heads != key.shape[1],
             )  # fmt: skip
             return out.view(rows, queries, heads, dim), None

@@ -30,8 +30,14 @@ def _is_frozen_linear(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and base.bias is None and not base.weight.requires_grad
 
 
+def can_be_fused(module: nn.Module) -> bool:
+    """Whether a module is a LoRA layer on a frozen linear layer, plain or NF4, with or without bias."""
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else None
+    return isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters(recurse=False))
+
+
 def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    name = _only_adapter(layer)
+    name = only_adapter(layer)
     if name is None or args or kwargs:
         return peft_forward(x, *args, **kwargs)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -42,7 +48,7 @@ def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **kwarg
     return _LoraLinear.apply(x, layer.get_base_layer(), a, b, layer.scaling[name])
 
 
-def _only_adapter(layer: Any) -> str | None:
+def only_adapter(layer: Any) -> str | None:
     """The one active adapter, if this file computes all it does; None if PEFT has more to do."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None

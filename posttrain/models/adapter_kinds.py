@@ -14,7 +14,7 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from posttrain.errors import UserError
@@ -50,7 +50,12 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     Raises:
         UserError: a kind of adapter that cannot be folded into the base, or settings that this PEFT does not know.
     """
-    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        values: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_FILE} is not JSON ({error}): get a whole copy of the adapter") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / CONFIG_FILE} is no JSON object: get a whole copy of the adapter")
     kind = values.get("peft_type")
     if kind not in FOLDED:
         raise UserError(
@@ -119,8 +124,11 @@ def check_shapes(folder: Path, config: PeftConfig, base: PreTrainedModel) -> Non
 def check_tensors(folder: Path, model: PeftModel) -> None:
     """Refuse a file that lacks a tensor of the adapter, has one too many, or one of another shape."""
     wanted = {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model, adapter_name="default").items()}
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as tensors:
-        there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as tensors:
+            there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / ADAPTER_FILE} cannot be read ({error}): get a whole copy of the adapter") from error
     differ = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
     told = [
         *(f"lacks {name}" for name in sorted(wanted.keys() - there.keys())[:1]),

@@ -5,7 +5,9 @@ LoRA weights are fp32 wherever the optimizer sees them. Autocast rounds them to 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,9 @@ from posttrain.models.chat import looks_local
 from posttrain.models.checkpoint import chat_hashes, norms_hash, weights_hash
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.special_tokens import special_tokens_to_train
-from posttrain.runs.manifest import read_manifest, refuse_unfinished, run_of
+from posttrain.runs.integrity import adapter_hashes, check_adapter, sync_files
+from posttrain.runs.manifest import Manifest, read_manifest, refuse_unfinished, run_of
+from posttrain.runs.process import process_index
 
 MERGED_BASE = "merged_base"  # the folder of a run with adapter_mode merge_and_new
 
@@ -193,8 +197,9 @@ def check_start(
     `train`: the adapter is trained on. `stores`: the folded model is written as a model folder.
 
     Raises:
-        UserError: it is of another base, of a kind that this run cannot fold or train, or not whole.
+        UserError: it is not what its run wrote, of another base, of a kind that this run cannot fold or train, or not whole.
     """
+    check_adapter(folder)
     config = check_adapter_fits(folder, settings, tokenizer)
     if train:
         check_trainable(folder, config)
@@ -205,6 +210,32 @@ def check_start(
             f"adapter {folder} adds biases, and a model folder has no place for them: use another engine or adapter_mode"
         )
     return config
+
+
+def check_begun(run_dir: Path | str, settings: Model, folder: Path | None) -> None:
+    """Refuse to go on with a run whose base or adapter has changed since the run began with it. Writes nothing.
+
+    Raises:
+        UserError: the text names which of the two.
+    """
+    if not Path(run_dir, "manifest.json").is_file():
+        return
+    begun = read_manifest(run_dir)
+    base = begun.model.get("weights") if begun.model.get("name_or_path") == settings.name_or_path else None
+    if base and base != weights_hash(settings):
+        raise UserError(
+            f"the weights of {settings.name_or_path} have changed since {run_dir} was begun with them: restore them, or choose "
+            "another run_dir"
+        )
+    if folder and begun.parent and _is_another(folder, begun):
+        raise UserError(f"{folder} has changed since {run_dir} was begun with it: restore it, or choose another run_dir")
+
+
+def _is_another(folder: Path, begun: Manifest) -> bool:
+    """Whether an adapter is not the one that a run began with. A run of an earlier version knows its tensors alone."""
+    if begun.parent_files:
+        return begun.parent_files != adapter_hashes(folder)
+    return begun.parent is not None and begun.parent["adapter_sha256"] != adapter_sha256(folder)
 
 
 def _check_same_weights(folder: Path, made: dict[str, Any], settings: Model) -> None:
@@ -387,8 +418,18 @@ def merged_with_new(model: PeftModel, lora: Lora, tokenizer: PreTrainedTokenizer
     """
     merged = merge(model)
     if not (folder / "config.json").is_file():
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _store(folder, merged, tokenizer)
     merged.name_or_path = merged.config._name_or_path = str(folder)
     merged.requires_grad_(False)
     return new_adapter(merged, lora, tokenizer, seed)
+
+
+def _store(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model folder that appears whole or not at all, whichever process is the first to have written it."""
+    partial = folder.with_name(f"{folder.name}.partial{process_index()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    sync_files(partial)
+    with contextlib.suppress(OSError):  # another process has written it
+        partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Base models, with their weights in one of three forms:
 
-nf4           packed by bitsandbytes' Linear4bit: 0.56 bytes a weight, unpacked on every use
+nf4           packed by bitsandbytes' Linear4bit: 0.52 bytes a weight, 0.56 in training, unpacked on every use
 nf4_unpacked  the same values held as bf16: 2 bytes a weight and no unpacking, so faster and larger
 none          the checkpoint as it is
 """

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Lora, Model
+from posttrain.kernels.nf4 import flatten_scales
 from posttrain.models.adapters import load_adapter, new_adapter
 from posttrain.models.base import load_base, model_identity, train_all_weights
 from posttrain.models.checkpoint import chat_hashes
@@ -35,6 +36,8 @@ def open_policy(
         UserError: the base cannot be loaded, its parts disagree on the stop token, or the new adapter fits none of its layers.
     """
     base = load_base(settings, quantization, tokenizer)
+    if trainable:
+        flatten_scales(base)  # a training step unpacks every layer two or three times
     check_stop_token(base, tokenizer)
     identity = model_identity(settings, quantization, base) | chat_hashes(tokenizer)
     if adapter is None:

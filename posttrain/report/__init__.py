@@ -28,7 +28,7 @@ def write_report(paths: Iterable[Path | str], out: Path | str) -> Path:
     groups, trainings = load(paths)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "report.md", markdown_report(groups, trainings))
+    write_atomic(folder / "report.md", tables.inert(markdown_report(groups, trainings)))
     write_atomic(folder / "report.html", html_page(groups, trainings))
     return folder / "report.html"
 
@@ -36,7 +36,7 @@ def write_report(paths: Iterable[Path | str], out: Path | str) -> Path:
 def console_report(paths: Iterable[Path | str]) -> str:
     """The table of each data set, and a sentence for each step of the chain that says if it is real."""
     groups, trainings = load(paths)
-    return "\n".join(_summary(group, trainings, len(group.runs)) for group in groups)
+    return tables.inert("\n".join(_summary(group, trainings, len(group.runs)) for group in groups))
 
 
 def _summary(group: Group, trainings: Sequence[TrainingRun], num_sentences: int) -> str:
@@ -57,7 +57,7 @@ def update_readme(readme: Path, paths: Iterable[Path | str]) -> None:
     if not opened or not closed:
         raise UserError(f"{readme} lacks the lines {start} and {end}: put them where the table belongs")
     groups, trainings = load(paths)
-    summary = "\n".join(_summary(group, trainings, num_sentences=1) for group in groups)
+    summary = tables.inert("\n".join(_summary(group, trainings, num_sentences=1) for group in groups))
     write_atomic(readme, f"{before}{start}\n{summary}{end}{after}")
 
 

@@ -6,17 +6,27 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.evaluation import comparison, stats, summary
-from posttrain.records import Prediction, holds_rows, read_jsonl, read_rows
+from posttrain.evaluation.predictions import check_contents
+from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}
+SHOWN = (
+    "n",
+    "subset",
+    "num_samples",
+    "accuracy",
+    "truncated",
+    "format_ok",
+    "completion_tokens",
+)  # of results.json, in every table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +173,27 @@ def _eval_run(path: Path, manifest: Manifest, names: Sequence[str]) -> EvalRun:
     if not (path / "results.json").is_file():
         raise UserError(f"{path} has no results.json: evaluate.py --regrade writes it")
     label = _name(manifest) if names.count(_name(manifest)) == 1 else f"{_name(manifest)} ({path.name})"
-    results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    results = read_object(path / "results.json", "evaluate.py --regrade writes it")
     questions, predictions = _rows(path)
+    if not questions and manifest.completions_sha256:
+        raise UserError(f"{path} has lost questions.jsonl or predictions.jsonl, which its numbers come from: restore them")
     if questions:
-        _check_results(path, results, summary.summarize(questions, predictions))
+        check_contents(path, manifest, predictions)
+        counted = summary.summarize(questions, predictions)
+        if lost := next(_lost(results, {key: counted[key] for key in SHOWN}), None):
+            raise UserError(f"{path}/results.json has no {lost}, or something else there: evaluate.py --regrade writes it anew")
+        _check_results(path, results, counted)
     return EvalRun(path, label, manifest, results, questions, predictions)
+
+
+def _lost(there: Any, counted: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Keys whose place in a file of results is empty, or holds another kind of thing."""
+    for key, value in counted.items():
+        found = there.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            yield from _lost(found, value, f"{above}{key}.")
+        elif key not in there or isinstance(value, dict | int | float) != isinstance(found, dict | int | float):
+            yield f"{above}{key}"
 
 
 def _name(manifest: Manifest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -130,6 +131,16 @@ def markdown(table: Table) -> str:
     header, *body = ([text(cell).replace("|", "\\|") for cell in row] for row in table)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *body))
+
+
+# Controls that turn text round, end a line or speak to a terminal: none is of use in a name, and each could make a report lie.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def inert(text: str) -> str:
+    """Markdown in which nothing that a run calls itself is markup of HTML, or a control character."""
+    shown = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", shown)
 
 
 def html(table: Table, caption: str) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from posttrain.errors import UserError
-from posttrain.records import sha256_file
+from posttrain.records import read_object, sha256_file
 from posttrain.runs.manifest import ROOT, Entry
 
 
 def read_data_manifest(folder: Path | str) -> Entry:
-    """manifest.json of a data set: what data_prep.py wrote, which has little in common with that of a run."""
-    values: Entry = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    """manifest.json of a data set: what data_prep.py wrote, which has little in common with that of a run.
+
+    Raises:
+        UserError: it is damaged, or of something else.
+    """
+    remedy = f"take {folder} away, and prepare it again with `python data_prep.py --config {_data_config(folder)}`"
+    values = read_object(Path(folder, "manifest.json"), remedy)
+    if values.get("stage") != "data" or not isinstance(values.get("files"), dict):
+        raise UserError(f"{folder} is not empty and holds no data set of data_prep.py: choose another folder")
     return values
 
 
@@ -20,14 +26,10 @@ def data_entry(path: Path | str, split: str) -> Entry:
     """What the manifest says of the data.
 
     Raises:
-        UserError: the data set is not prepared, or not as data_prep.py left it; the text has the command that prepares it.
+        UserError: the data set is not prepared, not as data_prep.py left it, or has no row of this split.
     """
-    file, command = Path(path, f"{split}.jsonl"), f"python data_prep.py --config {_data_config(path)}"
-    if not file.is_file() or not Path(path, "manifest.json").is_file():
-        raise UserError(f"no {split} examples at {file}: prepare them with `{command}`")
-    manifest, sha256 = read_data_manifest(path), sha256_file(file)
-    if manifest["files"].get(file.name) != sha256:
-        raise UserError(f"{file} is not what {path}/manifest.json says it is: prepare it again with `{command}`")
+    file = Path(path, f"{split}.jsonl")
+    sha256, manifest = check_split(path, split), read_data_manifest(path)
     if not file.stat().st_size:
         held = " ".join(f"{name} {count}" for name, count in manifest.get("counts", {}).items())
         raise UserError(
@@ -42,6 +44,21 @@ def data_entry(path: Path | str, split: str) -> Entry:
         **({"answer": manifest["answer"]} if "answer" in manifest else {}),  # without: numbers behind ####
         "num_shots": manifest.get("prompt", {}).get("num_shots", 0),
     }
+
+
+def check_split(path: Path | str, split: str) -> str:
+    """The sha256 of a split's file, which is as data_prep.py left it.
+
+    Raises:
+        UserError: it is not there, or has changed; the text has the command that prepares it.
+    """
+    file, command = Path(path, f"{split}.jsonl"), f"python data_prep.py --config {_data_config(path)}"
+    if not file.is_file() or not Path(path, "manifest.json").is_file():
+        raise UserError(f"no {split} examples at {file}: prepare them with `{command}`")
+    sha256 = sha256_file(file)
+    if read_data_manifest(path)["files"].get(file.name) != sha256:
+        raise UserError(f"{file} is not what {path}/manifest.json says it is: prepare it again with `{command}`")
+    return sha256
 
 
 def _data_config(path: Path | str) -> str:

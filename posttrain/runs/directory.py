@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from filelock import FileLock, Timeout
 
 from posttrain.config.load import config_sha256, dump
 from posttrain.config.schema import MODEL_FOLDER, Settings
-from posttrain.errors import AlreadyDone, UserError
+from posttrain.errors import AlreadyDone, Interrupted, UserError, is_out_of_memory, machine_trouble
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
+from posttrain.runs.integrity import check_adapter
 from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
 from posttrain.runs.process import is_main_process, is_sharded, num_processes
 
@@ -64,6 +66,11 @@ class Run:
         self.manifest = dataclasses.replace(self.manifest, **{**fields, "seconds": self.seconds})
         self.save()
 
+    def beat(self, every_seconds: float = 5.0) -> None:
+        """Write how long the run has taken so far, if that was not written just now: a kill loses the rest."""
+        if self.seconds - self.manifest.seconds >= every_seconds:
+            self.record()
+
     def append(self, file: str, row: dict[str, Any]) -> None:
         if self.is_main:
             with open(self.folder / file, "a", encoding="utf-8") as lines:
@@ -74,9 +81,11 @@ class Run:
             write_atomic(self.folder / "manifest.json", json.dumps(self.manifest.as_json(), indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, status: str = "ok") -> None:
-        self.record(exit=status, finished=utc())
-        if self._lock:
-            self._lock.release()
+        try:
+            self.record(exit=status, finished=utc())
+        finally:
+            if self._lock:
+                self._lock.release()
 
 
 @contextmanager
@@ -84,14 +93,23 @@ def open_run(config: Settings, stage: str, folder: str, resume: bool) -> Iterato
     """Create or reopen a run directory, hold its lock, and leave a true `exit` in its manifest whatever happens.
 
     Raises:
-        UserError: the directory belongs to other settings, is in use, or holds an unfinished run and `resume` is off.
+        UserError: the directory belongs to other settings, is in use, or holds an unfinished run and `resume` is off; or the
+            machine refused something while the run went on.
         AlreadyDone: it holds the finished run.
     """
     run = _open(config, stage, Path(folder), resume)
     try:
         yield run
+    except Interrupted as early:
+        run.finish(early.status)
+        raise
     except BaseException as error:
-        run.finish(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        with suppress(OSError):  # a full disk does not take this, either; what is told is the error that came first
+            run.finish(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        if is_out_of_memory(error):
+            raise UserError(f"{folder}: out of memory: {config.less_memory(run.manifest.batch_size)}") from error
+        if trouble := machine_trouble(error):
+            raise UserError(f"{folder}: {trouble}") from error
         raise
     run.finish()
 
@@ -102,7 +120,7 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
     check_machine(config)
     lock = None
     if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = _locked(folder, config, resume)
     else:
         _wait_for_main(folder)
@@ -113,6 +131,26 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
         write_atomic(folder / "config.yaml", dump(config))
     run.save()
     return run
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder that cannot be made or written to. Writes nothing.
+
+    Raises:
+        UserError: it is a file, or below one; or it, or the folder to make it in, may not be written to.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is {'a link to nothing' if there.is_symlink() else 'a file'}: choose another {key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {there} may not be written to: choose another {key}, or change its permissions")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # what is no real folder, as /proc
+        raise UserError(f"{folder} cannot be made: choose another path") from error
 
 
 def _wait_for_main(folder: Path, seconds: float = 300) -> None:
@@ -141,6 +179,7 @@ BEFORE_MANIFEST = frozenset((".lock", "config.yaml", "config.yaml.partial", "man
 def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     """Refuse a directory that this run may not write to. Writes nothing."""
     folder = Path(folder)
+    check_writable(folder, "run_dir")
     if not folder.exists() or BEFORE_MANIFEST.issuperset(path.name for path in folder.iterdir()):
         return
     if not (folder / "manifest.json").is_file():
@@ -151,6 +190,8 @@ def check_reusable(config: Settings, folder: Path | str, resume: bool) -> None:
     if changed := _changed_input(before):
         raise UserError(f"{folder} belongs to a run over another {changed}, which has changed since: choose another run_dir")
     if before.exit == "ok":
+        if before.adapter_files:
+            check_adapter(folder / "adapter")
         raise AlreadyDone(f"{folder} already holds this run, finished {before.finished}: nothing to do")
     if not resume and any(folder.glob("checkpoints/checkpoint-*")):
         raise UserError(f"{folder} holds an unfinished run of these settings: add --resume to go on, or choose another run_dir")

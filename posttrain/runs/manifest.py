@@ -7,7 +7,6 @@ ground floor does not know, and every reader of a manifest is above this room.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shlex
@@ -22,7 +21,7 @@ from typing import Any
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import MODEL_FOLDER, Settings
 from posttrain.errors import UserError
-from posttrain.records import sha256_file, sha256_text
+from posttrain.records import read_object, sha256_file, sha256_text
 from posttrain.runs.process import launcher, num_processes
 
 PACKAGES = (
@@ -56,7 +55,7 @@ class Manifest:
     launcher: str = ""
     seed: int | None
     finished: str | None
-    exit: str  # `running`, `ok`, or `failed: ` and the error
+    exit: str  # `running`, `ok`, `interrupted at step N of M`, or `failed: ` and the error
     config_sha256: str
     notes: list[str]  # settings that could not be honoured as written
     started: str
@@ -68,19 +67,24 @@ class Manifest:
     all_weights: bool = False  # training was of all weights: `adapter_sha256` is the hash of model/ and not of adapter/
     rewards: list[Entry] = dataclasses.field(default_factory=list)  # those by name: weight, and file and hash of the user's own
     special_tokens: list[Entry] | None = None  # one for each that the template emits; none before they are looked at
+    parent_files: Entry = dataclasses.field(default_factory=dict)  # sha256 of weights and config of the parent's adapter
+    adapter_files: Entry = dataclasses.field(default_factory=dict)  # sha256 of every file of the finished adapter
+
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
     rows_cut: int = 0  # rows of SFT that trainer.max_length cut
     wandb_run_id: str = ""
     peak_gib: float | None = None
     steps: int | None = None
-    train_seconds: float | None = None
+    train_seconds: float | None = None  # in the training loop, those of interrupted attempts included
 
     engine: str = ""
     engine_difference: float | None = None  # of decoded logits from the model's own, by generation/guard.py
     generation: Entry = dataclasses.field(default_factory=dict)
     batch_size: int | None = None
     generated_seconds: float | None = None
+    completions_sha256: str = ""  # of what the policy said (evaluation/predictions.py), verdicts left out
+    questions_sha256: str = ""  # of questions.jsonl, unpacked
 
     extra: Entry = dataclasses.field(default_factory=dict)  # keys of the file that are none of these, written as they were read
 
@@ -103,9 +107,9 @@ def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of a run, of this version or an earlier one.
 
     Raises:
-        UserError: manifest.json is not that of a run.
+        UserError: manifest.json is damaged, or not that of a run.
     """
-    values = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    values = read_object(Path(folder, "manifest.json"), "restore it from a copy, or use another run_dir")
     if lacking := [name for name in FIELDS if name not in UNSAID and name not in values]:
         raise UserError(f"{folder}/manifest.json is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
     known = {name: values.pop(name) for name in FIELDS if name in values}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def jsonl_rows(folder: Path) -> Iterator[Row]:
     """train.jsonl and test.jsonl in GSM8K's schema, at least one of them. They are read as bytes: a bad line spoils no other."""
     if folder.is_file():
         raise UserError(f"{folder} is a file; source.path is the folder that holds train.jsonl or test.jsonl")
-    files = [folder / f"{split}.jsonl" for split in ("train", "test") if (folder / f"{split}.jsonl").exists()]
+    files = [folder / f"{split}.jsonl" for split in ("train", "test") if os.path.lexists(folder / f"{split}.jsonl")]
     if not files:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) if folder.is_dir() else ""
         there = f"it holds {found or 'nothing'}" if folder.is_dir() else "it is not there"
@@ -82,10 +83,17 @@ def read_plain(file: Path) -> bytes:
     """The bytes of a text file.
 
     Raises:
-        UserError: it is a folder, or packed in some way.
+        UserError: it is a folder or a link to nothing, never ends, or is packed in some way.
     """
-    if file.is_dir():
-        raise UserError(f"{file} is a folder, not a file: check the path")
+    if not file.is_file():
+        kind = (
+            "a folder"
+            if file.is_dir()
+            else "a link to nothing"
+            if file.is_symlink() and not file.exists()
+            else "a device or pipe"
+        )
+        raise UserError(f"{file} is {kind}, not a file: check the path")
     content = file.read_bytes()
     if packed := next((kind for start, kind in PACKED.items() if content.startswith(start)), None):
         raise UserError(f"{file} is {packed}, not text: unpack it first")
@@ -103,9 +111,13 @@ def parsed(line: bytes) -> dict[str, Any] | str:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return f"invalid UTF-8 at byte {error.start}"
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
+        return f"not JSON: {getattr(error, 'msg', str(error).partition(';')[0])}"
     return row if isinstance(row, dict) else "not a JSON object"
+
+
+# A text's limit: what the longest contexts hold is less, and a row of 10 MB, which is some other file, would be tokenized first.
+MOST_CHARACTERS = 1_000_000
 
 
 def checked_row(row: Mapping[str, Any], file: str, number: int, split: str) -> Row:
@@ -113,6 +125,10 @@ def checked_row(row: Mapping[str, Any], file: str, number: int, split: str) -> R
         if not isinstance(row.get(key), str) or not row[key].strip():
             found = f" (the row has {', '.join(map(repr, list(row)[:8]))}){MAP_THEM}" if key not in row else ""
             return Row(file, number, split, problem=f"{key!r} is missing, empty or not text{found}")
+        if len(row[key]) > MOST_CHARACTERS:
+            return Row(
+                file, number, split, problem=f"{key!r} has {len(row[key]):,} characters; a text may have {MOST_CHARACTERS:,}"
+            )
         if re.search("[\ud800-\udfff]", row[key]):
             return Row(file, number, split, problem=f"{key!r} holds half a character, as \\ud83d alone is")
     return Row(file, number, split, row["question"], row["answer"])

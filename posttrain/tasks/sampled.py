@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.config.schema import RejectionSampledSource
 from posttrain.errors import UserError
+from posttrain.evaluation.predictions import check_contents
 from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.answers import NUMBERS, Grader, grader_of
@@ -32,6 +33,7 @@ def sampled_rows(source: RejectionSampledSource, grader: Grader = NUMBERS) -> It
         raise UserError(f"{run_dir} was judged by grader {judged.name}, and answer asks for {grader.name}: use the same answer")
     kept: dict[str, dict[str, str]] = {name: {} for name in questions}
     samples = read_jsonl(run_dir / "predictions.jsonl", Prediction)
+    check_contents(run_dir, read_manifest(run_dir), samples)
     if source.prefer == "shortest":
         samples.sort(key=lambda sample: sample.num_tokens)  # the questions keep their order: it is that of `kept`
     for sample in samples:

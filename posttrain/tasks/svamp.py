@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ def read_list(file: Path) -> list[Any]:
     Raises:
         UserError: the file is not there, or is not a JSON list.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         raise UserError(f"no SVAMP file at {file}: check source.path")
     try:
         rows = json.loads(read_plain(file).decode("utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): source.path is SVAMP.json") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({str(error).partition(';')[0]}): source.path is SVAMP.json") from error
     if not isinstance(rows, list):
         raise UserError(f"{file} is JSON, but no list of rows: source.path is SVAMP.json")
     return rows

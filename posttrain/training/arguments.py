@@ -38,6 +38,8 @@ def plain_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
         "remove_unused_columns": False,
     }
     trainer = dict(config.trainer)
+    # Every run saves a checkpoint on SIGTERM. transformers' own way of it takes the signal away and calls the run finished.
+    trainer.pop("enable_jit_checkpoint", None)
     if device().type == "cpu":
         set_here["use_cpu"] = True
     if asks_for_pages(config):

@@ -112,6 +112,19 @@ def rows_by_length(mask: torch.Tensor, size: int) -> list[torch.Tensor]:
     return list(order.split(size))
 
 
+def rows_by_tokens(mask: torch.Tensor, before: int, tokens: int) -> list[torch.Tensor]:
+    """Rows by falling length, in parts of at most `tokens` positions, padding included, or of one row. mask (rows, tokens).
+
+    `before` positions come before those of the mask in every row.
+    """
+    lengths, order = mask.sum(1).sort(descending=True, stable=True)
+    longest, start, sizes = lengths.tolist(), 0, []
+    while start < len(longest):
+        sizes.append(min(len(longest) - start, max(1, tokens // (before + longest[start]))))
+        start += sizes[-1]
+    return list(order.split(sizes))
+
+
 def in_row_order(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
     """Join the scores of parts of the rows, (rows, tokens) each, in the order of the rows, and pad shorter parts with 0."""
     if values[0] is None:

@@ -26,6 +26,8 @@ def add_callbacks(trainer: MasterWeights, run: Run, measure: Callable[[], dict[s
     trainer.add_callback(StopOnNonFinite())
     trainer.add_callback(PhaseTimes(trainer.report))
     trainer.add_callback(Metrics(run))
+    trainer.add_callback(Heartbeat(run))
+    trainer.keep_in(run)
     if measure:
         # transformers' `log`: TRL's would move into this row what it has gathered over the training steps.
         trainer.add_callback(DevAccuracy(measure, functools.partial(Trainer.log, trainer), every))
@@ -41,6 +43,34 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, "time": round(time.time(), 3)}
             self.run.append("metrics.jsonl", row | {key: value for key, value in logs.items() if key != "total_flos"})
+
+
+class Heartbeat(TrainerCallback):
+    """The seconds of a run and of its training, in the manifest while it trains: a kill takes only those since the last beat."""
+
+    EVERY_SECONDS = 5.0  # writing the manifest takes milliseconds
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.began = self.last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.time()
+        self.began = self.last - (self.run.manifest.train_seconds or 0.0)  # the time of an interrupted attempt counts
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.time() - self.last >= self.EVERY_SECONDS:
+            self._beat()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._beat()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._beat()
+
+    def _beat(self) -> None:
+        self.last = time.time()
+        self.run.record(train_seconds=round(self.last - self.began, 4))
 
 
 class MovedShare(TrainerCallback):

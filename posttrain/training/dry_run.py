@@ -27,17 +27,24 @@ def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
-    steps = num_steps(value, len(train), batch)
-    what = "SFT of all weights" if config.trains_all_weights else "SFT"
-    print(f"{what}: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} rows a step; {steps} steps")
-    print(grader_line(grader))
     tokenizer = tokenizer_or_none(config.model, train + dev)
+    rows = num_packed(tokenizer, train, value["max_length"]) if value["packing"] and tokenizer else len(train)
+    steps = num_steps(value, rows, batch)
+    kind = f"rows of {value['max_length']} packed tokens" if value["packing"] else "rows"
+    known = tokenizer or not value["packing"]
+    what = "SFT of all weights" if config.trains_all_weights else "SFT"
+    print(f"{what}: {len(train)} rows, {len(dev)} dev rows; {batch_line(value)} = {batch} {kind} a step", end="")
+    print(f"; {steps} steps" if known else "; how many steps, the tokenizer would tell")
+    print(grader_line(grader))
     if tokenizer:
-        show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / max(1, len(train)))
+        show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / rows, batch * len(train) / rows)
         for example in train[:2]:
             print(with_prompt_dimmed(tokenizer, example))
         show_stop_token(tokenizer)
-    show_memory(config, value["per_device_train_batch_size"], value["max_length"] or 1024, value["gradient_checkpointing"])
+    rows, length = value["per_device_train_batch_size"], value["max_length"] or 1024
+    if value["packing"]:
+        rows, length = 1, rows * length
+    show_memory(config, rows, length, value["gradient_checkpointing"])
 
 
 def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS) -> None:
@@ -157,7 +164,17 @@ def tokenizer_or_none(model: Model, examples: list[Example]) -> Any:
     return tokenizer
 
 
-def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: float) -> None:
+def num_packed(tokenizer: Any, train: list[Example], size: int) -> int:
+    """How many rows of `size` tokens TRL packs the training rows into, by the first thousand: it packs a thousand at once."""
+    from posttrain.models.chat import chat_ids
+    from posttrain.training.packing import num_bins
+
+    sample = train[:1000]
+    lengths = [len(chat_ids(tokenizer, example.prompt + example.completion)) for example in sample]
+    return math.ceil(num_bins(lengths, size) * len(train) / len(sample))
+
+
+def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: float, rows_a_step: float) -> None:
     from posttrain.models.chat import chat_ids
 
     sample = train[:1000]
@@ -167,7 +184,8 @@ def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: f
     trained = (sum(wholes) - sum(prompts)) / sum(wholes)
     print(
         f"tokens: {mean:.0f} a row (longest {max(wholes)}, {over} of {len(sample)} over max_length {max_length}), "
-        f"{trained:.0%} of them trained on; about {mean * len(train) * epochs:,.0f} in all"
+        f"{trained:.0%} of them trained on; about {mean * rows_a_step:,.0f} a step ({rows_a_step:.0f} rows), "
+        f"{mean * len(train) * epochs:,.0f} in all"
     )
 
 
@@ -192,10 +210,10 @@ def show_stop_token(tokenizer: Any) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 BYTES = {
-    "nf4": 0.516 + 0.016,
+    "nf4": 0.5 + 4 / 64,
     "nf4_unpacked": 2.0,
     "none": 2.0,
-}  # a weight of a linear layer; NF4 with double quantization
+}  # a weight of a linear layer; NF4 with an fp32 scale for each block of 64
 
 
 def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool) -> None:
@@ -215,6 +233,8 @@ def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool
     hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
     stream = 4 if config.trains_all_weights else width  # fp32 weights of norms and embedding make their outputs fp32
     kept = layers * (hidden * shape["hidden"] * stream + inner * shape["intermediate"] * width)
+    if config.lean_layers:  # both norms' inputs, queries and attention's output, keys and values, gate and up
+        kept = layers * (4 * shape["hidden"] + 2 * shape["kv_width"] + 2 * shape["intermediate"]) * width
     activations = rows * length * (kept + shape["layers"] * shape["hidden"] * stream)
     if keeps_probabilities(config.model):
         activations += layers * rows * shape["heads"] * length * length / 2 * width

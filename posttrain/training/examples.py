@@ -6,7 +6,10 @@ from pathlib import Path
 
 from posttrain.config.schema import PassRate, SftConfig, TrainConfig
 from posttrain.errors import UserError
+from posttrain.evaluation.predictions import check_contents
 from posttrain.records import Example, Prediction, read_jsonl
+from posttrain.runs.data_sets import check_split
+from posttrain.runs.manifest import read_manifest
 
 
 def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
@@ -22,6 +25,8 @@ def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
     if not train:
         kept = f" with a pass rate in {config.data.pass_rate.run_dir} between low and high" if config.data.pass_rate else ""
         raise UserError(f"{folder}/train.jsonl has no row{kept}: there is nothing to train on")
+    if config.data.num_dev:
+        check_split(folder, "dev")
     dev = read_jsonl(folder / "dev.jsonl", Example)[: config.data.num_dev] if config.data.num_dev else []
     if isinstance(config, SftConfig):
         refuse_unsolved(train, dev if config.trainer.get("eval_strategy", "no") != "no" else [], folder)
@@ -46,12 +51,17 @@ def with_pass_rate(examples: list[Example], settings: PassRate) -> list[Example]
     """The questions that an evaluation run solved in a share of its samples between `low` and `high`.
 
     Questions that a policy always or never solves give groups without signal. Questions that it was not asked are left out.
+
+    Raises:
+        UserError: there are no samples, or they are not those that the evaluation ended with.
     """
     file = Path(settings.run_dir, "predictions.jsonl")
     if not file.is_file():
         raise UserError(f"no samples at {file}: evaluate the train split first (data.split=train generation.samples=8)")
+    predictions = read_jsonl(file, Prediction)
+    check_contents(file.parent, read_manifest(file.parent), predictions)
     samples: dict[str, list[bool]] = {}
-    for prediction in read_jsonl(file, Prediction):
+    for prediction in predictions:
         samples.setdefault(prediction.id, []).append(prediction.correct)
     kept = {name for name, hits in samples.items() if settings.low <= sum(hits) / len(hits) <= settings.high}
     return [example for example in examples if example.id in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,20 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, stop
 from posttrain.kernels import lora_linear
+from posttrain.kernels.lean_layers import use_lean_layers
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
 from posttrain.models.base import base_of, compute_dtype
 from posttrain.phases import phase
+from posttrain.runs.directory import Run
+from posttrain.runs.process import process_index
+from posttrain.training.checkpoints import clear_for, commit_checkpoint, rotate
 from posttrain.training.head_guard import check_head
 from posttrain.training.label_head import LabelHead
 
@@ -25,10 +31,25 @@ MASTER_DTYPE = torch.float32
 
 
 class MasterWeights(Trainer):
-    """A base that comes before one of TRL's trainers: training then starts from exactly the weights given, in fp32."""
+    """A base that comes before one of TRL's trainers: training then starts from exactly the weights given, in fp32.
+
+    With a `run` (`keep_in`) it ends after exactly the planned steps, and a resumed run is the uninterrupted one: transformers
+    trains a step too many where the checkpoint was the last, and a checkpoint of TRL lacks what is carried between steps.
+    """
+
+    run: Run | None = None
+    save_total_limit: int | None = None
+    _saved_step = -1
+    _carried: dict[str, Any] | None = None  # of the checkpoint that this run is resumed from
 
     def __init__(
-        self, *args: Any, model: nn.Module, score_labels_only: bool = True, fast_adapter: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        model: nn.Module,
+        score_labels_only: bool = True,
+        fast_adapter: bool = True,
+        lean_layers: bool = False,
+        **kwargs: Any,
     ) -> None:
         # A copy of all weights would be another model, and TRL casts adapters alone.
         copied = isinstance(model, PeftModel)
@@ -42,6 +63,10 @@ class MasterWeights(Trainer):
                 parameter.data = masters[name].to(parameter.device)
         if fast_adapter:
             lora_linear.fuse_adapters(model)
+        self.steps = Steps(self._carry_on_once)
+        self.add_callback(self.steps)
+        if lean_layers:
+            use_lean_layers(model)
         self._head_checked = False
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
@@ -70,9 +95,105 @@ class MasterWeights(Trainer):
         if not load_sharded_adapter(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    # --- checkpoints, and where a run ends ---
+
+    def keep_in(self, run: Run) -> None:
+        """Commit checkpoints to this run. Their rotation is taken from transformers, which deletes before that."""
+        self.run, self.save_total_limit, self.args.save_total_limit = run, self.args.save_total_limit, None
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with phase("save"):
+            if self.run is None:
+                return super()._save_checkpoint(*args, **kwargs)
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            if self.run.is_main:
+                clear_for(folder)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(*args, **kwargs)
+            torch.save(self.carried(), folder / _carried_file())
+            self.accelerator.wait_for_everyone()
+            if self.run.is_main:
+                commit_checkpoint(self.run, folder, resumable=not self.args.save_only_model)
+                rotate(folder.parent, folder, self.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+            self._saved_step = self.state.global_step
+
+    def carried(self) -> dict[str, Any]:
+        """What this process carries from one step into the next, beside what transformers saves."""
+        return {
+            "metrics": {mode: {key: list(values) for key, values in kept.items()} for mode, kept in self._metrics.items()},
+            "num_tokens": self._total_train_tokens,
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+        }
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        for mode, kept in carried["metrics"].items():
+            self._metrics[mode].update(kept)
+        self._total_train_tokens = carried["num_tokens"]
+        self._tr_loss = carried["loss"]
+        self._total_loss_scalar, self._globalstep_last_logged = carried["total_loss"], carried["logged_step"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.run:
+            to = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch knows no cpu:0, which accelerate has here
+            self._carried = torch.load(Path(checkpoint, _carried_file()), map_location=to, weights_only=True)
+
+    def _carry_on_once(self) -> None:
+        """As training begins: before that, transformers sets to 0 what it counts."""
+        if self._carried is not None:
+            self.carry_on(self._carried)
+            self._carried = None
+            self._cut_curves()
+
+    def _cut_curves(self) -> None:
+        """TensorBoard hides what was logged after the checkpoint, for those steps come again."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+                folder, after = callback.tb_writer.log_dir, self.state.global_step + 1
+                callback.tb_writer.close()
+                callback.tb_writer = type(callback.tb_writer)(folder, purge_step=after)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self.run:  # transformers' is that of the steps since the run was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, start_time)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # it was resumed from its last checkpoint
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After every step: save if the run is to end here, and end it there, before transformers calls it finished."""
+        asked = self.run is not None and self._is_asked_to_stop()
+        early = asked and self.steps.done < self.steps.planned
+        # Between two steps the gradients of a step that was begun are in no checkpoint.
+        between = self.accelerator.gradient_state.sync_gradients
+        if (early or (asked and stop.received)) and between and self._saved_step != self.state.global_step:
+            self.control.should_save, self.args.save_only_model = True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if early:
+            self._close_bars()
+            kept = ", checkpoint on disk" if self._saved_step == self.state.global_step else ""
+            at = f"at step {self.steps.done} of {self.steps.planned}"
+            stop.leave(f"stopped {at}{kept}: the same command with --resume goes on", f"interrupted {at}")
+
+    def _close_bars(self) -> None:
+        """So that what is said next has a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any process got a signal, or any callback stops the training: then all of them stop, after the same step."""
+        asked = stop.received is not None or self.control.should_training_stop
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.gather(torch.tensor([int(asked)], device=self.accelerator.device)).any())
 
     def report(self, key: str, value: float) -> None:
         """Add a value to the mean of `key` in the next logged row."""
@@ -100,6 +221,25 @@ class MasterWeights(Trainer):
                 f"loss is {loss.item()} at step {self.state.global_step + 1}, in the batch that begins with {text[:200]!r}; "
                 "nothing was applied. --resume goes on from the last checkpoint"
             )
+
+
+class Steps(TrainerCallback):
+    """How many optimizer steps there are to do, and how many were done: counted here, whatever the trainer says it did."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+        self.done = self.planned = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done, self.planned = state.global_step, state.max_steps
+        self.begin()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done += 1
+
+
+def _carried_file() -> str:
+    return f"carried_{process_index()}.pt"
 
 
 def leave_experts_alone(model: nn.Module, args: Any) -> None:

@@ -18,9 +18,12 @@ override of TRL's internals.
 7. Adapted layers. posttrain/kernels/lora_linear.py computes what PEFT's layers do in a third of the operations.
 8. FSDP2. It sends weights as they are stored: otherwise NF4 packed into bf16 loses bits. Checkpoints hold the adapter alone, and
    each process reads them back: accelerate's gathering fails on packed weights, and its reading never ends.
-9. Time. `_save_checkpoint` and `_generate_and_score_completions` are wrapped to be timed, nothing else.
-When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for the last, for the
-others in the files of the training tests.
+9. Time. `_generate_and_score_completions` is wrapped to be timed, nothing else.
+10. Where a run ends and goes on. transformers trains a step more where the last checkpoint is inside an epoch (`_run_epoch`), and
+   calls a training finished that something stopped (`_maybe_log_save_evaluate`). TRL saves neither a generation window nor the
+   row that it has yet to log (`_save_checkpoint`, `_load_optimizer_and_scheduler`), and repeats the order of the first epoch.
+When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for time, in
+test_resume.py for the last, for the others in the files of the training tests.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from posttrain.training.batches import (
     in_row_order,
     keep_rows,
     rows_by_length,
+    rows_by_tokens,
     rows_with_signal,
     sampled_logps,
     share_kept,
@@ -51,6 +55,7 @@ from posttrain.training.batches import (
 from posttrain.training.curriculum import Curriculum, Group, Window
 from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
+from posttrain.training.packing import check_packing, num_rows
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -62,23 +67,52 @@ SPLIT_INVARIANT_LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
 class SFT(MasterWeights, SFTTrainer):
-    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed."""
+    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed, and what an optimizer step is made of."""
+
+    _packing_checked = False
+    _rows = 0  # that this process has trained on since the last logged row
+    _logged = (0, 0)  # optimizer steps and tokens at the last logged row
+
+    def carried(self) -> dict[str, Any]:
+        return super().carried() | {"rows": self._rows, "logged": self._logged}
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        super().carry_on(carried)
+        self._rows, self._logged = carried["rows"], carried["logged"]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._rows += sum(num_rows(batch) for batch in batches)
+        return batches, items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else starts autocast
             self.check_head_once(inputs)
+            self._check_packing_once(inputs)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
         if "attention_mask" in inputs:  # packed rows have none, and no padding
             self.log_useful_slots(inputs["attention_mask"])
         return result
 
+    def _check_packing_once(self, inputs: dict[str, Any]) -> None:
+        if not self._packing_checked and "cu_seq_lens_q" in inputs and num_rows(inputs) > 1:
+            self._packing_checked = True
+            with torch.compiler.set_stance("force_eager"):
+                check_packing(self.model, inputs, self.model.get_base_model().dtype)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for mode in ("train", "eval"):
             if any(math.isnan(value) for value in self._metrics[mode].get("entropy", [])):
                 del self._metrics[mode]["entropy"]
+        steps = self.state.global_step - self._logged[0]
+        if self.model.training and steps > 0:
+            rows = self.accelerator.reduce(torch.tensor(self._rows, device=self.accelerator.device))
+            self.report("update/rows", int(rows) / steps)
+            self.report("update/tokens", (self._total_train_tokens - self._logged[1]) / steps)
+            self._rows, self._logged = 0, (self.state.global_step, self._total_train_tokens)
         super().log(logs, start_time)
 
 
@@ -91,10 +125,13 @@ class GRPO(MasterWeights, GRPOTrainer):
     `gates` holds columns of rewards, each with that of the reward without which it pays nothing.
     `correct_mismatch` takes the sampler's log-probabilities for the old policy's. The clipped ratio then corrects for an
     engine that does not compute exactly what the trainer does.
+    `update_tokens` cuts a micro-batch into parts of rows of like length, of at most so many positions each. Each part has its
+    gradient before the next begins, so that no more is ever kept; the update is the same.
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
     rollout_func: Any  # TRL's
+    _sampler: Any
 
     def __init__(
         self,
@@ -104,6 +141,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         reference_is_base: bool = False,
         gates: Mapping[int, int] | None = None,
         curriculum: Curriculum | None = None,
+        update_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -115,7 +153,7 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.add_callback(curriculum)
         if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
             LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
-        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        self.skip_zero_signal, self.correct_mismatch, self.update_tokens = skip_zero_signal, correct_mismatch, update_tokens
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
@@ -125,7 +163,35 @@ class GRPO(MasterWeights, GRPOTrainer):
             )
         if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
+        if update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+            raise UserError("update_tokens: entropy terms are of a whole micro-batch and not of its parts: remove one of the two")
         copy_to_reference(self.model, reference_is_base)
+
+    def carried(self) -> dict[str, Any]:
+        """What the window holds, if it has not ended: its completions were drawn from a policy that is gone."""
+        window = self.args.steps_per_generation * self.num_iterations
+        logs = {key: _as_lists(values) for key, values in self._logs.items() if key != "images"}
+        held = self._buffered_inputs if self._step % window else None
+        return super().carried() | {"micro_step": self._step, "window": held, "logs": logs}
+
+    def carry_on(self, carried: dict[str, Any]) -> None:
+        super().carry_on(carried)
+        self._step, self._buffered_inputs = carried["micro_step"], carried["window"]
+        for key, values in carried["logs"].items():
+            columns = ((self._logs[key][name], rows) for name, rows in values.items()) if isinstance(values, dict) else ()
+            for column, rows in columns or ((self._logs[key], values),):
+                column.extend(rows)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's sampler draws each epoch's order after the one before, and a resumed run would begin with the first again."""
+        if kwargs["epoch"] == kwargs["epochs_trained"] and getattr(self._sampler, "shuffle", False):
+            for _ in range(kwargs["epochs_trained"]):
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        super()._run_epoch(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -138,15 +204,41 @@ class GRPO(MasterWeights, GRPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        whole = inputs
         with phase("forward"):
-            self._shared = self._share_across_step(model, whole)
-        inputs = trim(self._kept(whole), self._shared[0].width + 1 if self._shared else None)
+            shared = self._share_across_step(model, inputs)
+        kept = self._kept(inputs)
+        *earlier, last = self._parts(kept, shared is not None)
+        before = torch.zeros((), device=kept["advantages"].device)
+        for rows in earlier:
+            loss = self._part_loss(model, inputs, kept, rows, shared)
+            with phase("backward"), self.accelerator.no_sync(model):
+                self.accelerator.backward(loss)
+            before += loss.detach()
+        return self._part_loss(model, inputs, kept, last, shared) + before
+
+    def _parts(self, kept: dict[str, Any], shares_prompts: bool) -> list[torch.Tensor]:
+        """The rows of a micro-batch, in parts of at most `update_tokens` positions if that is set."""
+        if not self.update_tokens or not torch.is_grad_enabled():
+            return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
+        prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
+        return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
+
+    def _part_loss(
+        self,
+        model: nn.Module,
+        whole: dict[str, Any],
+        kept: dict[str, Any],
+        rows: torch.Tensor,
+        shared: tuple[SharedPrompts, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """What some of the rows that are kept of a micro-batch add to its loss."""
+        self._shared = shared and (shared[0], shared[1][rows])
+        inputs = trim(keep_rows(kept, rows), shared[0].width + 1 if shared else None)
         if self.correct_mismatch:
             inputs["old_per_token_logps"] = sampled_logps(inputs)
         with phase("forward"):
             self.check_head_once(_as_labelled(inputs))
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss: torch.Tensor = super().compute_loss(model, inputs)
         self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
@@ -172,7 +264,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         gradients would come after it.
         """
         args = self.args
-        alone = args.gradient_accumulation_steps == 1 or args.gradient_checkpointing or self.accelerator.num_processes > 1
+        undivided = args.gradient_accumulation_steps == 1 and not self.update_tokens
+        alone = undivided or args.gradient_checkpointing or self.accelerator.num_processes > 1
         number = next((i for i, buffered in enumerate(self._buffered_inputs or []) if buffered is batch), None)
         if alone or number is None or not torch.is_grad_enabled():
             return None
@@ -313,6 +406,10 @@ class GRPO(MasterWeights, GRPOTrainer):
             difference = (self._last_logps - inputs["sampling_per_token_logps"]).abs()
             mask = inputs["completion_mask"].bool()
             self.report("rollout/logp_difference", difference[mask].mean().item())
+
+
+def _as_lists(values: Any) -> Any:
+    return {key: list(rows) for key, rows in values.items()} if isinstance(values, dict) else list(values)
 
 
 def _as_labelled(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

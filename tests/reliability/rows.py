@@ -1,0 +1,547 @@
+"""The rows of the table: each injects faults of one kind, `count` of them, and says how many were met as they should be."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from faults import DAMAGES, empty, flip, halve, zero
+from scripts import ROOT, retell
+
+from posttrain.records import read_rows
+from reliability import inputs
+from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, PREPARED, SFT, Fault
+
+SLOW = 10  # seconds of CPU for one input
+
+
+@dataclass
+class Row:
+    """`tried` faults, and a line for each that was not met."""
+
+    name: str
+    says: str
+    tried: int = 0
+    failed: list = field(default_factory=list)
+    seconds: float = 0.0
+    minutes: ClassVar[float] = float("inf")
+
+    def __post_init__(self):
+        self.ends = time.monotonic() + 60 * self.minutes
+
+    def in_time(self, faults):
+        """Those that begin before the row's minutes are over: the first in any case."""
+        for number, fault in enumerate(faults):
+            if number == 0 or time.monotonic() < self.ends:
+                yield fault
+
+    def check(self, held, what):
+        self.tried += 1
+        if not held:
+            self.failed.append(str(what))
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+SFT_WAYS = {
+    "plain": (),
+    "dropout": ("lora.dropout=0.1",),
+    "accumulation": ("trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4"),
+    "epochs": ("trainer.max_steps=-1", "trainer.num_train_epochs=3"),
+    "constant rate": ("trainer.lr_scheduler_type=constant", "trainer.max_steps=10"),
+    "cosine": ("trainer.lr_scheduler_type=cosine", "trainer.warmup_steps=2"),
+    "two kept": ("trainer.save_total_limit=2", "trainer.save_steps=2"),
+}
+GRPO_WAYS = {
+    "plain": (),
+    "constant rate": ("trainer.lr_scheduler_type=constant", "trainer.max_steps=3"),
+    "two iterations": ("trainer.num_iterations=2", "trainer.save_steps=2"),
+    "window of two": ("trainer.steps_per_generation=2", "trainer.save_steps=2"),
+}
+
+
+def straight(place, command, names, kept):
+    """What an uninterrupted run ends with: its hash and its seconds."""
+    trial = place.copy(*kept)
+    began = time.monotonic()
+    done = trial.run(command)
+    seconds, ending = time.monotonic() - began, trial.sha256(*names)
+    trial.drop()
+    assert done.code == 0 and ending, done.said
+    return ending, seconds
+
+
+def kill_row(row, place, ways, base, names, kept, count, number=signal.SIGKILL):
+    """Each trial is killed one to three times at random moments, then run to its end: the ending has to be the same bytes."""
+    rng, known = random.Random(0), {}
+    for trial_number in row.in_time(range(count)):
+        way = list(ways)[trial_number % len(ways)]
+        line = (*base, *ways[way])
+        if way not in known:
+            known[way] = straight(place, line, names, kept)
+        ending, seconds = known[way]
+        trial = place.copy(*kept)
+        for _ in range(rng.randint(1, 3)):
+            trial.killed(line, rng.uniform(0.02, 1.0) * seconds, number)
+        done = trial.run(line)
+        row.check(done.code == 0 and trial.sha256(*names) == ending, f"{way}: {done}, or another ending")
+        trial.drop()
+    return row
+
+
+def sft_kills(place, count):
+    row = Row("kills, SFT", "killed at random moments, up to three times, then resumed: the same adapter")
+    names = [f"runs/x/{name}" for name in ADAPTER]
+    return kill_row(row, place, SFT_WAYS, (*SFT, "run_dir=runs/x"), names, ("data",), count)
+
+
+def grpo_kills(place, count):
+    row = Row("kills, GRPO", "the same, with generation windows")
+    names = [f"runs/x/{name}" for name in ADAPTER]
+    return kill_row(row, place, GRPO_WAYS, (*GRPO, "run_dir=runs/x"), names, ("data", "runs/sft_tiny"), count)
+
+
+def evaluation_kills(place, count):
+    row = Row("kills, evaluation", "the same predictions and results")
+    return kill_row(row, place, {"plain": ()}, EVAL, EVALUATED, ("data", "runs/sft_tiny"), count)
+
+
+def data_kills(place, count):
+    row = Row("kills, data", "the same five files")
+    return kill_row(row, place, {"plain": ()}, DATA, PREPARED, (), count)
+
+
+AT_CHECKPOINTS = {
+    "SFT, constant rate": ((*SFT, *SFT_WAYS["constant rate"]), ("data",), (9, 10)),
+    "GRPO, constant rate": ((*GRPO, *GRPO_WAYS["constant rate"], "trainer.save_steps=1"), ("data", "runs/sft_tiny"), (3,)),
+    "GRPO, two iterations": ((*GRPO, "trainer.num_iterations=2", "trainer.save_steps=1"), ("data", "runs/sft_tiny"), (1, 3)),
+    "GRPO, window of two": ((*GRPO, "trainer.steps_per_generation=2", "trainer.save_steps=1"), ("data", "runs/sft_tiny"), (1, 3)),
+}  # fmt: skip
+
+
+def checkpoint_kills(place, count):
+    row = Row(
+        "kills at a checkpoint",
+        "killed as one is whole, the last or one inside a generation window: the same adapter, no step more",
+    )
+    for way, (line, kept, steps) in list(AT_CHECKPOINTS.items())[:count]:
+        line = (*line, "run_dir=runs/x")
+        ending, _ = straight(place, line, [f"runs/x/{name}" for name in ADAPTER], kept)
+        for step in steps:
+            trial = place.copy(*kept)
+            trial.killed_when(line, f"runs/x/checkpoints/checkpoint-{step}/commit.json")
+            done = trial.run(line)
+            same = trial.sha256(*(f"runs/x/{name}" for name in ADAPTER)) == ending
+            row.check(done.code == 0 and same, f"{way}, step {step}: {done}, or another ending")
+            trial.drop()
+    return row
+
+
+def signals(place, count):
+    """SIGTERM, SIGINT and SIGUSR1 to SFT: whatever it says of it, the resumed run ends the same."""
+    row = Row("signals, SFT", "sent at random moments, then resumed: the same adapter")
+    names = [f"runs/x/{name}" for name in ADAPTER]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        line = (*SFT, "run_dir=runs/x")
+        kill_row(row, place, {signal.Signals(number).name: ()}, line, names, ("data",), max(1, count // 3), number)
+    return row
+
+
+# --- every call to the file system, and every tenth of a byte count ---------------------------------------------------
+
+
+def crash_row(row, place, line, names, kept, count):
+    """The process dies in front of the k-th call, for each k or for `count` of them; then the command runs to its end."""
+    ending, _ = straight(place, line, names, kept)
+    counted = place.copy(*kept)
+    calls = counted.run(line, Fault()).calls
+    counted.drop()
+    assert calls, "fault.so counts nothing: is it laid under the fork server?"
+    for k in row.in_time(spread(calls, count)):
+        trial = place.copy(*kept)
+        trial.run(line, Fault(crash_at=k))
+        done = trial.run(line)
+        row.check(done.code == 0 and trial.sha256(*names) == ending, f"call {k} of {calls}: {done}, or another ending")
+        trial.drop()
+    return row
+
+
+def full_row(row, place, line, names, kept, count):
+    """The disk is full at the n-th byte: one line. Then there is room, and the command ends as it would have."""
+    ending, _ = straight(place, line, names, kept)
+    counted = place.copy(*kept)
+    total = counted.run(line, Fault()).bytes
+    counted.drop()
+    for n in row.in_time(spread(total * 19 // 20, count)):  # two runs differ by some bytes: their rows have the time
+        trial = place.copy(*kept)
+        full = trial.run(line, Fault(full_at=n - 1))
+        row.check(full.is_one_line, f"byte {n} of {total}: {full}")
+        done = trial.run(line)
+        row.check(done.code == 0 and trial.sha256(*names) == ending, f"byte {n} of {total}, then room: {done}")
+        trial.drop()
+    return row
+
+
+def spread(total, count):
+    """`count` whole numbers from 1 to `total`, the first and the last among them; all of them if `count` is None."""
+    if count is None or count >= total:
+        return range(1, total + 1)
+    return sorted({1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
+
+
+STAGES = {
+    "data": (DATA, PREPARED, ()),
+    "evaluation": (EVAL, EVALUATED, ("data", "runs/sft_tiny")),
+    "SFT": ((*SFT, "run_dir=runs/x"), [f"runs/x/{name}" for name in ADAPTER], ("data",)),
+    "GRPO": ((*GRPO, "run_dir=runs/x"), [f"runs/x/{name}" for name in ADAPTER], ("data", "runs/sft_tiny")),
+}
+
+
+def crash_points(stage):
+    def row(place, count):
+        return crash_row(Row(f"crash points, {stage}", "dead in front of each call that changes a file, then run again"),
+                         place, *STAGES[stage], count)  # fmt: skip
+
+    return row
+
+
+def full_disk(stage):
+    def row(place, count):
+        return full_row(Row(f"full disk, {stage}", "one line at each place, and with room the same ending"),
+                        place, *STAGES[stage], count)  # fmt: skip
+
+    return row
+
+
+# --- damages ----------------------------------------------------------------------------------------------------------
+
+
+def damage_row(row, place, kept, folder, readers, same, count):
+    """Each file below a folder is damaged in each way. A reader says so in a line, or does what it would have done.
+
+    `readers` are commands, and `same` what a reader has to leave when it says nothing: a function of the trial.
+    """
+    expected = {}
+    for line in readers:
+        trial = place.copy(*kept)
+        done = trial.run(line)
+        assert done.code == 0, done.said
+        expected[line] = same(trial)
+        trial.drop()
+    every = [(file, damage) for file in files_below(place, folder) for damage in DAMAGES]
+    for index in row.in_time(spread(len(every), count)):
+        file, damage = every[index - 1]
+        for line in readers:
+            trial = place.copy(*kept)
+            damage(trial.folder / file)
+            done = trial.run(line)
+            fine = done.is_one_line or (done.code == 0 and same(trial) == expected[line])
+            row.check(fine, f"{file}, {damage.__name__}, then {line[0]}: {done}, or another ending")
+            trial.drop()
+    return row
+
+
+def files_below(place, folder):
+    files = sorted((place.folder / folder).rglob("*"))
+    return [path.relative_to(place.folder) for path in files if path.is_file() and path.name != ".lock"]
+
+
+TWO_STEPS = (*SFT, "run_dir=runs/x", "trainer.max_steps=2")
+
+
+def trained(trial):
+    return trial.sha256("runs/x/adapter/adapter_model.safetensors")
+
+
+def evaluated(trial):
+    return trial.sha256(*EVALUATED)
+
+
+def damaged_data(place, count):
+    row = Row("damaged data sets", "said in a line by SFT and evaluation, or of no effect")
+    kept = ("data", "runs/sft_tiny")
+    return damage_row(row, place, kept, "data", [TWO_STEPS, EVAL], lambda trial: (trained(trial), evaluated(trial)), count)
+
+
+def damaged_runs(place, count):
+    row = Row("damaged runs", "a finished SFT run, read by GRPO and evaluation: said in a line, or of no effect")
+    readers = [(*GRPO, "run_dir=runs/x", "trainer.max_steps=3"), EVAL]
+    both = lambda trial: (trained(trial), evaluated(trial))  # noqa: E731
+    return damage_row(row, place, ("data", "runs/sft_tiny"), "runs/sft_tiny", readers, both, count)
+
+
+def damaged_adapters(place, count):
+    row = Row("damaged adapters", "each file of a finished adapter, read by evaluation: said in a line, or of no effect")
+    return damage_row(row, place, ("data", "runs/sft_tiny"), "runs/sft_tiny/adapter", [EVAL], evaluated, count)
+
+
+def damaged_checkpoints(place, count):
+    """An SFT run that was stopped after its last but one checkpoint, of which one file is damaged."""
+    row = Row("damaged checkpoints", "resumed from one that is whole with the same ending, or said in a line")
+    line = (*SFT, "run_dir=runs/x")
+    stopped = place.copy("data")
+    assert stopped.run(line).code == 0
+    run_dir = stopped.folder / "runs" / "x"
+    newest = sorted(run_dir.glob("checkpoints/checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))[-1]
+    shutil.rmtree(newest)
+    shutil.rmtree(run_dir / "adapter")
+    retell(run_dir, exit="running", finished=None)
+    before = f"runs/x/checkpoints/checkpoint-{int(newest.name.split('-')[1]) - 3}"
+    try:
+        return damage_row(row, stopped, ("data", "runs/x"), before, [line], trained, count)
+    finally:
+        stopped.drop()
+
+
+REGRADE = (*EVAL, "--regrade")
+REPORT = ("report", "runs/eval", "--out", "report")
+
+
+def damaged_evaluations(place, count):
+    row = Row("damaged evaluations", "said in a line by --regrade and the report, or of no effect")
+    done = place.copy("data", "runs/sft_tiny")
+    assert done.run(EVAL).code == 0
+    same = lambda trial: (trial.sha256(*EVALUATED), trial.sha256("report/report.md"))  # noqa: E731
+    try:
+        return damage_row(row, done, ("data", "runs/sft_tiny", "runs/eval"), "runs/eval", [REGRADE, REPORT], same, count)
+    finally:
+        done.drop()
+
+
+def middle(file, new):
+    lines = file.read_bytes().split(b"\n")
+    lines[len(lines) // 2 - 1] = new(lines[len(lines) // 2 - 1])
+    file.write_bytes(b"\n".join(lines))
+
+
+GARBAGE = {
+    "garbage": lambda file: middle(file, lambda line: b"\xff\x00 garbage"),
+    "null": lambda file: middle(file, lambda line: b"null"),
+    "a key less": lambda file: middle(file, lambda line: line.replace(b'"finish"', b'"finnish"')),
+    "a number for a text": lambda file: middle(file, lambda line: line.replace(b'"stop"', b"1").replace(b'"length"', b"1")),
+    "deep": lambda file: middle(file, lambda line: b"[" * 100_000),
+    "another completion": lambda file: middle(file, lambda line: line.replace(b'"completion": "', b'"completion": "#### 1 ')),
+    "torn": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "half": halve, "a bit": flip, "zeros": zero, "empty": empty,
+}  # fmt: skip
+
+
+def stopped_evaluation(place, line=EVAL):
+    """A copy in which an evaluation died with half of its answers on disk."""
+    counted = place.copy("data", "runs/sft_tiny")
+    calls = counted.run(line, Fault()).calls
+    counted.drop()
+    for k in range(calls // 2, calls):
+        trial = place.copy("data", "runs/sft_tiny")
+        trial.run(line, Fault(crash_at=k))
+        part = trial.folder / "runs" / "eval" / "predictions.part0.jsonl"
+        if part.is_file() and len(part.read_bytes().splitlines()) >= 4:
+            return trial, part.relative_to(trial.folder)
+        trial.drop()
+    raise AssertionError("no evaluation could be stopped half way")
+
+
+def damaged_parts(place, count):
+    row = Row("damaged part files", "answered again: the same predictions and results")
+    ending, _ = straight(place, EVAL, EVALUATED, ("data", "runs/sft_tiny"))
+    stopped, part = stopped_evaluation(place)
+    for way, damage in list(GARBAGE.items())[:count]:
+        trial = stopped.copy("data", "runs")
+        damage(trial.folder / part)
+        done = trial.run(EVAL)
+        row.check(done.code == 0 and trial.sha256(*EVALUATED) == ending, f"{way}: {done}, or another ending")
+        trial.drop()
+    stopped.drop()
+    return row
+
+
+def forged(place, count):
+    row = Row("forged predictions", "refused in a line, or put right")
+    done = place.copy("data", "runs/sft_tiny")
+    assert done.run(EVAL).code == 0
+    true = done.sha256(*EVALUATED)
+
+    def forge(name, change):
+        file = done.folder / "runs" / "eval" / name
+        before = file.read_bytes()
+        rows = [json.loads(line) for line in before.splitlines()]
+        file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in change(rows)), encoding="utf-8")
+        for line in (REGRADE, REPORT):
+            ended = done.run(line)
+            row.check(ended.is_one_line or done.sha256(*EVALUATED) == true, f"{name}, then {line[0]}: {ended}")
+            file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in change(rows)), encoding="utf-8")
+        file.write_bytes(before)
+        assert done.run(REGRADE).code == 0 and done.sha256(*EVALUATED) == true
+
+    golds = {one["id"]: one["answer"] for one in read_rows(done.folder / "runs" / "eval" / "questions.jsonl")}
+    forge("predictions.jsonl", lambda rows: [one | {"completion": f"#### {golds[one['id']]}"} for one in rows])
+    forge("predictions.jsonl", lambda rows: [one | {"correct": True, "strict": True} for one in rows])
+    forge("predictions.jsonl", lambda rows: rows[:-1])
+    forge("predictions.jsonl", lambda rows: [*rows, rows[0]])
+    forge("predictions.jsonl", lambda rows: [one | {"id": "nobody"} for one in rows])
+    forge("questions.jsonl", lambda rows: [one | {"answer": "1"} for one in rows])
+    forge("questions.jsonl", lambda rows: rows[1:])
+    done.drop()
+    other, part = stopped_evaluation(place, (*EVAL, "seed=1", "generation.temperature=0.7"))
+    mine, _ = stopped_evaluation(place)
+    shutil.copy(other.folder / part, mine.folder / part)
+    ended = mine.run(EVAL)
+    row.check(ended.code == 0 and mine.sha256(*EVALUATED) == true, f"a part file of other settings: {ended}, or another ending")
+    other.drop(), mine.drop()
+    return row
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+JSONL = """name: raw
+output_dir: data/raw
+source:
+  kind: jsonl
+  path: raw
+prompt:
+  instruction: '{question}'
+tokenizer:
+  name_or_path: models/tiny
+"""
+
+
+def check_input(row, what, code, said, seconds):
+    lines = len(said.strip().splitlines())
+    held = code in (0, 2) and "Traceback" not in said and seconds < SLOW and lines <= 25
+    row.check(held, f"{what}: rc {code} after {seconds:.1f} s, {lines} lines: {said.strip()[-160:]!r}")
+
+
+def malformed_rows(place, count):
+    row = Row("malformed rows and files", "refused by line and reason, or taken; no traceback, none slow")
+    trial = place.copy()
+    (trial.folder / "raw.yaml").write_text(JSONL)
+    good = json.dumps(inputs.GOOD).encode() + b"\n"
+    makes = [(lambda path, line=line: path.write_bytes(good + line + b"\n")) for line in inputs.rows()]
+    makes = [*inputs.files(), *makes] if count is None else [*inputs.files()][::3] + makes[:: max(1, len(makes) // count)]
+    commands = []
+    for number, make in enumerate(makes):
+        inputs.written(trial.folder / f"raw{number}", make)
+        commands.append(("data_prep", "--config", "raw.yaml", f"source.path=raw{number}", f"output_dir=data/{number}"))
+    for number, (code, said, seconds) in enumerate(trial.many(commands)):
+        check_input(row, f"input {number}", code, said, seconds)
+    row.check(row.tried == len(makes), f"{row.tried} of {len(makes)} inputs were answered at all")
+    trial.drop()
+    return row
+
+
+def malformed_configs(place, count):
+    row = Row("malformed configs", "every fault with its line, or taken; no code run, no traceback, none slow")
+    trial = place.copy()
+    changed = [JSONL + change for change in inputs.configs()]
+    commands = []
+    for number, text in enumerate([*(changed[index - 1] for index in spread(len(changed), count)), *inputs.bulk()]):
+        (trial.folder / f"{number}.yaml").write_text(text, encoding="utf-8")
+        commands.append(("data_prep", "--config", f"{number}.yaml", "--print-config"))
+    answers = trial.many(commands)
+    for line, (code, said, seconds) in zip(commands, answers, strict=False):
+        check_input(row, line[2], code, said if code else "", seconds)
+    row.check(len(answers) == len(commands), f"{len(answers)} of {len(commands)} configs were answered at all")
+    trial.drop()
+    return row
+
+
+PLACES = ("{file}", "{file}/below", "gone/../{file}", "dangling", "loop", "/proc/x", "/dev/null", "n" * 300, ".", "models/tiny")
+
+
+def bad_places(place, count):
+    row = Row("folders that cannot be written", "one line from each script, and nothing changed")
+    trial = place.copy("data", "runs/sft_tiny")
+    (trial.folder / "file").write_text("mine")
+    (trial.folder / "dangling").symlink_to("nowhere/at/all")
+    (trial.folder / "loop").symlink_to("loop")
+    commands = [
+        (*line, f"{key}={name.format(file='file')}")
+        for name in PLACES[:count]
+        for line, key in ((DATA, "output_dir"), (TWO_STEPS, "run_dir"), (GRPO, "run_dir"), (EVAL, "run_dir"))
+    ]
+    for line in commands:
+        done = trial.run(line)
+        row.check(done.is_one_line and (trial.folder / "file").read_text() == "mine", f"{line[0]} {line[-1][:40]}: {done}")
+    trial.drop()
+    return row
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+CANARIES = {
+    "HF_TOKEN": "hf_canaryCanaryCanaryCanaryCanary42", "WANDB_API_KEY": "c" * 38 + "4e", "HF_HUB_USER_AGENT_ORIGIN": "canary-43",
+    "AWS_SECRET_ACCESS_KEY": "canary/secret/key/44",
+}  # fmt: skip
+PASSWORD = "canaryPassw0rd45"
+LEAKS = ("hub.repo_id=https://me:{}@hub.example/x", "model.name_or_path=https://me:{}@hub.example/x", "adapter=https://me:{}@x/y",
+         "run_dir=https://me:{}@hub.example/x")  # fmt: skip
+
+
+def canaries(place, count):
+    """The fork server has them in its environment (see __main__.py), so that every stage runs with them."""
+    row = Row("canaries", "no token of the environment and no password of a setting in any file or on the console")
+    trial = place.copy()
+    said = [trial.run(line).said for line in (DATA, SFT, GRPO, EVAL, REPORT)]
+    said += [trial.run((*TWO_STEPS, leak.format(PASSWORD))).said for leak in LEAKS]
+    said += [trial.run(("hub", "runs/sft_tiny", "--repo-id", f"https://me:{PASSWORD}@hub.example/x")).said]
+    files = [path for path in trial.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    for secret in (*CANARIES.values(), PASSWORD):
+        hits = [path.name for path in files if secret.encode() in path.read_bytes()]
+        hits += [text.strip()[-160:] for text in said if secret in text]
+        row.check(not hits, f"{secret[:12]}... in {hits}")
+    trial.drop()
+    return row
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def hub_faults(place, count):
+    """The faults that tests/test_hub.py knows, against a Hub on this machine: one line, and the next push succeeds."""
+    row = Row("Hub faults", "a line with its remedy, the run unchanged, one commit after the second push")
+    which = "a_failure or a_passing or no_network" if count is None else "a_passing or no_network"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "tests/test_hub.py", "-k", which],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    for line in done.stdout.splitlines():
+        if line.startswith(("PASSED ", "FAILED ", "ERROR ")):
+            row.check(line.startswith("PASSED"), line)
+    assert row.tried, done.stdout + done.stderr
+    return row
+
+
+# Name -> the function, its count in full (None: all there are) and in the short form.
+ROWS = {
+    "kills, SFT": (sft_kills, 100, 5),
+    "kills, GRPO": (grpo_kills, 60, 2),
+    "kills, evaluation": (evaluation_kills, 30, 2),
+    "kills, data": (data_kills, 15, 2),
+    "kills at a checkpoint": (checkpoint_kills, None, 3),
+    "signals, SFT": (signals, 15, 3),
+    "crash points, data": (crash_points("data"), None, 12),
+    "crash points, evaluation": (crash_points("evaluation"), None, 6),
+    "crash points, SFT": (crash_points("SFT"), None, 6),
+    "crash points, GRPO": (crash_points("GRPO"), None, 2),
+    "full disk, data": (full_disk("data"), 10, 4),
+    "full disk, evaluation": (full_disk("evaluation"), 10, 4),
+    "full disk, SFT": (full_disk("SFT"), 30, 4),
+    "full disk, GRPO": (full_disk("GRPO"), 10, 2),
+    "damaged data sets": (damaged_data, None, 6),
+    "damaged runs": (damaged_runs, None, 6),
+    "damaged adapters": (damaged_adapters, None, 8),
+    "damaged checkpoints": (damaged_checkpoints, None, 6),
+    "damaged evaluations": (damaged_evaluations, None, 10),
+    "damaged part files": (damaged_parts, None, None),
+    "forged predictions": (forged, None, None),
+    "malformed rows and files": (malformed_rows, None, 40),
+    "malformed configs": (malformed_configs, None, 45),
+    "folders that cannot be written": (bad_places, None, 4),
+    "canaries": (canaries, None, None),
+    "Hub faults": (hub_faults, None, 5),
+}

@@ -1,0 +1,41 @@
+"""The harness of `make reliability` in its shortest form: its rows hold, and with a protection off they do not."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from reliability.rows import ROWS, spread
+from reliability.switches import SWITCHES
+
+CHEAP = (
+    "crash points, SFT=4",
+    "crash points, data",
+    "full disk, data",
+    "malformed rows and files",
+    "malformed configs",
+    "damaged part files",
+)
+
+
+@pytest.mark.slow
+def test_the_cheap_rows_hold_and_fail_without_their_protection(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "reliability", "--short", "--rows", *CHEAP, "--out", tmp_path / "table.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert "commit" in table and "## What failed" not in table and "## Each protection switched off" in table
+
+
+def test_every_switch_has_a_row():
+    assert {switch.row for switch in SWITCHES.values()} <= ROWS.keys()
+
+
+def test_a_few_of_many_are_the_first_the_last_and_some_between():
+    assert list(spread(5, None)) == list(spread(5, 9)) == [1, 2, 3, 4, 5]
+    assert spread(101, 5) == [1, 26, 51, 76, 101] and spread(100, 1) == [1]
