@@ -534,7 +534,7 @@ ROWS = {
     "full disk, GRPO": (full_disk("GRPO"), 10, 2),
     "damaged data sets": (damaged_data, None, 6),
     "damaged runs": (damaged_runs, None, 6),
-    "damaged adapters": (damaged_adapters, None, 8),
+    "damaged adapters": (damaged_adapters, None, None),
     "damaged checkpoints": (damaged_checkpoints, None, 6),
     "damaged evaluations": (damaged_evaluations, None, 10),
     "damaged part files": (damaged_parts, None, None),
