@@ -22,8 +22,9 @@ from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation import summary
-from posttrain.evaluation.predictions import PartFiles, check_contents, content_hashes, grade_completion, regraded
+from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
+from posttrain.runs.contents import check_contents, content_hashes
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, parent_of_model, read_manifest, refuse_unfinished, refuse_unfinished_model

@@ -21,7 +21,6 @@ from typing import Any
 
 from posttrain.config.schema import HASHES
 from posttrain.errors import UserError, exit_on_user_error
-from posttrain.evaluation.predictions import check_contents
 from posttrain.evaluation.stats import Question
 from posttrain.evaluation.summary import group_samples
 from posttrain.records import (
@@ -34,6 +33,7 @@ from posttrain.records import (
     write_atomic,
     write_jsonl,
 )
+from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import Manifest, read_manifest
 
 METRIC = "exact_match"

@@ -23,12 +23,10 @@ from posttrain.records import (
     as_record,
     cut_torn_tail,
     parse_object,
-    read_rows,
     sha256_text,
     to_json,
     write_jsonl,
 )
-from posttrain.runs.manifest import Manifest
 from posttrain.runs.process import num_processes, process_index
 from posttrain.tasks.answers import NUMBERS, Grader
 
@@ -161,31 +159,3 @@ def _whole_rows(file: Path, policy: str) -> Iterator[Prediction | None]:
 def _seal(policy: str, row: dict[str, Any]) -> str:
     """What a row of a part file is whole by, and of this policy: a bit that flips in a completion leaves it JSON."""
     return sha256_text(f"{policy} {to_json(row)}")[:16]
-
-
-def completions_sha256(predictions: Iterable[Prediction]) -> str:
-    """Hash of what the policy said, without verdicts, which every grader may give anew."""
-    said = ((row.id, row.sample, row.completion, row.finish, row.num_tokens) for row in predictions)
-    return sha256_text("".join(to_json(one) + "\n" for one in said))
-
-
-def content_hashes(folder: Path, predictions: Iterable[Prediction]) -> dict[str, str]:
-    """What the manifest keeps of the two files that every number is computed from."""
-    return {
-        "questions_sha256": sha256_text("".join(to_json(row) + "\n" for row in read_rows(folder / "questions.jsonl"))),
-        "completions_sha256": completions_sha256(predictions),
-    }
-
-
-def check_contents(folder: Path, manifest: Manifest, predictions: Iterable[Prediction]) -> None:
-    """Refuse questions or completions that are not those that the evaluation ended with. Older manifests say nothing of them.
-
-    Raises:
-        UserError: one of them has changed.
-    """
-    for name, found in content_hashes(folder, predictions).items():
-        if getattr(manifest, name) not in ("", found):
-            file = "questions.jsonl" if name == "questions_sha256" else GATHERED
-            raise UserError(
-                f"{folder}/{file} is not what the evaluation wrote: restore it from a copy, or evaluate into another run_dir"
-            )

@@ -13,8 +13,8 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.evaluation import comparison, stats, summary
-from posttrain.evaluation.predictions import check_contents
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
+from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 
 STAGES = {"sft": "SFT", "grpo": "GRPO"}

@@ -8,8 +8,8 @@ from typing import Any
 
 from posttrain.config.schema import RejectionSampledSource
 from posttrain.errors import UserError
-from posttrain.evaluation.predictions import check_contents
 from posttrain.records import Example, Prediction, read_jsonl, read_rows
+from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.answers import NUMBERS, Grader, grader_of
 from posttrain.tasks.examples import gold_problem

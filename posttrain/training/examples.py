@@ -6,8 +6,8 @@ from pathlib import Path
 
 from posttrain.config.schema import PassRate, SftConfig, TrainConfig
 from posttrain.errors import UserError
-from posttrain.evaluation.predictions import check_contents
 from posttrain.records import Example, Prediction, read_jsonl
+from posttrain.runs.contents import check_contents
 from posttrain.runs.data_sets import check_split
 from posttrain.runs.manifest import read_manifest
 
