@@ -27,6 +27,7 @@ from posttrain.records import (
     to_json,
     write_jsonl,
 )
+from posttrain.runs.contents import completions_sha256
 from posttrain.runs.process import num_processes, process_index
 from posttrain.tasks.answers import NUMBERS, Grader
 
