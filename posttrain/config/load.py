@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -125,16 +125,24 @@ def dump(config: Settings) -> str:
     return text.getvalue()
 
 
+# Keys that came after the first runs, unset. The hash leaves them out, and stays that of runs from before there were any.
+LATER: dict[str, Any] = {
+    "template_kwargs": {},
+    "decoding": "loop",
+    "curriculum": None,
+    "lean_layers": False,
+    "update_tokens": None,
+}
+
+
 def config_sha256(config: Settings) -> str:
     """Hash of every setting that can change a result; not of where it goes, what it is called and who is told."""
     label = {"name"} if isinstance(config, EvalConfig) else set()  # a data set's name is part of its ids
     apart = dict.fromkeys({"run_dir", "output_dir", "tracking", "hub", "unmet_after_steps"} | label, True)
     settings = config.model_dump(mode="json", exclude=apart | {"model": {"same_base"}})
-    if settings.get("curriculum", "") is None:
-        del settings["curriculum"]
-    for block in ("model", "tokenizer"):  # without arguments, the hash is that of runs before there were any
-        if block in settings and not settings[block]["template_kwargs"]:
-            del settings[block]["template_kwargs"]
+    for block in (settings, settings.get("model", {}), settings.get("tokenizer", {})):
+        for key in [key for key, unset in LATER.items() if key in block and block[key] == unset]:
+            del block[key]
     if "source" in settings:  # the same of the keys that map a source's rows
         settings["source"] = {key: value for key, value in settings["source"].items() if value is not None}
     if settings.get("answer") == Answer().model_dump():  # the same for data sets from before there were other answers
