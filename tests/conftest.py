@@ -6,6 +6,7 @@ Nothing is downloaded: the process is offline unless a test starts one of its ow
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ ENVIRONMENT = {
 if os.environ.get("POSTTRAIN_GPU_TESTS") != "1":
     ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 os.environ |= ENVIRONMENT
+
+# A shell ignores SIGINT for what it runs in the background, and a command that is tested would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two processes share the cores, and others may keep them busy: no test may depend on how long an example takes.
 hypothesis.settings.register_profile("any machine", deadline=None)

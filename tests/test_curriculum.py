@@ -169,7 +169,7 @@ def test_more_groups_with_signal_are_learnt_from(tiny, sft):
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, sft):
     config = lambda: tiny.grpo_config(sft, FOUR_STEPS | {"temperature": 1.0}, curriculum=BOTH)  # noqa: E731
-    (one, _, losses), (two, _, again) = straight(config()), interrupted_and_resumed(config())
+    (one, _, losses), (two, _, again) = straight(config()), interrupted_and_resumed(config(), 2)
     assert losses == again
     assert largest_difference(one, two) == 0
 

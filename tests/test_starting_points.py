@@ -156,8 +156,9 @@ def test_grpo_goes_on_from_the_model_folder(trained):
     model = "model.name_or_path=runs/sft/model"
     for name, lora in (("grpo_all", "null"), ("grpo_lora", "{r: 4, alpha: 8, target_modules: all-linear}")):
         done = stage(
-            folder, "grpo", f"run_dir=runs/{name}", "adapter=null", f"lora={lora}", "quantization=none", model, "data.num_dev=0"
-        )
+            folder, "grpo", f"run_dir=runs/{name}", "adapter=null", f"lora={lora}", "quantization=none", model, "data.num_dev=0",
+            "trainer.weight_decay=0.1",  # no answer is right, and a run that moves nothing fails
+        )  # fmt: skip
         assert done.code == 0, done.err
         made = manifest(folder, name)
         assert [link["name"] for link in made["chain"]] == ["sft"]
@@ -237,7 +238,7 @@ def test_resumed_training_of_all_weights_equals_uninterrupted(tiny, name):
         if name == "sft"
         else (lambda: tiny.grpo_config(None, steps | {"beta": 0.05}, **ALL))
     )
-    (one, _, losses), (two, _, again) = straight(config(), all_weights), interrupted_and_resumed(config(), all_weights)
+    (one, _, losses), (two, _, again) = straight(config(), all_weights), interrupted_and_resumed(config(), 2, tensors=all_weights)
     assert losses == again
     assert largest_difference(one, two) == 0
 
