@@ -455,7 +455,8 @@ def _last_numbers(text: str) -> _Numbers:
         tail = max(0, digit.end() - MAX_TAIL_CHARS, refused)
         for start in (max(tail, text.rfind("\n", 0, digit.end()) + 1), tail):
             tokens = list(_TOKEN.finditer(text, start, digit.end() + 20))  # + 20: what follows can disqualify
-            for token in (*tokens[-1:], *(token for token in tokens[::-1] if token["number"]))[:2]:
+            numbers = deque((token for token in tokens if token["number"]), 1)
+            for token in (*tokens[-1:], *numbers):  # the last may be no number by itself, and end a row
                 yield from _in_row(text, token, start)
 
 
