@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from posttrain.places import as_typed
+
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on
 
 
@@ -63,7 +65,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _refuse(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {as_typed(text)}", file=sys.stderr)
     sys.exit(2)
 
 

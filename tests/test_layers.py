@@ -17,7 +17,8 @@ SCRIPTS = ("data_prep", "sft_train", "grpo_train", "evaluate")
 # The rooms, from the ground up: a module imports from its own room and from the lines above, never from below. In posttrain/ a
 # folder is a room, and so is each file on the ground floor.
 ROOMS = """
-rewards posttrain errors phases
+rewards posttrain places
+errors phases
 records
 config
 runs
@@ -27,7 +28,7 @@ tasks generation bundled_model
 evaluation
 report hub
 training
-data_prep sft_train grpo_train evaluate
+data_prep sft_train grpo_train evaluate __main__
 """
 LINES = [line.split() for line in ROOMS.split("\n") if line]
 HEIGHT = {room: height for height, line in enumerate(LINES) for room in line}
@@ -57,6 +58,7 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.__main__",
 )
 
 
@@ -64,7 +66,7 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {module_name(file): file for file in (*ROOT.glob("*.py"), *ROOT.glob("posttrain/**/*.py"))}
+FILES = {module_name(file): file for file in (*ROOT.glob("*.py"), *ROOT.glob("posttrain/**/*.py")) if file.name != "setup.py"}
 OURS = sorted(FILES)
 
 

@@ -27,6 +27,7 @@ from posttrain.config.reference import explained
 from posttrain.config.schema import Answer, EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
 from posttrain.errors import UserError
+from posttrain.places import ROOT, as_typed, found
 
 
 class ConfigError(UserError):
@@ -52,7 +53,10 @@ def from_command_line(
     `flags` adds switches that only this script has, name -> help: `regrade="..."` makes `--regrade`.
     """
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+        description=as_typed(doc or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
     )
     parser.add_argument("-h", "--help", metavar="KEY", nargs="?", const="", help="this text, or what a key of the config does")
     parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
@@ -67,7 +71,7 @@ def from_command_line(
     if args.config is None:
         parser.error("--config FILE is required")
     try:
-        config = load(args.config, args.overrides, cls)
+        config = load(found(args.config), args.overrides, cls)
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -106,7 +110,8 @@ def _read(path: Path | str) -> Document:
     except NotYaml as error:
         raise ConfigError(f"{path}:{error.line}: {error}") from error
     except FileNotFoundError as error:
-        hint = did_you_mean(str(path), map(str, Path(path).parent.glob("*.yaml")))
+        known = [*Path(path).parent.glob("*.yaml"), *(file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml"))]
+        hint = did_you_mean(str(path), map(str, known))
         raise ConfigError(f"{path}: no such file{hint}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a file: {error.strerror}") from error

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import MODEL_FOLDER, Settings
 from posttrain.errors import UserError
+from posttrain.places import ROOT, SHIPPED, is_command
 from posttrain.records import read_object, sha256_file, sha256_text
 from posttrain.runs.process import launcher, num_processes
 
@@ -28,7 +30,6 @@ PACKAGES = (
     "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
     "liger-kernel", "reasoning-gym", "vllm",
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parents[2]
 
 Entry = dict[str, Any]
 
@@ -51,6 +52,7 @@ class Manifest:
     dirty: bool
     versions: dict[str, str]
     hardware: Entry
+    installed: bool = False  # a wheel ran, of that commit; else a checkout
     num_processes: int | None = None
     launcher: str = ""
     seed: int | None
@@ -122,7 +124,7 @@ def opening_manifest(config: Settings, stage: str, folder: Path) -> Manifest:
     said: Entry = {
         "stage": stage,
         "name": getattr(config, "name", None) or folder.name,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": typed(),
         **git_state(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
         "hardware": hardware(),
@@ -231,7 +233,20 @@ def lineage(run_dir: Path) -> Iterator[tuple[Path, Manifest]]:
 # --- what a run runs on -----------------------------------------------------------------------------------------------
 
 
+def typed() -> str:
+    """The command that started this process."""
+    if is_command():
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}"
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
 def git_state() -> dict[str, Any]:
+    """Commit of the code that runs, and whether it had changes: of this checkout, or of the one that the wheel was built in."""
+    if ROOT == SHIPPED:
+        return {**read_object(SHIPPED / "built.json", "install the wheel again"), "installed": True}
+    if not (ROOT / ".git").exists() or not shutil.which("git"):  # git itself would answer for a checkout around this folder
+        return {"commit": None, "dirty": False}
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
         return done.stdout.strip()
