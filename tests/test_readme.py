@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain import places
+from posttrain.bundled_model import WHEEL
 from posttrain.config.schema import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +27,7 @@ PAGES = [
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
 WRITTEN = ("data/", "models/", "runs/", "report/", ".venv/")  # by the commands themselves
-PROGRAMS = r"make|python|pip|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
+PROGRAMS = r"make|python|pip|uv|posttrain|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -66,6 +68,8 @@ def check(words: list[str]) -> None:
         case ["python", "-m", module, *arguments]:
             check_options(("-m", module), arguments)
             check_results(arguments)
+        case ["uv", "run", script] | ["python", script] if script in SCRIPTS:
+            pass
         case ["python", script, *_] if script in SCRIPTS:
             check_script(words[1:])
         case ["python", script, *arguments]:
@@ -77,8 +81,19 @@ def check(words: list[str]) -> None:
             check_launched(rest)
         case ["bash", script, *_]:
             assert run("bash", "-n", script).returncode == 0
-        case ["pip", "install", "-e", what]:
+        case ["pip", "install", *how, what] | ["uv", "pip", "install", *how, what] if what.startswith("."):
             assert set(re.findall(r"\w+", what)) <= extras()
+            assert how in ([], ["-e"], ["-c", "constraints.txt", "-e"])
+        case ["pip", "install", "--no-deps", wheel]:
+            assert wheel == WHEEL
+        case ["pip", "install"] | ["uv", "venv"]:
+            pass
+        case ["uv", "run", "--no-sync", *words]:
+            check_script(words)
+        case ["posttrain"]:
+            pass
+        case ["posttrain", *words]:
+            check_posttrain(words)
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
         case ["source", ".venv/bin/activate"] | ["hf", "auth", "login"]:
@@ -101,7 +116,21 @@ def check_script(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def check_posttrain(words: list[str]) -> None:
+    """The stage reads its settings, or its help knows the options."""
+    stage, *arguments = words
+    if stage in places.SCRIPTS and arguments:
+        done = run(sys.executable, "-m", "posttrain", *words, "--print-config")
+        assert done.returncode == 0, done.stderr
+    else:
+        check_options(("-m", "posttrain", stage), [])
+
+
 def check_launched(words: list[str]) -> None:
+    if "posttrain" in words:
+        place = words.index("posttrain")
+        assert words[place - 1] == "-m"
+        return check_posttrain(words[place + 1 :])
     script = next(place for place, word in enumerate(words) if word in SCRIPTS)
     assert all("/" not in word or (ROOT / word).exists() for word in words[:script])
     check_script(words[script:])
