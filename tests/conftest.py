@@ -3,6 +3,7 @@
 Nothing is downloaded: the process is offline unless a test starts one of its own.
 """
 
+import importlib
 import json
 import os
 import random
@@ -46,6 +47,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="make gpu-tests, on a machine with a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def plain_models(request):
+    """After a test on a GPU, models are transformers' own again.
+
+    Liger puts its classes and functions in the place of transformers' for the whole process, and they run on a GPU alone.
+    """
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from posttrain.kernels.liger import MODEL_TYPES
+
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in MODEL_TYPES]
+    own = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, own, strict=True):
+        vars(module).update(names)
 
 
 CHATML = """{%- for message in messages -%}
