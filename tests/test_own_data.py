@@ -325,6 +325,20 @@ def test_a_question_of_several_keys_with_choices_and_answers_by_other_names(prep
     assert [row.completion[0]["content"].splitlines()[0] for row in prepare.rows("train")] == ["0 of 1", "1 of 1", "2 of 1"]
 
 
+def test_the_recipe_for_svamp_reads_its_keys(tmp_path, tiny_model_dir):
+    rows = [
+        {"ID": f"chal-{n}", "Body": f"Dan had $ {n + 3} left", "Question": "How much was it?", "Equation": f"( {n}.0 + 3.0 )"}
+        | {"Answer": n + 3.0, "Type": "Addition"}
+        for n in range(20)
+    ]
+    place = (f"source.path={write(tmp_path / 'SVAMP.json', rows)}", f"output_dir={tmp_path / 'out'}")
+    done = run("data_prep", "--config", CONFIGS / "recipes/data_svamp.yaml", *place, f"tokenizer.name_or_path={tiny_model_dir}")
+    assert done.code == 0, done
+    one = read_jsonl(tmp_path / "out/train.jsonl", Example)[0]
+    assert one.question == f"Dan had $ {one.answer} left\nHow much was it?"
+    assert one.completion[0]["content"] == f"( {int(one.answer) - 3}.0 + 3.0 )\n#### {one.answer}"
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
