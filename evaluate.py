@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # What of the manifest stands in results.json: what was measured and with what, nothing of how the run went.
 PROVENANCE = (
-    "model", "adapter_sha256", "parent", "chain", "engine", "decoding", "generation", "batch_size", "data", "seed", "commit", "dirty",
-    "versions", "hardware",
+    "model", "adapter_sha256", "parent", "chain", "engine", "decoding", "generation", "batch_size", "data", "seed", "commit",
+    "dirty", "versions", "hardware",
 )  # fmt: skip
 
 # What to say where an engine would decode another model.

@@ -43,7 +43,7 @@ class Difference(NamedTuple):
 
 
 class EngineGuard:
-    """Checks the engine "transformers" the first time that it is called. `record` gets the largest difference, and loop or seats."""
+    """Checks the engine "transformers" the first time that it is called. `record` gets the difference, and loop or seats."""
 
     def __init__(self, remedy: str, record: Callable[..., None]) -> None:
         self.remedy, self.record, self.done = remedy, record, False
