@@ -16,6 +16,11 @@ SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
 
 
 class WithScripts(build_py):
+    def run(self) -> None:
+        # What an earlier build left there would come along, under the name of this commit.
+        shutil.rmtree(Path(self.build_lib, "posttrain"), ignore_errors=True)
+        super().run()
+
     def build_package_data(self) -> None:  # of a wheel; an editable install runs what is here
         super().build_package_data()
         shipped = Path(self.build_lib, "posttrain", "shipped")

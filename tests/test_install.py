@@ -177,6 +177,9 @@ def source(tmp_path_factory):
     git("init", "--quiet", folder)
     git("-C", folder, "add", "--all")
     git("-C", folder, "commit", "--quiet", "--message", "all")
+    left = folder / "build" / "lib" / "posttrain" / "gone.py"  # by a build of an earlier commit
+    left.parent.mkdir(parents=True)
+    left.touch()
     return folder
 
 
