@@ -26,6 +26,7 @@ models
 tasks generation bundled_model
 evaluation
 report hub
+export
 training
 data_prep sft_train grpo_train evaluate
 """
@@ -46,7 +47,8 @@ KEEPERS = {
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"hub", "models", "tasks", "training"},
-    "gguf": set(),
+    "gguf": {"export"},
+    "llama_cpp": {"export"},
     "wandb": set(),  # transformers speaks to the trackers
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
@@ -57,6 +59,7 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.export.__main__",
 )
 
 

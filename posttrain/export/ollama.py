@@ -1,0 +1,99 @@
+"""A Modelfile for Ollama: the chat template in Go's language, the stop token, greedy answers as they were measured.
+
+Ollama does not read Jinja. Its template is made from what ours renders: the text before and after a message of each role, and
+before an answer. A template that does more than that, as one that drops an earlier turn's thoughts, is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.errors import UserError
+from posttrain.models.chat import chat_text, stop_token
+
+CONTENT = "\ue000CONTENT\ue001"  # private use: no template writes it
+ROLES = ("system", "user", "assistant")
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a chat template writes around contents."""
+
+    begin: str  # of every chat
+    around: dict[str, tuple[str, str]]  # role -> before and after its content
+    answer: str  # before an answer
+    default_system: str | None  # the system prompt of a chat that has none
+
+    def render(self, chat: Chat) -> str:
+        messages = (
+            chat
+            if chat[0]["role"] == "system" or self.default_system is None
+            else [_message("system", self.default_system), *chat]
+        )
+        texts = [self.around[one["role"]][0] + one["content"] + self.around[one["role"]][1] for one in messages]
+        return self.begin + "".join(texts) + self.answer
+
+
+def _message(role: str, content: str = CONTENT) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """The pieces of a template, tried on chats of several forms.
+
+    Raises:
+        UserError: the template cannot be said in pieces; the text names the chat that shows it.
+    """
+    takes_system = "system" in tokenizer.get_chat_template()
+
+    def rendered(*chat: dict[str, str], prompt: bool = False) -> str:
+        return chat_text(tokenizer, list(chat), add_generation_prompt=prompt)
+
+    user, reply, system = _message("user"), _message("assistant"), _message("system")
+    alone = rendered(user).split(CONTENT)
+    answer = rendered(user, prompt=True).removeprefix(rendered(user))
+    before_reply, after_reply = rendered(user, reply).removeprefix(rendered(user)).split(CONTENT)
+    again, after_user = rendered(user, reply, user).removeprefix(rendered(user, reply)).split(CONTENT)
+    begin, default = alone[0].removesuffix(again), None
+    around = {"user": (again, after_user), "assistant": (before_reply, after_reply)}
+    if takes_system:
+        texts = rendered(system, user).split(CONTENT)
+        opening, closing = texts[0], texts[1].removesuffix(again)
+        if begin.startswith(opening) and begin.endswith(closing) and len(begin) > len(opening) + len(closing):
+            default, begin = begin[len(opening) : len(begin) - len(closing)], ""
+        around["system"] = (opening.removeprefix(begin), closing)
+    pieces = Pieces(begin, around, answer, default)
+    _check(pieces, tokenizer, takes_system)
+    return pieces
+
+
+def _check(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, takes_system: bool) -> None:
+    turns = [_message("user", "1+1?"), _message("assistant", "2"), _message("user", "2+2?\nSay #### 4.")]
+    chats = [turns[:1], turns, *([[_message("system", "Be brief."), *turns]] if takes_system else [])]
+    for chat in chats:
+        if pieces.render(chat) != chat_text(tokenizer, chat, add_generation_prompt=True):
+            roles = ", ".join(one["role"] for one in chat)
+            raise UserError(
+                f"the chat template does more than to write around contents (seen on {roles}), and Ollama's cannot: use --format "
+                "gguf, which keeps the template as it is"
+            )
+
+
+def modelfile(tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:
+    """The text of a Modelfile beside a GGUF file."""
+    pieces = pieces_of(tokenizer)
+    roles = [role for role in ROLES if role in pieces.around]
+    cases = [
+        f'{{{{ {"if" if not number else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+        for number, role in enumerate(roles)
+        for before, after in [pieces.around[role]]
+    ]
+    template = f"{pieces.begin}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
+    lines = [f"FROM ./{file_name}", f'TEMPLATE """{template}"""']
+    if pieces.default_system is not None:
+        lines += [f'SYSTEM """{pieces.default_system}"""']
+    stop = stop_token(tokenizer)
+    return "\n".join([*lines, f'PARAMETER stop "{stop}"', "PARAMETER temperature 0", ""])
