@@ -23,6 +23,7 @@ config
 runs
 kernels
 models
+gguf_model
 tasks generation bundled_model
 evaluation
 report hub
@@ -47,7 +48,7 @@ KEEPERS = {
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"hub", "models", "tasks", "training"},
-    "gguf": {"export"},
+    "gguf": {"export", "gguf_model"},
     "llama_cpp": {"export"},
     "wandb": set(),  # transformers speaks to the trackers
 }
@@ -59,6 +60,7 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.gguf_model",
     "posttrain.export.__main__",
 )
 

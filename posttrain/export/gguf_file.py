@@ -54,13 +54,17 @@ def check_architecture(config: Any, class_name: str) -> str:
     rope = _rope(config).get("rope_type", "default")
     why = (
         "windows in other layers" if kinds and kinds != expected
-        else f"query_pre_attn_scalar {scalar}" if scalar not in (None, config.head_dim)
+        else f"query_pre_attn_scalar {scalar}" if scalar not in (None, _head_dim(config))
         else f"positions of type {rope}" if rope not in ROPES
         else None
     )  # fmt: skip
     if why:
         raise UserError(f"this {class_name} has {why}, which llama.cpp's {arch.lower()} does not compute: use --format merged")
     return arch
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 
 def _add_shape(writer: GGUFWriter, config: Any, arch: str) -> None:
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = _head_dim(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -165,7 +169,7 @@ def _entries(weights: FoldedWeights, arch: str, dtype: torch.dtype) -> Iterator[
     config = weights.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_hidden_layers)
     if (rope := _rope(config)).get("rope_type") == "llama3":
-        factors = _llama3_factors(rope, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        factors = _llama3_factors(rope, _head_dim(config))
         yield _Entry("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
     for tensor in weights.tensors:
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))

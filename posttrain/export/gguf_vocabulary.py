@@ -7,21 +7,17 @@ of llama.cpp itself, of every prompt (`fidelity.py`).
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.models.chat import special_ids
+from posttrain.models.pre_tokenizers import rule_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-# A regular expression of tokenizer.json -> llama.cpp's name for it (src/llama-vocab.cpp).
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
 SPACE = "\u2581"  # what stands for a space in SentencePiece's vocabularies
 
 
@@ -53,27 +49,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     if parts["model"]["type"] != "BPE":
         raise UserError(f"a tokenizer of type {parts['model']['type']} is not written as GGUF, only BPE: use --format merged")
     return "default" if parts["model"].get("byte_fallback") else rule_of(parts["pre_tokenizer"])
-
-
-def rule_of(pre_tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name of the rule by which byte-level BPE cuts a text.
-
-    Raises:
-        UserError: it is none of those that are known here.
-    """
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else [{}]
-    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-    match steps:
-        case [last] if last == BYTE_LEVEL:
-            return "gpt-2"
-        case [{"type": "Digits", "individual_digits": True}, last] if last == BYTE_LEVEL:
-            return "smollm"
-        case [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel", "use_regex": False}] if regex in SPLITS:
-            return SPLITS[regex]
-    raise UserError(
-        "the tokenizer cuts texts by a rule that is not known here as one of llama.cpp's "
-        f"({json.dumps(pre_tokenizer)[:120]}): use --format merged"
-    )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int, byte_fallback: bool) -> tuple[list[str], list[int]]:

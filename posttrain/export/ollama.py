@@ -15,6 +15,10 @@ from posttrain.models.chat import chat_text, stop_token
 
 CONTENT = "\ue000CONTENT\ue001"  # private use: no template writes it
 ROLES = ("system", "user", "assistant")
+TOO_MUCH = (
+    "the chat template does more than to write around contents, and Ollama's cannot: use --format gguf, which keeps the template "
+    "as it is"
+)
 Chat = list[dict[str, str]]
 
 
@@ -45,29 +49,42 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The pieces of a template, tried on chats of several forms.
 
     Raises:
-        UserError: the template cannot be said in pieces; the text names the chat that shows it.
+        UserError: the template cannot be said in pieces.
     """
-    takes_system = "system" in tokenizer.get_chat_template()
 
     def rendered(*chat: dict[str, str], prompt: bool = False) -> str:
         return chat_text(tokenizer, list(chat), add_generation_prompt=prompt)
 
+    def around(whole: str, before: str = "") -> tuple[str, str]:
+        """What stands before and after the last content, behind a text that the whole begins with."""
+        first, found, last = whole.removeprefix(before).rpartition(CONTENT)
+        if not whole.startswith(before) or not found or CONTENT in first:
+            raise UserError(TOO_MUCH)
+        return first, last
+
     user, reply, system = _message("user"), _message("assistant"), _message("system")
-    alone = rendered(user).split(CONTENT)
-    answer = rendered(user, prompt=True).removeprefix(rendered(user))
-    before_reply, after_reply = rendered(user, reply).removeprefix(rendered(user)).split(CONTENT)
-    again, after_user = rendered(user, reply, user).removeprefix(rendered(user, reply)).split(CONTENT)
-    begin, default = alone[0].removesuffix(again), None
-    around = {"user": (again, after_user), "assistant": (before_reply, after_reply)}
-    if takes_system:
+    alone = rendered(user)
+    answer = rendered(user, prompt=True).removeprefix(alone)
+    pairs = {"assistant": around(rendered(user, reply), alone)}
+    pairs["user"] = around(rendered(user, reply, user), rendered(user, reply))
+    begin, default = around(alone)[0].removesuffix(pairs["user"][0]), None
+    if takes_system := _takes_system(tokenizer):
         texts = rendered(system, user).split(CONTENT)
-        opening, closing = texts[0], texts[1].removesuffix(again)
+        opening, closing = texts[0], texts[1].removesuffix(pairs["user"][0])
         if begin.startswith(opening) and begin.endswith(closing) and len(begin) > len(opening) + len(closing):
             default, begin = begin[len(opening) : len(begin) - len(closing)], ""
-        around["system"] = (opening.removeprefix(begin), closing)
-    pieces = Pieces(begin, around, answer, default)
+        pairs["system"] = (opening.removeprefix(begin), closing)
+    pieces = Pieces(begin, pairs, answer, default)
     _check(pieces, tokenizer, takes_system)
     return pieces
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        chat_text(tokenizer, [_message("system"), _message("user")])
+    except UserError:  # the template says so itself
+        return False
+    return True
 
 
 def _check(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, takes_system: bool) -> None:
@@ -75,11 +92,7 @@ def _check(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, takes_system: boo
     chats = [turns[:1], turns, *([[_message("system", "Be brief."), *turns]] if takes_system else [])]
     for chat in chats:
         if pieces.render(chat) != chat_text(tokenizer, chat, add_generation_prompt=True):
-            roles = ", ".join(one["role"] for one in chat)
-            raise UserError(
-                f"the chat template does more than to write around contents (seen on {roles}), and Ollama's cannot: use --format "
-                "gguf, which keeps the template as it is"
-            )
+            raise UserError(TOO_MUCH)
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:

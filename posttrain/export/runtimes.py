@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.errors import UserError
 from posttrain.generation.engines import generate
 from posttrain.generation.loop import Sampling
+from posttrain.models.reference import reference_of
 
 AT_ONCE = 8  # sequences that llama.cpp decodes together
 INSTALL = "pip install 'posttrain[gguf]' (it compiles llama.cpp: a C++ compiler and minutes)"
@@ -53,6 +54,7 @@ class Transformers:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.plain = reference_of(model)  # the same weights: decoding changes how a model attends
 
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Answers:
         begun = time.perf_counter()
@@ -62,7 +64,7 @@ class Transformers:
     @torch.no_grad()
     def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
-        return self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float().cpu()
+        return self.plain(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float().cpu()
 
     def tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
