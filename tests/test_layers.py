@@ -188,7 +188,7 @@ def test_every_package_that_is_imported_is_declared():
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {requirement_name(line) for line in (*project["dependencies"], *extras)}
     imported = {package(name) for module in OURS for name in all_imports(module)} - sys.stdlib_module_names
-    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic"}
+    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic", "llama_cpp": "llama-cpp-python"}
     wanted = {modules.get(name, name).replace("_", "-") for name in imported - {"posttrain", "rewards"}}
     assert wanted <= declared
 
