@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.models.checkpoint import INDEX, WHOLE
 from posttrain.models.folded import FoldedWeights, Tensor
 
-PART_BYTES = 2**30  # of one file: what writing a model of any size takes of memory, beside one tensor
+PART_BYTES = 2**29  # of one file. Writing takes twice that of memory, and twice the largest tensor: safetensors copies a part
 
 
 def write_merged(weights: FoldedWeights, tokenizer: PreTrainedTokenizerBase, folder: Path, part_bytes: int = PART_BYTES) -> None:
