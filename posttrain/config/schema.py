@@ -127,8 +127,8 @@ class Model(Tokenizer):
     """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
     [in posttrain/kernels/liger.py]"""
 
-    decoding: Literal["loop", "seats"] = "loop"
-    """How completions are decoded: seats is a GPU's fast path, not yet used where nothing is said.
+    decoding: Literal["auto", "loop", "seats"] = "auto"
+    """How completions are decoded: seats is a GPU's fast path, and auto takes it where model, card and dtype are for it.
     [in posttrain/generation/decoder.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
