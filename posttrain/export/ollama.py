@@ -30,6 +30,7 @@ class Pieces:
     around: dict[str, tuple[str, str]]  # role -> before and after its content
     answer: str  # before an answer
     default_system: str | None  # the system prompt of a chat that has none
+    joined: bool  # the system prompt stands inside the first user turn, as in Gemma's chats
 
     def render(self, chat: Chat) -> str:
         messages = (
@@ -37,8 +38,12 @@ class Pieces:
             if chat[0]["role"] == "system" or self.default_system is None
             else [_message("system", self.default_system), *chat]
         )
-        texts = [self.around[one["role"]][0] + one["content"] + self.around[one["role"]][1] for one in messages]
-        return self.begin + "".join(texts) + self.answer
+        return self.begin + "".join(self._text(place, messages) for place in range(len(messages))) + self.answer
+
+    def _text(self, place: int, messages: Chat) -> str:
+        before, after = self.around[messages[place]["role"]]
+        inside = self.joined and place == 1 and messages[0]["role"] == "system"
+        return ("" if inside else before) + messages[place]["content"] + after
 
 
 def _message(role: str, content: str = CONTENT) -> dict[str, str]:
@@ -67,14 +72,17 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     answer = rendered(user, prompt=True).removeprefix(alone)
     pairs = {"assistant": around(rendered(user, reply), alone)}
     pairs["user"] = around(rendered(user, reply, user), rendered(user, reply))
-    begin, default = around(alone)[0].removesuffix(pairs["user"][0]), None
+    begin, default, joined = around(alone)[0].removesuffix(pairs["user"][0]), None, False
     if takes_system := _takes_system(tokenizer):
         texts = rendered(system, user).split(CONTENT)
-        opening, closing = texts[0], texts[1].removesuffix(pairs["user"][0])
+        if len(texts) != 3:
+            raise UserError(TOO_MUCH)
+        joined = not texts[1].endswith(pairs["user"][0])
+        opening, closing = texts[0], texts[1] if joined else texts[1].removesuffix(pairs["user"][0])
         if begin.startswith(opening) and begin.endswith(closing) and len(begin) > len(opening) + len(closing):
             default, begin = begin[len(opening) : len(begin) - len(closing)], ""
         pairs["system"] = (opening.removeprefix(begin), closing)
-    pieces = Pieces(begin, pairs, answer, default)
+    pieces = Pieces(begin, pairs, answer, default, joined)
     _check(pieces, tokenizer, takes_system)
     return pieces
 
@@ -99,12 +107,17 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:
     """The text of a Modelfile beside a GGUF file."""
     pieces = pieces_of(tokenizer)
     roles = [role for role in ROLES if role in pieces.around]
-    cases = [
-        f'{{{{ {"if" if not number else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
-        for number, role in enumerate(roles)
-        for before, after in [pieces.around[role]]
-    ]
-    template = f"{pieces.begin}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
+    cases = []
+    for number, role in enumerate(roles):
+        before, after = pieces.around[role]
+        if role == "user" and pieces.joined:
+            before = f'{{{{ if or (ne $i 1) (ne (index $.Messages 0).Role "system") }}}}{before}{{{{ end }}}}'
+        cases.append(f'{{{{ {"if" if not number else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}')
+    each = "$i, $message := .Messages" if pieces.joined else ".Messages"
+    begin = pieces.begin
+    if tokenizer.bos_token and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        begin = begin.removeprefix(tokenizer.bos_token)  # the file says that the runtime adds it
+    template = f"{begin}{{{{ range {each} }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
     lines = [f"FROM ./{file_name}", f'TEMPLATE """{template}"""']
     if pieces.default_system is not None:
         lines += [f'SYSTEM """{pieces.default_system}"""']
