@@ -31,7 +31,7 @@ from posttrain.errors import UserError
 from posttrain.hub.card import Artefact, Release, model_card
 from posttrain.hub.push import Request as PushRequest
 from posttrain.hub.push import read_release
-from posttrain.records import Example, read_jsonl, write_atomic
+from posttrain.records import Example, read_jsonl, sha256_file, write_atomic
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import check_writable
 from posttrain.runs.integrity import files_of, sync_files
@@ -348,10 +348,7 @@ def write_report(target: Target, source: Source, folder: Path, fidelity: Fidelit
     (folder / "README.md").write_text(
         model_card(source.release.exported_as(artefact(target, source, folder, fidelity))), encoding="utf-8"
     )
-    files = {
-        name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, path in files_of(folder).items()
-    }
+    files = {name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for name, path in files_of(folder).items()}
     write_atomic(folder / EXPORT, json.dumps(provenance(target, source, folder) | {"files": files}, indent=2) + "\n")
 
 

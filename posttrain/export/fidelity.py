@@ -23,6 +23,7 @@ from posttrain.records import Example, Prediction, sha256_text
 from posttrain.tasks.answers import Grader
 
 NUM_COMPARED = 32  # questions whose answers are compared token by token
+NUM_TOKENS = 2048  # of those answers, at most: the logits of each are kept, 1.2 GB of them at a vocabulary of 150,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,18 @@ class Measured:
     examples: list[Example]
     prompts: list[list[int]]
     answers: Answers
-    logits: list[torch.Tensor]  # of the first NUM_COMPARED answers, each (tokens, vocabulary)
+    logits: list[torch.Tensor]  # of the first answers, or their beginnings, each (tokens, vocabulary)
     max_new_tokens: int
 
 
 def measure(policy: Runtime, examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Measured:
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in examples]
     answers = policy.answer(prompts, max_new_tokens)
-    compared = zip(prompts[:NUM_COMPARED], answers.tokens, strict=False)
-    logits = [policy.logits(prompt, answer) for prompt, answer in compared]
+    room, logits = NUM_TOKENS, list[torch.Tensor]()
+    for prompt, answer in zip(prompts[:NUM_COMPARED], answers.tokens, strict=False):
+        if room:
+            logits.append(policy.logits(prompt, answer[:room]))
+            room -= len(logits[-1])
     return Measured(examples, prompts, answers, logits, max_new_tokens)
 
 
@@ -122,7 +126,7 @@ def compare_with(
 def _token_by_token(measured: Measured, artefact: Runtime) -> dict[str, Any]:
     divergences, agreed, differences = [], [], []
     for prompt, answer, wanted in zip(measured.prompts, measured.answers.tokens, measured.logits, strict=False):
-        found = artefact.logits(prompt, answer)[:, : wanted.shape[1]]
+        found = artefact.logits(prompt, answer[: len(wanted)])[:, : wanted.shape[1]]
         divergences.append(divergence(wanted, found))
         agreed.append(wanted.argmax(-1) == found.argmax(-1))
         differences.append(difference(found[None], wanted[None]).relative)

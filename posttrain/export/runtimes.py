@@ -100,7 +100,7 @@ class LlamaCpp:
                 raise UserError(f"llama.cpp does not load {file}: see what `llama-cli -m {file}` says")
             settings = library.llama_context_default_params()
             settings.n_ctx, settings.n_seq_max = AT_ONCE * (-(-context // 256) * 256), AT_ONCE
-            settings.n_batch = settings.n_ubatch = AT_ONCE * context
+            settings.n_batch = AT_ONCE * context
             settings.n_threads = settings.n_threads_batch = self.threads
             self.context = library.llama_init_from_model(self.model, settings)
         self.batch = library.llama_batch_init(AT_ONCE * context, 0, AT_ONCE)
