@@ -20,7 +20,7 @@ from posttrain.models.adapters import load_adapter
 from posttrain.models.chat import stop_token
 from posttrain.models.folded import FoldedWeights, Tensor
 from posttrain.models.policy_copy import PolicyCopy
-from posttrain.records import sha256_file
+from posttrain.records import Prediction, read_jsonl, sha256_file
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.manifest import parent_of_model, read_manifest
 
@@ -269,3 +269,20 @@ def test_a_merged_folder_of_a_run_that_trained_all_weights_is_its_model(tiny, tm
     (found,) = export(request(run, tmp_path / "merged"))
     assert found.same_weights and not found.faults
     assert "A model. It makes" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_merged_folder_answers_as_the_adapter_did(pipeline, tmp_path):
+    """By the two commands, on the pipeline's run: the evaluation of the folder has the completions of the adapter's."""
+    from scripts import CONFIGS, run
+
+    done = run(
+        "posttrain.export.command", "runs/grpo_tiny", "--format", "merged", "--out", tmp_path, "--questions", 4, cwd=pipeline
+    )
+    assert done.code == 0 and done.out.startswith(f"wrote {tmp_path / 'merged'}\n  transformers: top-1 100.00%"), done
+    as_base = [f"model.name_or_path={tmp_path / 'merged'}", "quantization=none", f"run_dir={tmp_path / 'eval'}"]
+    assert run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", *as_base, cwd=pipeline).code == 0
+    [adapters] = [folder for folder in (pipeline / "runs").glob("eval_*grpo_tiny") if folder.is_dir()]
+    wanted, found = (read_jsonl(folder / "predictions.jsonl", Prediction) for folder in (adapters, tmp_path / "eval"))
+    assert [row.completion for row in found] == [row.completion for row in wanted]
+    assert [link["stage"] for link in read_manifest(tmp_path / "eval").chain] == ["sft", "grpo"]
