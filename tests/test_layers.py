@@ -25,7 +25,7 @@ kernels
 models
 tasks generation bundled_model
 evaluation
-report hub
+report hub chat
 training
 data_prep sft_train grpo_train evaluate
 """
@@ -57,6 +57,7 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.chat",
 )
 
 
