@@ -461,6 +461,51 @@ def test_a_subset_is_called_one(runs, server, tmp_path):
     assert ModelCard(readme(server)).data.eval_results is None
 
 
+# --- the card beside the run's own files ----------------------------------------------------------------------------
+
+
+def test_a_finished_adapter_says_what_it_is_and_where_its_base_lies(sft, tiny_model_dir):
+    folder, manifest = sft / "adapter", json.loads((sft / "manifest.json").read_text())
+    text, config = (folder / "README.md").read_text(), json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(tiny_model_dir), None)
+    assert all(hash in text for hash in (manifest["model"]["weights"], manifest["model"]["fingerprint"]))
+    assert manifest["adapter_sha256"][:12] in text and "More Information Needed" not in text
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert f'adapter = "{folder}"' in code and f'from_pretrained("{tiny_model_dir}"' in code
+    assert "README.md" not in manifest["adapter_files"]  # users write their own over it
+
+
+def test_a_checkpoint_has_a_card_that_is_part_of_it(tiny):
+    from posttrain.runs.integrity import damage
+
+    with tiny.sft({"save_strategy": "steps", "save_steps": 1}) as trainer:
+        trainer.keep_in(trainer.run)
+        trainer.train()
+        folder = trainer.run.folder / "checkpoints" / "checkpoint-1"
+    text = (folder / "README.md").read_text()
+    assert str(folder) in text and "supervised fine-tuning" in text and damage(folder) is None
+    (folder / "README.md").write_text("other")
+    assert "README.md" in damage(folder)
+
+
+def test_a_base_of_the_hub_is_named_with_the_commit_that_was_loaded(tmp_path, load, tokenizer):
+    from posttrain.config.schema import Lora
+    from posttrain.models.adapters import load_adapter, new_adapter
+
+    def base():
+        model = load()
+        model.name_or_path = model.config._name_or_path = "me/tiny-base"
+        model.config._commit_hash = "a" * 40
+        return model
+
+    model = new_adapter(base(), Lora(r=2, alpha=2, target_modules=["q_proj"]), tokenizer, 0)
+    model.save_pretrained(tmp_path)
+    for loaded in (model, load_adapter(base(), tmp_path, trainable=True)):
+        loaded.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny-base", "a" * 40)
+
+
 # --- an adapter on a merged base --------------------------------------------------------------------------------------
 
 

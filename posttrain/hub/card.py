@@ -94,8 +94,25 @@ class Release:
     evaluations: tuple[Evaluation, ...]
 
     @property
+    def is_local(self) -> bool:
+        """Whether the card lies beside the run's files: `repo_id` is then the absolute path of their folder."""
+        return self.repo_id.startswith("/")
+
+    @property
     def name(self) -> str:
-        return self.repo_id.split("/")[1]
+        return self.manifest.name if self.is_local else self.repo_id.split("/")[1]
+
+    @property
+    def base_path(self) -> str:
+        """What a reader loads the base from, where it has no Hub id."""
+        return os.path.abspath(self.base.merged or self.base.name) if self.is_local else "PATH_OF_THE_BASE"
+
+    @property
+    def base_hashes(self) -> str:
+        """What tells the base from every other, as the manifest has it: see posttrain/models/checkpoint.py."""
+        known = {"weights": "weights", "fingerprint": "norms"}
+        said = [f"{name} `{self.manifest.model[key]}`" for key, name in known.items() if key in self.manifest.model]
+        return ", ".join(said)
 
 
 def portable(value: Any) -> Any:

@@ -164,6 +164,13 @@ def read_release(request: Request) -> Release:
     return Release(request.repo_id, run_dir, manifest, settings, base, evaluations)
 
 
+def local_release(folder: Path, run_dir: Path, manifest: Manifest) -> Release:
+    """What is said of a run beside its own files, which training writes before it has finished."""
+    settings = read_settings(run_dir)
+    base = read_base(run_dir, manifest, settings["model"], None)
+    return Release(str(folder.absolute()), run_dir, manifest, settings, base, ())
+
+
 def check_finished(run_dir: Path, manifest: Manifest) -> None:
     if manifest.stage not in STAGES:
         raise UserError(f"{run_dir} is a run of stage {manifest.stage}: only adapters are pushed")
