@@ -1,7 +1,7 @@
 """A Hugging Face Hub on 127.0.0.1: repositories, the three steps of a commit, downloads, and faults on demand.
 
-It speaks the part of the protocol that huggingface_hub uses for models without Xet: create, preupload, LFS batch, PUT
-of each large file, commit; model info, tree and resolve. What it is sent it checks (token, hashes) and keeps.
+It speaks the part of the protocol that huggingface_hub uses for models and data sets without Xet: create, preupload, LFS batch,
+PUT of each large file, commit; model info, tree and resolve. What it is sent it checks (token, hashes) and keeps.
 """
 
 import base64
@@ -106,7 +106,12 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST
 
     def answer(self):
-        self.path = unquote(urlsplit(self.path).path)
+        # A data set is a repository `dataset:OWNER/NAME`, at the same addresses as a model.
+        self.path = re.sub(
+            r"^(/api)?/datasets/",
+            lambda found: f"{'/api/models' if found[1] else ''}/dataset:",
+            unquote(urlsplit(self.path).path),
+        )
         request = f"{self.command} {self.path}"
         self.hub.log.append(request)
         fault = self.hub.next_fault(request)
@@ -156,8 +161,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self, body):
         asked = json.loads(body)
-        repo_id = f"{asked['organization']}/{asked['name']}"
-        address = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": "0"}
+        name = f"{asked['organization']}/{asked['name']}"
+        data = asked.get("type") == "dataset"
+        repo_id = f"dataset:{name}" if data else name
+        address = {"url": f"{self.hub.url}/{'datasets/' if data else ''}{name}", "name": name, "id": "0"}
         if self.headers.get("Authorization") is None:
             return self.reply(401, {"error": "Invalid username or password."}, REFUSED_TOKEN)
         if repo_id in self.hub.repos:
@@ -175,7 +182,16 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, body, repo_id):
         if repo := self.repo(repo_id):
             siblings = [{"rfilename": name} for name in repo.files]
-            self.reply(200, {"id": repo_id, "private": repo.private, "sha": repo.sha, "siblings": siblings, "tags": []})
+            self.reply(
+                200,
+                {
+                    "id": repo_id.removeprefix("dataset:"),
+                    "private": repo.private,
+                    "sha": repo.sha,
+                    "siblings": siblings,
+                    "tags": [],
+                },
+            )
 
     def preupload(self, body, repo_id):
         if repo := self.repo(repo_id, write=True):
@@ -221,7 +237,10 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 repo.files[value["path"]] = base64.b64decode(value["content"])
         repo.commits.append(header["value"]["summary"])
-        self.reply(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{repo.sha}", "commitOid": repo.sha})
+        self.reply(
+            200,
+            {"commitUrl": f"{self.hub.url}/{repo_id.replace('dataset:', 'datasets/')}/commit/{repo.sha}", "commitOid": repo.sha},
+        )
 
     def tree(self, body, repo_id):
         if repo := self.repo(repo_id):
@@ -256,7 +275,7 @@ ROUTES = (
 
 
 def mode(path):
-    return "lfs" if path.endswith((".safetensors", ".model")) else "regular"
+    return "lfs" if path.endswith((".safetensors", ".model", ".gguf")) else "regular"
 
 
 def oid(path, content):

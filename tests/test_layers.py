@@ -25,6 +25,7 @@ kernels
 models
 tasks generation bundled_model
 evaluation
+lineage
 report hub chat
 training
 data_prep sft_train grpo_train evaluate
@@ -58,6 +59,7 @@ COMMANDS = (
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
     "posttrain.chat",
+    "posttrain.lineage",
 )
 
 

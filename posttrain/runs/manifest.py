@@ -111,9 +111,13 @@ def read_manifest(folder: Path | str, file: str = MANIFEST) -> Manifest:
     Raises:
         UserError: manifest.json is damaged, or not that of a run.
     """
-    values = read_object(Path(folder, file), "restore it from a copy, or use another run_dir")
+    return manifest_of(read_object(Path(folder, file), "restore it from a copy, or use another run_dir"), f"{folder}/{file}")
+
+
+def manifest_of(values: Entry, place: str) -> Manifest:
+    """The manifest that an object holds. UserError, which begins with `place`: it holds none."""
     if lacking := [name for name in FIELDS if name not in UNSAID and name not in values]:
-        raise UserError(f"{folder}/{file} is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
+        raise UserError(f"{place} is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
     known = {name: values.pop(name) for name in FIELDS if name in values}
     return Manifest(**known, extra=values)
 
