@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # What of the manifest stands in results.json: what was measured and with what, nothing of how the run went.
 PROVENANCE = (
-    "model", "adapter_sha256", "parent", "chain", "engine", "generation", "batch_size", "data", "seed", "commit", "dirty",
-    "versions", "hardware",
+    "model", "adapter_sha256", "parent", "chain", "engine", "decoding", "generation", "batch_size", "data", "seed", "commit",
+    "dirty", "versions", "hardware",
 )  # fmt: skip
 
 # What to say where an engine would decode another model.
@@ -135,7 +135,7 @@ def load_policy(config: EvalConfig, adapter: Path | None, tokenizer: Any, prompt
     model, identity = open_policy(config.model, config.quantization, tokenizer, adapter, trainable=False)
     run.record(model=identity, engine=config.engine, generation=config.generation.model_dump())
     policy = PolicyCopy(model).model
-    guard = EngineGuard(OTHER_ENGINE["transformers"], lambda difference: run.record(engine_difference=difference))
+    guard = EngineGuard(OTHER_ENGINE["transformers"], run.record)
     guard(config.engine, policy, model, prompts, config.generation.max_new_tokens)
     return policy
 

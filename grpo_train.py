@@ -167,7 +167,7 @@ def make_trainer(
     functions += [reward.function for reward in named]
     weights += [reward.weight for reward in named]
     copy = PolicyCopy(model)
-    guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", lambda difference: run.record(engine_difference=difference))
+    guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", run.record)
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
     if config.trains_all_weights:

@@ -158,7 +158,7 @@ def make_trainer(
             lean_layers=config.lean_layers,
         )
     limit = dev_tokens(config, model, tokenizer, dev)
-    guard = EngineGuard(NO_DEV, lambda difference: run.record(engine_difference=difference))
+    guard = EngineGuard(NO_DEV, run.record)
     grader = grader_of(run.manifest.data.get("answer"))
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, guard=guard, grader=grader)) if dev else None
     add_callbacks(trainer, run, measure, config.dev_every_steps)

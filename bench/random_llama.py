@@ -6,6 +6,7 @@ above the tokenizer's vocabulary decode to nothing.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def make(folder: Path, tokenizer: Path, shape: dict[str, Any]) -> None:
     own = AutoTokenizer.from_pretrained(tokenizer)
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     shape = {"vocab_size": len(own), "tie_word_embeddings": True} | shape | dict.fromkeys(tokens)
+    if len(own) > shape["vocab_size"]:  # minutes later, every party would fail
+        sys.exit(f"{tokenizer} has {len(own)} tokens, and the model {shape['vocab_size']}: give another --tokenizer")
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

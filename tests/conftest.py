@@ -3,6 +3,7 @@
 Nothing is downloaded: the process is offline unless a test starts one of its own.
 """
 
+import importlib
 import json
 import os
 import random
@@ -46,6 +47,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="make gpu-tests, on a machine with a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def plain_models(request):
+    """After a test on a GPU, models are transformers' own again.
+
+    Liger puts its classes and functions in the place of transformers' for the whole process, and they run on a GPU alone.
+    """
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from posttrain.kernels.liger import MODEL_TYPES
+
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in MODEL_TYPES]
+    own = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, own, strict=True):
+        vars(module).update(names)
 
 
 CHATML = """{%- for message in messages -%}
@@ -250,21 +269,10 @@ def any_sft(request, sft, sft_with_tokens):
 @pytest.fixture(scope="session")
 def llama3_tokenizer_dir(tmp_path_factory):
     """Llama-3's tokenizer as the base model ships it: ends on `<|end_of_text|>`, has no pad token and no template."""
-    reason = "llama-models, which holds Meta's tokenizer, is not installed"
-    tokenizer_module = pytest.importorskip("llama_models.llama3.tokenizer", reason=reason)
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    meta = tokenizer_module.Tokenizer.get_instance()
-    file = Path(tokenizer_module.__file__).parent / "tokenizer.model"
-    specials = sorted(meta.special_tokens, key=meta.special_tokens.__getitem__)
-    converted = TikTokenConverter(vocab_file=str(file), pattern=meta.pat_str, extra_special_tokens=specials).converted()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", model_max_length=131072
-    )
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    from published import of_llama_models
+
+    of_llama_models(b"", folder)
     return folder
 
 

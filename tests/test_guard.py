@@ -46,9 +46,10 @@ def copy_of(folders):
 
 def check(policy, trained=None, prompts=PROMPTS):
     """The difference that a run would record."""
-    found = []
-    EngineGuard("use another engine", found.append)("transformers", policy, trained, prompts, 24)
-    return found[0]
+    found = {}
+    EngineGuard("use another engine", found.update)("transformers", policy, trained, prompts, 24)
+    assert found["decoding"] == "loop"  # these run on a CPU
+    return found["engine_difference"]
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_a_wrong_kernel_stops_the_run(copy_of):
 
 def test_the_guard_asks_once_draws_nothing_and_leaves_the_model_as_it_was(adapted):
     found, policy = [], PolicyCopy(adapted).model
-    ask = EngineGuard("", found.append)
+    ask = EngineGuard("", lambda **told: found.append(told))
     adapted.train()
     before, modes = torch.get_rng_state(), [module.training for module in adapted.modules()]
     for _ in range(2):
@@ -162,7 +163,7 @@ def test_logits_that_are_no_numbers_are_the_engines_fault_only_if_the_model_has_
         check(policy, base)
     del policy.model.norm.forward
     policy.model.norm.weight.data.fill_(torch.nan)
-    EngineGuard("", pytest.fail)("transformers", policy, base, PROMPTS, 24)
+    EngineGuard("", lambda **told: pytest.fail(str(told)))("transformers", policy, base, PROMPTS, 24)
 
 
 def test_another_engine_is_not_asked():

@@ -196,12 +196,21 @@ def test_the_guard_looks_at_what_decodes(monkeypatch):
 
 def test_seats_are_asked_for_and_refused_by_what_they_cannot_do():
     model = copy.deepcopy(model_of("qwen3"))
-    assert not decoder.fits(model)
+    assert decoder.way(model) == "loop"
     model.decoding = "seats"
-    assert decoder.fits(model)
+    assert decoder.way(model) == "seats"
     model.config.hidden_act = "gelu"
     with pytest.raises(UserError, match="not tried on qwen3 with gelu; use model.decoding=loop"):
         decoder.fits(model)
+
+
+@pytest.mark.parametrize("change", [{}, {"kernels": "torch"}, {"decoding": "loop"}, {"dtype": torch.float32}, {"act": "gelu"}])
+def test_where_nothing_is_said_seats_are_taken_with_their_kernels_alone(change):
+    """`kernels` says liger on a GPU alone: here it is said of a model that is not there."""
+    model = copy.deepcopy(model_of("qwen3")).to(change.get("dtype", torch.bfloat16))
+    model.kernels, model.decoding = change.get("kernels", "liger"), change.get("decoding", "auto")
+    model.config.hidden_act = change.get("act", "silu")
+    assert decoder.fits(model) == (not change)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +250,9 @@ def test_a_graph_on_a_gpu_decodes_what_its_kernels_do(monkeypatch, name, samplin
     monkeypatch.setattr(seats, "capture", lambda run, owner: run)
     assert rows(seats.decode_batch(model, prompts(), sampling, stop, 3, 6)[0]) == rows(graphed)
     tokens, logits = seats.greedy_logits(model, prompts()[:3], 4)
+    model.config._attn_implementation = (
+        "sdpa"  # the loop's attention, which the copy has from the CPU, leaves the windows to its masks
+    )
     for prompt, row, seen in zip(prompts(), tokens, logits, strict=False):
         own = model(torch.tensor([prompt + row[:-1]], device="cuda"), use_cache=False, logits_to_keep=4).logits[0].float()
         assert (seen - own).norm() < 0.2 * (own - own.mean(-1, keepdim=True)).norm()

@@ -128,7 +128,7 @@ def dump(config: Settings) -> str:
 # Keys that came after the first runs, unset. The hash leaves them out, and stays that of runs from before there were any.
 LATER: dict[str, Any] = {
     "template_kwargs": {},
-    "decoding": "loop",
+    "decoding": "auto",
     "curriculum": None,
     "lean_layers": False,
     "update_tokens": None,

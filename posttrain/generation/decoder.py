@@ -26,19 +26,27 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a model decodes by `Decoder`: where `model.decoding` asks for seats.
-
-    The loop is the default until each of these kernels has run on a GPU as it is now.
+    """Whether a model decodes by `Decoder`: where `model.decoding` asks for seats, and where it leaves the choice.
 
     Raises:
         UserError: seats were asked for, and the model or the card is none for them.
     """
-    if getattr(model, "decoding", "loop") != "seats":
-        return False
-    old = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0)  # flash attention needs Ampere
-    if reason := "the card is older than Ampere" if old else why_not(model):
+    asked = getattr(model, "decoding", "auto")
+    if asked == "auto":  # Liger's kernels are there on a GPU with Triton, unless model.kernels took them out
+        fused = getattr(model, "kernels", "torch") == "liger" and model.dtype in (torch.bfloat16, torch.float16)
+        return fused and not _old_card(model) and why_not(model) is None
+    if asked == "seats" and (reason := "the card is older than Ampere" if _old_card(model) else why_not(model)):
         raise UserError(f"model.decoding seats: {reason}; use model.decoding=loop")
-    return True
+    return asked == "seats"
+
+
+def way(model: PreTrainedModel) -> str:
+    """What `model.decoding` came to, for a manifest."""
+    return "seats" if fits(model) else "loop"
+
+
+def _old_card(model: PreTrainedModel) -> bool:
+    return model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0)  # flash attention needs Ampere
 
 
 def why_not(model: PreTrainedModel) -> str | None:

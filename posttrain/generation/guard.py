@@ -43,9 +43,9 @@ class Difference(NamedTuple):
 
 
 class EngineGuard:
-    """Checks the engine "transformers" the first time that it is called. `record` gets the largest difference."""
+    """Checks the engine "transformers" the first time that it is called. `record` gets the difference, and loop or seats."""
 
-    def __init__(self, remedy: str, record: Callable[[float], None]) -> None:
+    def __init__(self, remedy: str, record: Callable[..., None]) -> None:
         self.remedy, self.record, self.done = remedy, record, False
 
     def __call__(
@@ -63,7 +63,8 @@ class EngineGuard:
             if not difference.relative <= bound:  # also where it is not a number
                 raise UserError(_complaint(name, difference, bound, self.remedy))
         if found:
-            self.record(round(max(difference.relative for difference in found.values()), 7))
+            largest = max(difference.relative for difference in found.values())
+            self.record(engine_difference=round(largest, 7), decoding=decoder.way(policy))
 
 
 def _complaint(name: str, difference: Difference, bound: float, remedy: str) -> str:

@@ -38,7 +38,7 @@ class PolicyCopy:
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=compute_dtype(base))
         use_liger(self.model, getattr(base, "kernels", "torch"))
-        self.model.decoding = getattr(base, "decoding", "loop")
+        self.model.decoding = getattr(base, "decoding", "auto")
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         self.merged: list[tuple[nn.Module, nn.Module]] = []
         self.rounded: list[tuple[nn.Parameter, nn.Parameter]] = []  # of a base whose weights are fp32 masters

@@ -82,6 +82,7 @@ class Manifest:
 
     engine: str = ""
     engine_difference: float | None = None  # of decoded logits from the model's own, by generation/guard.py
+    decoding: str | None = None  # loop or seats: what model.decoding came to
     generation: Entry = dataclasses.field(default_factory=dict)
     batch_size: int | None = None
     generated_seconds: float | None = None
