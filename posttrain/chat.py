@@ -8,8 +8,8 @@
 
 RUN is a training or evaluation run, one of its checkpoints, or a folder that `hf download` made of a pushed run. The question
 gets the prompt of the run's data set and the verdict of its grader. The token ids are those of evaluation, and a greedy answer
-is what evaluate.py writes with generation.batch_size=1: in 16 bits a larger batch may round to another word. Each question
-stands alone, as in training: nothing that was said before is in the prompt.
+is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a larger batch, or a GPU's seats, may
+round to another word. Each question stands alone, as in training: nothing that was said before is in the prompt.
 Exit codes: 0 answered, 1 an answer is not the gold one (with --gold), 2 something to mend first.
 """
 
