@@ -241,7 +241,7 @@ def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     prompt = prompt_ids(voice, tokenizer, question, generation, base)
     model, _ = open_policy(voice.model, voice.quantization, tokenizer, folder, trainable=False)
     policy = PolicyCopy(model).model
-    EngineGuard(OTHER_ENGINE, lambda difference: None)("transformers", policy, model, [prompt], generation.max_new_tokens)
+    EngineGuard(OTHER_ENGINE, lambda **found: None)("transformers", policy, model, [prompt], generation.max_new_tokens)
     return Loaded(voice, tokenizer, policy)
 
 

@@ -25,7 +25,7 @@ from posttrain.config.schema import MODEL_FOLDER
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import Prediction, read_jsonl, read_object, sha256_file
 from posttrain.runs.contents import content_hashes
-from posttrain.runs.integrity import NOT_READ, WEIGHTS, weights_sha256
+from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS, weights_sha256
 from posttrain.runs.manifest import (
     MANIFEST,
     PUBLIC_MANIFEST,
@@ -97,7 +97,7 @@ def lineage_of(folder: Path) -> list[Link]:
         return [*recorded(made), artefact_link(folder, made["parent"]["adapter_sha256"])]
     before = ancestors(run)
     trained = before if run.manifest.stage == "eval" else [*before, run]
-    links = [base_link([*before, run][0]), *unseen(run, before)]
+    links = [base_link([*before, run][0], run), *unseen(run, before)]
     links += [run_link(origin, trained[:number]) for number, origin in enumerate(trained)]
     if run.manifest.stage == "eval":
         return [*links, eval_link(run, trained)]
@@ -160,13 +160,14 @@ def artefacts_of(run: Origin) -> list[Path]:
 # --- what is found of it ----------------------------------------------------------------------------------------------
 
 
-def base_link(first: Origin) -> Link:
+def base_link(first: Origin, run: Origin) -> Link:
     """The base by the hash over its tensors (posttrain/models/checkpoint.py)."""
     from posttrain.config.schema import Tokenizer
     from posttrain.models.checkpoint import found_here, weights_hash
 
     model = first.manifest.model
-    name, revision, recorded = model.get("name_or_path", "?"), model.get("revision"), model.get("weights", "")
+    recorded = model.get("weights", "")
+    name, revision = published_base(run) or (model.get("name_or_path", "?"), model.get("revision"))
     shown = f"{name}@{revision[:12]}" if revision else name
     here = found_here(Tokenizer(name_or_path=name, revision=revision))
     if not recorded:
@@ -176,6 +177,16 @@ def base_link(first: Origin) -> Link:
     if (found := weights_hash(Tokenizer(name_or_path=str(here)))) != recorded:
         return Link("base", shown, recorded, "broken", f"the weights there are others ({found})")
     return Link("base", shown, recorded, "whole", "its weights are here and the same")
+
+
+def published_base(run: Origin) -> tuple[str, str | None] | None:
+    """The Hub id and commit that a push gave a base: training may have known a folder."""
+    file = run.folder / CONFIG if run.downloaded and run.folder else None
+    if file is None or not file.is_file():
+        return None
+    values = read_object(file, "download the repository again")
+    name = values["base_model_name_or_path"]
+    return (name, values.get("revision")) if name else None
 
 
 def run_link(run: Origin, before: list[Origin]) -> Link:
@@ -276,10 +287,9 @@ def eval_link(run: Origin, trained: list[Origin]) -> Link:
     manifest, folder = run.manifest, run.folder
     link = Link("eval", str(folder), manifest.completions_sha256, "whole", "its questions and answers are as they were written")
     last = trained[-1].manifest.adapter_sha256 if trained else None
-    if trained and manifest.adapter_sha256 != last:
-        return dataclasses.replace(
-            link, state="broken", why=f"it is of adapter {short(manifest.adapter_sha256)}, not {short(last)}"
-        )
+    asked = manifest.parent["adapter_sha256"] if manifest.parent else None  # also where it was asked as a merged model
+    if trained and asked != last:
+        return dataclasses.replace(link, state="broken", why=f"it is of adapter {short(asked)}, not {short(last)}")
     if folder is None or not manifest.completions_sha256 or not (folder / "predictions.jsonl").is_file():
         return dataclasses.replace(link, state="unchecked", why="its answers are not here, or their hash was not kept")
     found = content_hashes(folder, read_jsonl(folder / "predictions.jsonl", Prediction))

@@ -5,6 +5,7 @@ PUT of each large file, commit; model info, tree and resolve. What it is sent it
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -29,7 +30,7 @@ class Repo:
 
     @property
     def sha(self):
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        return hashlib.sha1(repr(sorted((path, oid(path, content)) for path, content in self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -278,6 +279,7 @@ def mode(path):
     return "lfs" if path.endswith((".safetensors", ".model", ".gguf")) else "regular"
 
 
+@functools.lru_cache(maxsize=256)
 def oid(path, content):
     """As the Hub gives it: sha256 of a large file, git's own hash of another."""
     return hashlib.sha256(content).hexdigest() if mode(path) == "lfs" else git_hash(content)

@@ -207,7 +207,7 @@ def model_card(release: Release) -> str:
         stages=[link["stage"].upper() for link in links(release)],
         tests=paired_tests(release),
         variants=[[cell.replace("|", "/") for cell in variant.row()] for variant in release.variants],
-        rank=release.settings["lora"]["r"] if release.settings.get("lora") else None,
+        rank=adapter_rank(release.run_dir / "adapter" / "adapter_config.json"),
         rows=[[cell.replace("|", "/") for cell in result_row(evaluation)] for evaluation in release.evaluations],
         prompt=example_prompt(release),
         commands=commands(release),
@@ -297,6 +297,12 @@ def result_row(evaluation: Evaluation) -> list[str]:
         decoding(evaluation),
         evaluation.manifest.model["quantization"],
     ]
+
+
+def adapter_rank(file: Path) -> int | None:
+    """What vLLM has to be told of an adapter; None where it would not take it, as it trained rows of tokens, too."""
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return None if values.get("trainable_token_indices") else values.get("r")
 
 
 def paired_tests(release: Release) -> list[str]:
