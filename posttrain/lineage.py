@@ -27,6 +27,7 @@ from posttrain.records import Prediction, read_jsonl, read_object, sha256_file
 from posttrain.runs.contents import content_hashes
 from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS, weights_sha256
 from posttrain.runs.manifest import (
+    EXPORT,
     MANIFEST,
     PUBLIC_MANIFEST,
     Entry,
@@ -38,7 +39,6 @@ from posttrain.runs.manifest import (
 )
 
 LINEAGE = "lineage.json"  # of a pushed repository: the manifests of the runs before, and the hashes of all files
-EXPORT = "export.json"  # of an artefact
 State = Literal["whole", "broken", "unchecked"]
 SAID = {"whole": "whole", "broken": "BROKEN", "unchecked": "cannot be checked"}
 

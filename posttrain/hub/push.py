@@ -39,11 +39,11 @@ from posttrain.hub.card import (
 )
 from posttrain.hub.predictions import message_of, prediction_files, repo_of
 from posttrain.hub.variants import holds, read_variants
-from posttrain.lineage import EXPORT, LINEAGE
+from posttrain.lineage import LINEAGE
 from posttrain.models.chat import looks_local
 from posttrain.records import sha256_file
 from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS, check_adapter
-from posttrain.runs.manifest import PUBLIC_MANIFEST, Manifest, lineage, model_sha256, read_manifest
+from posttrain.runs.manifest import EXPORT, PUBLIC_MANIFEST, Manifest, lineage, model_sha256, read_manifest
 from posttrain.tasks.prompts import PROMPT_FILE, prompt_form
 
 EVAL_RESULTS = ".eval_results/gsm8k.yaml"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.lineage import EXPORT, sha256_in, short
+from posttrain.lineage import sha256_in, short
 from posttrain.records import read_object, sha256_file
 from posttrain.runs.integrity import NOT_READ
-from posttrain.runs.manifest import Manifest
+from posttrain.runs.manifest import EXPORT, Manifest
 
 FIDELITY = "fidelity.json"
 
