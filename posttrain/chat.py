@@ -212,7 +212,8 @@ def downloaded_voice(folder: Path, base: str | None) -> Voice:
         raise UserError(f"{folder} does not say where its base is, which was a folder: name it with --base")
     named: dict[str, Any] = {"name_or_path": name, "revision": None if base else adapter.get("revision"), "template_kwargs": {}}
     quantization = manifest.model["quantization"]
-    own = settings.model_copy(update=named)
+    # Its weights are compared with the hash that the run recorded: what the base is called does not matter.
+    own = settings.model_copy(update=named | {"same_base": True})
     return Voice(label, own, quantization, label, manifest.model.get("weights"), prompt, manifest.data)
 
 
