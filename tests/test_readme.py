@@ -243,10 +243,10 @@ def test_the_readme_is_read_in_five_minutes():
 def test_every_cell_of_the_comparison_has_its_source():
     tables = TEXT["docs/comparison.md"].partition("## Data and start")[2].partition("## What the partly")[0]
     rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if line.startswith("| ") and not line.startswith("| |")]
-    rank = {"no": 0, "–": 0, "partly": 1, "yes": 2}
+    rank = {"no": 0, "-": 0, "partly": 1, "yes": 2}
     assert len(rows) >= 40
     for feature, ours, *others in rows:
-        cells = [re.fullmatch(r"(\*\*)?\[(yes|partly|no)\]\(\S+\)(\*\*)?|(–)", cell) for cell in (ours, *others)]
+        cells = [re.fullmatch(r"(\*\*)?\[(yes|partly|no)\]\(\S+\)(\*\*)?|(-)", cell) for cell in (ours, *others)]
         assert len(cells) == 10 and all(cells), feature
         marks = [rank[cell[2] or cell[4]] for cell in cells]
         assert bool(cells[0][1]) == (max(marks) > marks[0]), f"{feature}: a losing cell is bold, and no other"
