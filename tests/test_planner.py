@@ -44,7 +44,8 @@ def grpo(shape, rows, micro_batches, prompt, new, group=8, longest=None, seats=T
     """`new`: tokens of a completion on average, `longest` the limit."""
     rollouts = Rollouts(rows * micro_batches, prompt, longest or new, 1, seats, reference, group)
     row = new + prompt / group
-    return Step(shape, micro_batches, rows, row, rows * row, adapter(shape), rollouts=rollouts, **settings)
+    widest = (longest or new) + prompt / group
+    return Step(shape, micro_batches, rows, widest, rows * row, adapter(shape), rollouts=rollouts, **settings)
 
 
 PACKING = json.loads((ROOT / "results/h100-3b/packing.json").read_text())["runs"]
@@ -71,6 +72,10 @@ def ladder(name):
 
 def steps(name):
     return {"gib": None, "s": median(STEPS[name]["step_time"][2:])}
+
+
+def manifest(run, s):
+    return {"gib": json.loads((ROOT / "results" / run / "manifest.json").read_text())["peak_gib"], "s": s}
 
 
 BY_16, BY_32, PACKED = 3932, 6377, 7816  # tokens of a step, by its rows
@@ -135,6 +140,32 @@ ROWS = {
         steps("time_lean256 (second machine)"),
         H100,
     ),
+    # No rate was fitted to these. Their seconds: medians over metrics.jsonl, the times of an optimizer step summed.
+    "0.5B SFT, 32 rows": (
+        sft(32, 1, 10619 / 0.69, QWEN_05B, length=640),
+        manifest("qwen2.5-coder-0.5b/sft_own_short4", 0.196),
+        H100,
+    ),
+    "0.5B SFT, 32 rows, again": (
+        sft(32, 1, 10616 / 0.69, QWEN_05B, length=640),
+        manifest("qwen2.5-coder-0.5b/sft_own_short4_again", 0.243),
+        H100,
+    ),
+    "135M SFT, 32 rows": (
+        sft(32, 1, 6356 / 0.59, SMOL_135M),
+        manifest("qwen2.5-coder-0.5b/sft_smol_gold", 0.235),
+        H100,
+    ),
+    "0.5B GRPO, 8 x 64, loop, 240 steps": (
+        grpo(QWEN_05B, 64, 8, 90, 265, longest=400, seats=False),
+        manifest("qwen2.5-coder-0.5b/grpo_plain_240", 4.52),
+        H100,
+    ),
+    "135M GRPO, 8 x 64, loop": (
+        grpo(SMOL_135M, 64, 8, 100, 68, group=16, longest=256, seats=False),
+        manifest("smollm2-135m/grpo_rft_seed42", 4.51),
+        H100,
+    ),
     # EXPERIMENTS.md, 2026-11-25 and 2026-11-26.
     "135M SFT on a CPU, 16 rows": (
         sft(16, 1, 4390, SMOL_135M, fused=False, probabilities=True),
@@ -164,13 +195,18 @@ def off(predicted, measured):
     return predicted / measured - 1
 
 
+MISSED = {"135M GRPO, 8 x 64, loop"}  # the page says so; one that is met again is taken off
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_measured_row_is_what_was_planned(name):
     step, measured, machine = ROWS[name]
+    held = []
     if measured["gib"]:
-        assert abs(off(memory(step, machine.is_gpu).total / GIB, measured["gib"])) < 0.2
+        held.append(abs(off(memory(step, machine.is_gpu).total / GIB, measured["gib"])) < 0.2)
     if measured["s"]:
-        assert abs(off(seconds(step, machine).total, measured["s"])) < 0.3
+        held.append(abs(off(seconds(step, machine).total, measured["s"])) < 0.3)
+    assert held and all(held) == (name not in MISSED)
 
 
 def row(name):
@@ -179,7 +215,8 @@ def row(name):
     for unit, planned in (("gib", memory(step, machine.is_gpu).total / GIB), ("s", seconds(step, machine).total)):
         was = measured[unit]
         cells += [f"{planned:.3g}", f"{was:.3g}", f"{off(planned, was):+.0%}"] if was else ["", "", ""]
-    return f"| {' | '.join(cells)} |"
+    line = f"| {' | '.join(cells)} |"
+    return line if name not in MISSED else f"| **{name}** | {' | '.join(cells[1:])} |"
 
 
 def test_the_page_has_these_rows():
