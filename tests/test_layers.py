@@ -23,9 +23,11 @@ config
 runs
 kernels
 models
+gguf_model
 tasks generation bundled_model
 evaluation
 report hub
+export
 training
 data_prep sft_train grpo_train evaluate
 """
@@ -46,7 +48,8 @@ KEEPERS = {
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"hub", "models", "tasks", "training"},
-    "gguf": set(),
+    "gguf": {"export", "gguf_model"},
+    "llama_cpp": {"export"},
     "wandb": set(),  # transformers speaks to the trackers
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
@@ -57,6 +60,8 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.gguf_model",
+    "posttrain.export.__main__",
 )
 
 
@@ -183,7 +188,7 @@ def test_every_package_that_is_imported_is_declared():
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {requirement_name(line) for line in (*project["dependencies"], *extras)}
     imported = {package(name) for module in OURS for name in all_imports(module)} - sys.stdlib_module_names
-    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic"}
+    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic", "llama_cpp": "llama-cpp-python"}
     wanted = {modules.get(name, name).replace("_", "-") for name in imported - {"posttrain", "rewards"}}
     assert wanted <= declared
 

@@ -5,6 +5,7 @@ Nothing in a card depends on the day or on the machine that writes it, so the sa
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -83,6 +84,18 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Artefact:
+    """An export of a run, as its card tells it."""
+
+    format: str  # merged, gguf or ollama
+    what: str  # the beginning of the card's first sentence
+    load: str  # the command that loads it; "" for a model folder
+    fidelity: str
+    accuracy: str
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """A finished run and what is said of it on the Hub."""
 
@@ -92,6 +105,10 @@ class Release:
     settings: dict[str, Any]  # config.yaml
     base: Base
     evaluations: tuple[Evaluation, ...]
+    artefact: Artefact | None = None  # None: the adapter, or the weights of a run that trained all
+
+    def exported_as(self, artefact: Artefact) -> Release:
+        return dataclasses.replace(self, artefact=artefact)
 
     @property
     def name(self) -> str:
@@ -196,12 +213,15 @@ def metadata(release: Release) -> str:
     from huggingface_hub import ModelCardData
 
     base, all_weights = release.base, release.manifest.all_weights
+    relation, library = ("finetune", "transformers") if all_weights else ("adapter", "peft")
+    if release.artefact:
+        relation, library = ("finetune", "transformers") if release.artefact.format == "merged" else ("quantized", "gguf")
     of_maths = ["math"] if noun_of(release.manifest.data) in ("number", "expression") else []
     of_gsm8k = ["gsm8k"] if gsm8k.HUB_ID in datasets(release) else []
     data = ModelCardData(
         base_model=base.hub_id,
-        base_model_relation=("finetune" if all_weights else "adapter") if base.hub_id else None,
-        library_name="transformers" if all_weights else "peft",
+        base_model_relation=relation if base.hub_id else None,
+        library_name=library,
         license=base.license,
         language="en",
         datasets=datasets(release) or None,

@@ -28,6 +28,7 @@ PACKAGES = (
     "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
     "liger-kernel", "reasoning-gym", "vllm",
 )  # fmt: skip
+EXPORT = "export.json"  # of a model folder that `python -m posttrain.export` wrote
 ROOT = Path(__file__).resolve().parents[2]
 
 Entry = dict[str, Any]
@@ -124,7 +125,7 @@ def opening_manifest(config: Settings, stage: str, folder: Path) -> Manifest:
         "name": getattr(config, "name", None) or folder.name,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         **git_state(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
+        "versions": versions(),
         "hardware": hardware(),
         "num_processes": num_processes(),
         "launcher": launcher(),
@@ -154,12 +155,15 @@ def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[Entry, list[En
 
 
 def parent_of_model(name_or_path: str) -> tuple[Entry | None, list[Entry], str | None]:
-    """The same for a run whose model is the folder of a run that trained all weights, and that folder's hash; else nothing.
+    """The same for a run whose model is the folder of a run that trained all weights, or one that was exported, and that
+    folder's hash; else nothing.
 
     Raises:
         UserError: the folder holds other weights than the run finished with.
     """
     folder = Path(name_or_path)
+    if (folder / EXPORT).is_file():
+        return _parent_of_export(folder)
     run_dir = _trainer_of(folder)
     if run_dir is None:
         return None, [], None
@@ -167,6 +171,13 @@ def parent_of_model(name_or_path: str) -> tuple[Entry | None, list[Entry], str |
     if folder.name == MODEL_FOLDER and sha256 != read_manifest(run_dir).adapter_sha256:
         raise UserError(f"{folder} holds other weights than the run finished with: train it again, or restore the folder")
     return *parent_of(folder, sha256), sha256
+
+
+def _parent_of_export(folder: Path) -> tuple[Entry, list[Entry], str]:
+    made, sha256 = read_object(folder / EXPORT, "export the run again"), model_sha256(folder)
+    if sha256 != made.get("weights_sha256"):
+        raise UserError(f"{folder} holds other weights than {EXPORT} says: export the run again, or restore the folder")
+    return made["parent"], made["chain"], sha256
 
 
 def refuse_unfinished_model(name_or_path: str) -> str | None:
@@ -237,6 +248,10 @@ def git_state() -> dict[str, Any]:
         return done.stdout.strip()
 
     return {"commit": git("rev-parse", "--verify", "--quiet", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
+
+
+def versions() -> dict[str, str]:
+    return {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()}
 
 
 def hardware() -> dict[str, Any]:
