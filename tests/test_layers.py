@@ -26,7 +26,8 @@ models
 gguf_model
 tasks generation bundled_model
 evaluation
-report hub
+lineage
+report hub chat
 export
 training
 data_prep sft_train grpo_train evaluate
@@ -60,6 +61,8 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.chat",
+    "posttrain.lineage",
     "posttrain.gguf_model",
     "posttrain.export.__main__",
 )

@@ -24,7 +24,8 @@ PAGES = [
 ]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
-WRITTEN = ("data/", "models/", "runs/", "report/", ".venv/")  # by the commands themselves
+WRITTEN = ("data/", "models/", "runs/", "report/", "downloads/", ".venv/")  # by the commands themselves
+NOT_HERE = ("vllm", "llama-server", "ollama")  # programs of others, which the page names as not run
 PROGRAMS = r"make|python|pip|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
 
 
@@ -79,6 +80,11 @@ def check(words: list[str]) -> None:
             assert run("bash", "-n", script).returncode == 0
         case ["pip", "install", "-e", what]:
             assert set(re.findall(r"\w+", what)) <= extras()
+        case ["hf", "download", *arguments]:
+            check_help(str(Path(sys.executable).with_name("hf")), "download", arguments=arguments)
+        case [program, *_] if program in NOT_HERE:
+            [sentence] = re.findall(r"[^.]* were not run here: [^.]*\.", " ".join(TEXT["docs/use.md"].split()))
+            assert f"`{program}`" in sentence
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
         case ["source", ".venv/bin/activate"] | ["hf", "auth", "login"]:
@@ -108,8 +114,12 @@ def check_launched(words: list[str]) -> None:
 
 
 def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
+    check_help(sys.executable, *program, arguments=arguments)
+
+
+def check_help(*program: str, arguments: list[str]) -> None:
     """Its help knows every option that is used."""
-    done = run(sys.executable, *program, "--help")
+    done = run(*program, "--help")
     assert done.returncode == 0, done.stderr
     options = {word for word in arguments if word.startswith("--")}
     assert options <= set(re.findall(r"--[\w-]+", done.stdout))

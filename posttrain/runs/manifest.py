@@ -30,6 +30,8 @@ PACKAGES = (
 )  # fmt: skip
 EXPORT = "export.json"  # of a model folder that `python -m posttrain.export` wrote
 ROOT = Path(__file__).resolve().parents[2]
+MANIFEST = "manifest.json"
+PUBLIC_MANIFEST = "training_manifest.json"  # the same of a pushed run, without what it says of its machine's folders
 
 Entry = dict[str, Any]
 
@@ -105,15 +107,19 @@ UNSAID = {
 }
 
 
-def read_manifest(folder: Path | str) -> Manifest:
+def read_manifest(folder: Path | str, file: str = MANIFEST) -> Manifest:
     """The manifest of a run, of this version or an earlier one.
 
     Raises:
         UserError: manifest.json is damaged, or not that of a run.
     """
-    values = read_object(Path(folder, "manifest.json"), "restore it from a copy, or use another run_dir")
+    return manifest_of(read_object(Path(folder, file), "restore it from a copy, or use another run_dir"), f"{folder}/{file}")
+
+
+def manifest_of(values: Entry, place: str) -> Manifest:
+    """The manifest that an object holds. UserError, which begins with `place`: it holds none."""
     if lacking := [name for name in FIELDS if name not in UNSAID and name not in values]:
-        raise UserError(f"{folder}/manifest.json is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
+        raise UserError(f"{place} is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
     known = {name: values.pop(name) for name in FIELDS if name in values}
     return Manifest(**known, extra=values)
 
