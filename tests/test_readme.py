@@ -232,7 +232,16 @@ def is_other(path: str) -> bool:
 @pytest.mark.parametrize("page", TEXT)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", prose(page)):
-        assert ((ROOT / page).parent / target).exists(), target
+        file, _, heading = target.partition("#")
+        there = (ROOT / page).parent / file
+        assert there.exists(), target
+        assert not heading or heading in headings(there), target
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"(?m)^#+ (.+)", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", TEXT)
@@ -268,6 +277,18 @@ def test_the_markers_that_are_filled_are_there():
 
 def test_the_readme_is_read_in_five_minutes():
     assert len(TEXT["README.md"].split()) <= 1300
+
+
+def test_every_cell_of_the_comparison_has_its_source():
+    tables = TEXT["docs/comparison.md"].partition("## Data and start")[2].partition("## What the partly")[0]
+    rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if line.startswith("| ") and not line.startswith("| |")]
+    rank = {"no": 0, "-": 0, "partly": 1, "yes": 2}
+    assert len(rows) >= 40
+    for feature, ours, *others in rows:
+        cells = [re.fullmatch(r"(\*\*)?\[(yes|partly|no)\]\(\S+\)(\*\*)?|(-)", cell) for cell in (ours, *others)]
+        assert len(cells) == 10 and all(cells), feature
+        marks = [rank[cell[2] or cell[4]] for cell in cells]
+        assert bool(cells[0][1]) == (max(marks) > marks[0]), f"{feature}: a losing cell is bold, and no other"
 
 
 def test_the_readme_names_every_room():

@@ -46,10 +46,11 @@ _FLAGS = {
 
 
 def from_command_line(
-    cls: type[Config], doc: str | None, argv: Sequence[str] | None = None, **flags: str
+    cls: type[Config], doc: str | None, argv: Sequence[str] | None = None, plans: bool = False, **flags: str
 ) -> tuple[Config, argparse.Namespace]:
     """A script's settings and flags. Wrong settings end the process with exit code 2.
 
+    `plans` adds `--gpu NAME`, the card that a dry run plans for.
     `flags` adds switches that only this script has, name -> help: `regrade="..."` makes `--regrade`.
     """
     parser = argparse.ArgumentParser(
@@ -63,7 +64,11 @@ def from_command_line(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="say, trainer.learning_rate=2e-4")
     for name, text in (_FLAGS | flags).items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    if plans:
+        parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: the card to plan for, as h100 or h100=2.50 (dollars)")
     args = parser.parse_intermixed_args(argv)
+    if plans and args.gpu and not args.dry_run:
+        parser.error("--gpu is what a dry run plans for: add --dry-run")
     if args.help is not None:
         _print_and_exit(explained(cls, args.help) if args.help else parser.format_help().rstrip())
     if args.schema:
