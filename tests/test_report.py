@@ -19,6 +19,7 @@ import pytest
 from posttrain import report
 from posttrain.errors import UserError
 from posttrain.evaluation.comparison import compare
+from posttrain.evaluation.recorded import check_results
 from posttrain.evaluation.summary import summarize
 from posttrain.records import Prediction, read_jsonl, read_rows, write_jsonl
 from posttrain.report import charts, figures, page, tables, together, words
@@ -221,9 +222,59 @@ def test_numbers_that_do_not_belong_to_the_predictions_are_refused(runs):
         load(evals(runs))
 
 
+# What these say stands in the manifest and in questions.jsonl; these runs' manifests have no size of a data set.
+SHOWN_ELSEWHERE = ("provenance", "prompts_sha256", "dataset", "dataset_size", "limit", "subset")
+
+
+def places(value, place=()):
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(part, (*place, key))
+    elif place[0] not in SHOWN_ELSEWHERE:
+        yield place
+
+
+def test_each_value_of_the_results_is_held_to_the_predictions(runs):
+    folder = runs / "eval_grpo"
+    results = json.loads((folder / "results.json").read_text())
+    rows = (
+        read_manifest(folder),
+        list(read_rows(folder / "questions.jsonl")),
+        read_jsonl(folder / "predictions.jsonl", Prediction),
+    )
+    check_results(folder, results, *rows)
+    changed = 0
+    for *above, last in places(results):
+        inner = results
+        for key in above:
+            inner = inner[key]
+        value = inner[last]
+        inner[last] = value * 1.001 + 1e-5 if isinstance(value, int | float) else f"{value} "
+        with pytest.raises(UserError, match=rf"results\.json says .*{last}.* its predictions give .* --regrade"):
+            check_results(folder, results, *rows)
+        inner[last] = value
+        changed += 1
+    assert changed > 40
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/*/predictions.jsonl.gz")), ids=lambda file: file.parent.name)
+def test_published_results_are_what_their_predictions_give(file):
+    results = json.loads((file.parent / "results.json").read_text())
+    questions, predictions = (
+        [
+            json.loads(line)
+            for line in gzip.decompress(file.with_name(f"{name}.jsonl.gz").read_bytes()).decode().split("\n")
+            if line
+        ]
+        for name in ("questions", "predictions")
+    )
+    check_results(file.parent, results, read_manifest(file.parent), questions, [Prediction(**row) for row in predictions])
+
+
 def test_runs_graded_by_other_rules_are_refused(runs):
     file = runs / "eval_grpo" / "predictions.jsonl"
     write_jsonl(file, [replace(p, grader="0") for p in read_jsonl(file, Prediction)])
+    edit(runs / "eval_grpo" / "results.json", grader="0")
     with pytest.raises(UserError, match="--regrade both"):
         report.console_report(evals(runs))
 

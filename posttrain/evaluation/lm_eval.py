@@ -21,6 +21,7 @@ from typing import Any
 
 from posttrain.config.schema import HASHES
 from posttrain.errors import UserError, exit_on_user_error
+from posttrain.evaluation.recorded import check_results
 from posttrain.evaluation.stats import Question
 from posttrain.evaluation.summary import group_samples
 from posttrain.records import (
@@ -66,6 +67,7 @@ def write_lm_eval_files(run_dir: Path) -> tuple[Path, Path]:
     questions = list(read_rows(run_dir / "questions.jsonl"))
     predictions = read_jsonl(run_dir / "predictions.jsonl", Prediction)
     check_contents(run_dir, manifest, predictions)
+    check_results(run_dir, results, manifest, questions, predictions)
     task = re.sub(r"\W", "_", results["dataset"]) or "questions"
     place = run_dir / "lm_eval" / _sanitized(_model_name(manifest))
     date = datetime.fromisoformat(manifest.started).strftime("%Y-%m-%dT%H-%M-%S.%f")

@@ -19,8 +19,10 @@ from typing import Any
 from posttrain.errors import UserError
 from posttrain.evaluation import summary
 from posttrain.evaluation.comparison import compare
+from posttrain.evaluation.recorded import check_results
 from posttrain.hub.variants import Variant
-from posttrain.records import Prediction, read_jsonl, read_rows
+from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
+from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import noun_of, where_strict
@@ -175,7 +177,7 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     """
     if not (folder / "results.json").is_file() or not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} holds no finished evaluation: run evaluate.py with run_dir={folder}")
-    manifest, results = read_manifest(folder), json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    manifest, results = read_manifest(folder), read_object(folder / "results.json", "evaluate.py --regrade writes it anew")
     if manifest.exit != "ok":
         raise UserError(f"{folder} is not finished ({manifest.exit}): the same evaluate.py command goes on with it")
     labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
@@ -187,7 +189,11 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
         trained, remedy = ("model", "model.name_or_path=RUN_DIR/model") if run.all_weights else ("adapter", "adapter=RUN_DIR")
         raise UserError(f"{folder} evaluates neither this {trained} nor one it grew from: run evaluate.py with {remedy}")
     data = manifest.data
-    rows = read_rows(folder / "questions.jsonl")
+    rows = list(read_rows(folder / "questions.jsonl"))
+    if holds_rows(folder / "predictions.jsonl"):
+        predictions = read_jsonl(folder / "predictions.jsonl", Prediction)
+        check_contents(folder, manifest, predictions)
+        check_results(folder, results, manifest, rows, predictions)
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
     dataset_id = gsm8k.HUB_ID if is_gsm8k else data.get("source", {}).get("repo_id")
     return Evaluation(label, folder, manifest, results, dataset_id, is_gsm8k)

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.evaluation import comparison, stats, summary
+from posttrain.evaluation.recorded import check_results
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
 from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
@@ -179,21 +180,8 @@ def _eval_run(path: Path, manifest: Manifest, names: Sequence[str]) -> EvalRun:
         raise UserError(f"{path} has lost questions.jsonl or predictions.jsonl, which its numbers come from: restore them")
     if questions:
         check_contents(path, manifest, predictions)
-        counted = summary.summarize(questions, predictions)
-        if lost := next(_lost(results, {key: counted[key] for key in SHOWN}), None):
-            raise UserError(f"{path}/results.json has no {lost}, or something else there: evaluate.py --regrade writes it anew")
-        _check_results(path, results, counted)
+        check_results(path, results, manifest, questions, predictions, needed=SHOWN)
     return EvalRun(path, label, manifest, results, questions, predictions)
-
-
-def _lost(there: Any, counted: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Keys whose place in a file of results is empty, or holds another kind of thing."""
-    for key, value in counted.items():
-        found = there.get(key)
-        if isinstance(value, dict) and isinstance(found, dict):
-            yield from _lost(found, value, f"{above}{key}.")
-        elif key not in there or isinstance(value, dict | int | float) != isinstance(found, dict | int | float):
-            yield f"{above}{key}"
 
 
 def _name(manifest: Manifest) -> str:
@@ -205,16 +193,6 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], list[Prediction]]:
     if not all(holds_rows(path / name) for name in ("questions.jsonl", "predictions.jsonl")):
         return [], []
     return list(read_rows(path / "questions.jsonl")), read_jsonl(path / "predictions.jsonl", Prediction)
-
-
-def _check_results(path: Path, written: Mapping[str, Any], counted: Mapping[str, Any]) -> None:
-    for rule in ("lenient", "strict"):
-        there, here = (results["accuracy"][rule] for results in (written, counted))
-        if (there["k"], there["n"]) != (here["k"], here["n"]):
-            raise UserError(
-                f"{path}: results.json says {there['k']} of {there['n']} {rule}, its predictions give"
-                f" {here['k']} of {here['n']}: evaluate.py --regrade writes the numbers anew"
-            )
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
