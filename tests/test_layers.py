@@ -57,6 +57,7 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.config.__main__",
 )
 
 
@@ -176,6 +177,11 @@ def test_a_command_imports_nothing_heavy_before_it_has_read_its_arguments(comman
         at_once = imports_at_once(module)
         assert not {package(name) for name in at_once} & HEAVY, module
         todo |= own(at_once, module) - seen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_ends_as_all_commands_do(command):
+    assert "\nexit_on_user_error(" in FILES[command].read_text().replace("\n    ", "\n")
 
 
 def test_every_package_that_is_imported_is_declared():
