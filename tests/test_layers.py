@@ -17,7 +17,7 @@ SCRIPTS = ("data_prep", "sft_train", "grpo_train", "evaluate")
 # The rooms, from the ground up: a module imports from its own room and from the lines above, never from below. In posttrain/ a
 # folder is a room, and so is each file on the ground floor.
 ROOMS = """
-rewards posttrain errors phases
+rewards posttrain errors phases console
 records
 config
 runs
@@ -27,6 +27,7 @@ tasks generation bundled_model
 evaluation
 report hub
 training
+doctor
 data_prep sft_train grpo_train evaluate
 """
 LINES = [line.split() for line in ROOMS.split("\n") if line]
@@ -45,7 +46,7 @@ KEEPERS = {
     "math_verify": {"tasks"},
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
-    "huggingface_hub": {"hub", "models", "tasks", "training"},
+    "huggingface_hub": {"doctor", "hub", "models", "tasks", "training"},
     "gguf": set(),
     "wandb": set(),  # transformers speaks to the trackers
 }
@@ -58,6 +59,7 @@ COMMANDS = (
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
     "posttrain.config.__main__",
+    "posttrain.doctor.__main__",
 )
 
 
