@@ -19,6 +19,9 @@ What a number is (tests/grading_cases.py has a case and a reason for each rule):
   - A number glued to a letter is part of a name (`x2`) in scripts with capitals. Others write no space before a number.
   - More than one number (`3 or 4`, `3, 4`, `3:4`) and a number with a root, a power or an unknown (`3\\sqrt{2}`, `3x`) are none,
     and what a marker, a phrase or the last box so states is not read at its parts. Nor is a row `98 99 100` read as 99100.
+  - A row of grouped numbers ends in its last (`1 000 1 001 1 002` in 1002), and is none where its groups can be cut in two ways.
+  - An equation is its right side. Where its left side is a number, too, both agree (`84/2 = 42`, rounded: `125/3 ≈ 41.67`), or it
+    is none: `42 = 43`. So is one that is not solved: `3x = 42`.
   - A unit is ignored, `%` and "million" among them: 25% is 25 and 4 million is 4, as in GSM8K's own golds.
   - A minus is a sign only when it is not glued to a word or digit before it: `item-42` is 42.
   - Times, ratios, dates, versions, ranges and odd groups (`3:30`, `2:1`, `1.2.3`, `3-5`, `3 to 5`, `12,34`)
@@ -37,11 +40,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import islice, pairwise
 from typing import Any, Literal, Protocol
 
-GRADER_VERSION = "2"  # goes up whenever any text could get another verdict; stored beside every prediction
+GRADER_VERSION = "3"  # goes up whenever any text could get another verdict; stored beside every prediction
 FORMAT_REWARD = 0.2
 
 Method = Literal["marker", "phrase", "boxed", "last_number", "last_line", "none"]  # last_line: not of numbers
@@ -97,6 +100,8 @@ _TEN_TO = rf"[ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10{_TO_POWER}"
 _GLUE = rf"[.,:：∶~～〜/⁄{_MINUS}—+*×÷^]"
 _STOP = rf"""(?! [0-9{_RAISED}₀-₉{_VULGAR}] | {_GLUE}(?:[A-Z]{{0,3}}[{_SIGNS}])?[0-9] | \+[A-Za-z] | h[0-9]
     | {_MARK}[0-9] | [到至][0-9] | (?<![0-9]{{4}}){_GAP}[0-9]{{3}}(?![0-9]) )"""
+# Digits with perhaps thousands, as a part of what is no number. Bounded: each of them may be tried again.
+_GROUPED = rf"[0-9]++(?>(?:(?:{_GAP}|['’_])[0-9]{{3}}(?![0-9])){{0,9}})"
 _DIGITS = r"[0-9]++(?>(?:,[0-9]{3})*)"  # in a LaTeX fraction
 _UNSIGNED = rf"""(?:
     (?>(?:(?P<mixed>[0-9]++)(?:(?:{_GAP}|\\[,;: ])(?:and[ ])?|(?=[\\{_VULGAR}])))?)
@@ -118,14 +123,18 @@ _TOKEN = re.compile(
        | (?:[Ss]tep|[Pp]art|[Cc]ase)[ ][0-9]++(?=[:.)])          # "Step 3:"
        | [0-9]++(?:st|nd|rd|th)\b | 第[ ]?[0-9]++                # "the 3rd day"
        | (?<!from[ ])(?<!from[ ]\$)                              # "3 to 5"; but "from 10 to 4" ends at 4
-         [0-9][0-9,.]*+[ ](?:to|through)[ ]\$?[0-9][0-9,.]*+
+         (?:{_GROUPED}|[0-9][0-9,.]*+)[ ](?:to|through)[ ]\$?(?:{_GROUPED})[0-9,.]*+
        | (?P<number>(?>(?:(?<![{_NAMING}0-9])(?:(?<![^\W_])|(?<=[{_UNSPACED}]))(?<![)\]}}{_MINUS}])(?P<minus>[{_MINUS}]))?)
          (?:(?>{_PRICED})|(?<![{_NAMING}])(?<![{_NAMING}0-9]_)){_UNSIGNED})  # not the 2 of x2 or x_2
-       | [0-9]++(?>(?:(?:{_GLUE}|[到至])[{_SIGNS}]?[0-9]++)*)      # 3:30, 1.2.3, 3-5, 12,34
+       | {_GROUPED}(?>(?:(?:{_GLUE}|[到至])[{_SIGNS}]?{_GROUPED})+) | [0-9]++  # 3:30, 1.2.3, 3-5, 12,34, 1 000-2 000
     """,
     re.X | re.M,
 )
 
+_IN_ROW = r"[0-9]++(?>(?:[.,][0-9]++)*)"
+_ROW = re.compile(rf"(?<![0-9])(?<![0-9][.,]){_IN_ROW}(?>(?:{_GAP}{_IN_ROW})+)")
+_ITEM = re.compile(_IN_ROW)
+_APART = re.compile(rf"(?:(?:\.\.|…){_GAP}|[{_NAMING}_])\Z")  # ends before a row: an ellipsis, or a name such as x of "x2 100"
 _WIDE_POINT = re.compile("(?<=[０-９])[，．](?=[０-９])")
 
 
@@ -140,6 +149,12 @@ def _in_ascii_digits(text: str) -> str:
 
 def _canonical(number: re.Match[str]) -> str | None:
     """The one spelling of a matched number. None: it is past the bounds, or divides by zero."""
+    value = _value(number)
+    spelled = _spell(value) if value is not None else ""
+    return spelled if 0 < len(spelled) <= MAX_NUMBER_CHARS else None
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
     part = number.groupdict()
     exponent = _exponent(part)
     if len(part["number"]) > MAX_NUMBER_CHARS or abs(exponent) > MAX_NUMBER_CHARS:
@@ -148,10 +163,7 @@ def _canonical(number: re.Match[str]) -> str | None:
         value: Fraction | None = _decimal(part) * Fraction(10) ** exponent
     else:
         value = _fraction(part)
-    if value is None:
-        return None
-    spelled = _spell(-value if part["minus"] else value)
-    return spelled if len(spelled) <= MAX_NUMBER_CHARS else None
+    return -value if value and part["minus"] else value
 
 
 def _exponent(part: dict[str, str]) -> int:
@@ -214,32 +226,58 @@ _LABEL = r"""(?=[^\W\d_])[^\n0-9]{0,80}(?: [:：=＝≈→是为為は은는] | 
 _LEAD = rf"""(?>(?:\n[ \t]*+[-•][ \t]++ | \s | {_ORNAMENT}){{0,99}})
              (?:{_LABEL}(?>(?:[^\S\n] | {_ORNAMENT}){{0,99}}))?"""
 _STATED = re.compile(_LEAD + _SIGNED, re.X)
-_LEFT_SIDE = re.compile(_LEAD + r"[0-9][^\n=≈]{0,200}+[=≈]", re.X)
-_AHEAD = rf"(?>[ ]{{0,2}}(?:\\text\{{)?[ ]?(?:\\\\?|[({{\[{_MINUS}~]|[A-Z]{{0,3}}[{_SIGNS}]){{0,3}})[0-9]"  # a number comes
+_LEFT_SIDE = re.compile(_LEAD + r"[0-9][^\n=≈]{0,200}+(?<![!<>])[=≈]", re.X)
+# A number comes, perhaps in some dress.
+_AHEAD = rf"(?>[ ]{{0,2}}(?:\\text\{{)?[ ]?(?:\\\\?|[({{\[{_MINUS}~*`\x22“]|<[a-z]{{1,10}}>|[A-Z]{{0,3}}[{_SIGNS}]){{0,3}})[0-9]"
 _OPERATOR = re.compile(
     rf"""[ ]?(?:to|through)[ ]\$?[0-9] | \([0-9] | [ ]?\^ | (?:[ ]?[A-Za-z]{{1,15}}[ ]|[ ]?)
          (?:\+[ ]?[\w$(] | (?:[{_MINUS}—×÷·x/]|\*\*?|\\(?:times|cdot|div))[ ]?[(\\{_SIGNS}]{{0,3}}[0-9])""",
     re.X,
 )
+# What closes the dress of a number: **42**, $42$, (42), <b>42</b>.
+_CLOSING = r"""(?:[*_`"'”’»)\]}]|\\?\$|\\[)\]]|</[A-Za-z]{1,10}>)"""
+_CLOSED = rf"(?>{_CLOSING}{{0,4}})"
 # What makes a stated number more than a number: another one beside it, a root, an unknown.
 _SECOND = re.compile(
-    rf"""[ ]?(?:[,;|&±∶：:~～〜、，；]|\\(?:pm|mp|colon|q?quad|[&,;: !])|\.\.++|…){_AHEAD}
-       | [ ]?[,;][ ](?:and[ ])?[A-Za-z]{{1,15}}[ ]?={_AHEAD}
-       | [ \t](?:\\?\$)?[0-9] | [ ]?(?:->|→|=>){_AHEAD} | (?:[ ][a-z]{{1,15}})??[ ]and[ ](?:a|one)[ ](?:half|third|quarter)\b
-       | (?:[ ]?\\text\{{)?(?:[ ]?[^\W\d_]{{1,15}}){{0,2}}?[ ]?(?:,[ ]|\()?
+    rf"""{_CLOSED}[ ]?(?:[,;|&±∶：:~～〜、，；≠≤≥…]|[<>]=?|!=|\.\.++
+         |\\(?:pm|mp|colon|q?quad|neq?|leq?|geq?|[lg]t|[&,;: !])){_AHEAD}
+       | [ ]?(?:[<>≤≥]|\\[lg]eq?)[ ]?[A-Za-z]{{1,15}}[ ]?(?:[<>≤≥]|\\[lg]eq?)
+       | {_CLOSED}[ ]?(?:[,;][ ](?:(?:and|or)[ ])?|(?:and|or)[ ])[A-Za-z]{{1,15}}[ ]?={_AHEAD}
+       | [ ][^\W\d_]{{2,15}}[,;][ ]\$?[0-9][0-9,.]*+[ ][^\W\d_]{{2,15}}[ ]?\.?(?:\n|\Z)  # 42 dollars, 50 cents
+       | (?:{_GAP}|\t){{1,9}}(?:\\?\$)?[0-9]
+       | {_CLOSING}{{1,4}}(?:{_GAP}|\t){{1,9}}(?:\*\*?|[`"“\[]|\\?\$|\\\(|<[a-z]{{1,10}}>)?[0-9]
+       | [ ]?(?:->|→){_AHEAD} | (?:[ ][a-z]{{1,15}})??[ ]and[ ](?:a|one)[ ](?:half|third|quarter)\b
+       | {_CLOSED}(?:[ ]?\\text\{{)?(?:[ ]?[^\W\d_]{{1,15}}){{0,2}}?[ ]?(?:,[ ]|\()?
          (?:\b(?:or|and|und|oder|ou|et|plus|minus|times|over|vs|versus|divided[ ]by|multiplied[ ]by)\b
          |[或和与及])\.?(?:[ ]?\}})?{_AHEAD}
        | [ ]?(?:hours?|hrs?|minutes?|min|feet|foot|ft|pounds?|lbs?|dollars?|years?|months?|weeks?|days?),?[ ][0-9]
        | [ ]?(?:\\(?:sqrt|pi|pm|mp|infty|[dt]?frac|log|ln|sin|cos|tan|theta|alpha|beta)(?![A-Za-z])|[π√±∞])
-       | [xyz](?![A-Za-z])""",
+       | [xyz](?![A-Za-z]) | [ ]?[{_MINUS}+*/][ ]?[xyz](?![A-Za-z0-9])""",
     re.X,
 )
-_ANOTHER = re.compile(r"[0-9][^\n=≈0-9]{0,20}[,;][ ](?:and[ ])?[A-Za-z]{1,15}[ ]?[=≈]\Z")  # "x = 2, y ="
+_ANOTHER = re.compile(  # "x = 2, y =", "x = 2 or x ="
+    r"[0-9][^\n=≈0-9]{0,20}(?:[,;][ ](?:(?:and|or)[ ])?[A-Za-z]{1,15}|[ ](?:and|or)[ ][A-Za-z]{1,2})[ ]?[=≈]\Z"
+)
+# Behind a stated number: perhaps its unit, and an equals sign with a number to come. "42 where x = 5" is a remark.
+_EQUALS = re.compile(
+    rf"""{_CLOSED}(?:[ ]?(?:\\?[%％°]|[{_SIGNS}]|\\text\{{[^{{}}\n0-9]{{0,30}}\}}))?
+         (?:[ ]?(?!(?:where|when|if|since|because|as|so|for|with|given|and|or|but|from|let|here|while|then|thus|hence|is)\b)
+         (?:[^\W\d_]{{2,15}}|[mghlLs]\b)){{0,3}}?{_CLOSED}[ ]?(?P<sign>=>?|≈|\\approx(?![A-Za-z]))(?=[^\n0-9]{{0,40}}[0-9])""",
+    re.X,
+)
+_EQUALS_SIGN = re.compile(r"=|≈|\\approx(?![A-Za-z])")
+# A side with an unknown that does not stand alone: 3x, x + 3, 10 - x. The x of 3 x 14 is a sign.
+_UNSOLVED = re.compile(
+    rf"""[0-9][xyz](?![A-Za-z]|[ ]?[($\\]{{0,2}}[0-9]) | (?<![A-Za-z0-9])(?<![0-9][ ])[xyz][ ]?[{_MINUS}+*/^](?![A-Za-z])
+       | [{_MINUS}+*/][ ]?[xyz](?![A-Za-z0-9])""",
+    re.X,
+)
 _LISTED = re.compile(r"1?[0-9][.)][ \t]++\S")  # "#### 1. Cost": a numbered heading or step
 _SHORT_TAIL = re.compile(r"(?>(?:[^\w\n.,;!?]*+[^\W\d_]++){0,3})[^\w\n.,;!?(]*+(?:\Z|[\n.,;!?(])")
 
 _CLOSED_TAG = re.compile(r"[^\n<0-9]{0,80}\s{0,9}(?:</|\[/)[Aa]|[^\n<0-9]{0,80}\s{0,9}</(?i:final)_[Aa]")
 _SHORT_LINE = re.compile(r"\s{0,9}[^\n]{0,40}(?:\n|\Z)")
+_LAST_SHORT_LINE = re.compile(r"\s{0,9}[^\n]{0,40}\s*+\Z")
 _FORMULA = rf"(?:[A-Za-z][ ]?[{_MINUS}+*/^]|\\[A-Za-z]{{1,12}}[\[{{( ]{{0,2}}|[±√])"
 _SAID = re.compile(rf"{_LEAD}{_FORMULA}{{0,3}}[ ]?(?:[{_MINUS}+]|{_PRICED}){{0,2}}[0-9]", re.X)
 
@@ -301,15 +339,42 @@ def _stated(text: str, position: int, hops: int = 4) -> re.Match[str] | None:
     if number and (box := _BOX.search(text, position, number.start("number"))):
         return _boxed(text, box.end(), _end_of_box(text, box.end()))
     if number and not _OPERATOR.match(text, number.end()) and not _SECOND.match(text, number.end()):
-        return number
+        equals = _EQUALS.match(text, number.end())
+        return _last_side(text, number, equals, hops) if equals else number
     left = _LEFT_SIDE.match(text, position) if hops else None
-    return _stated(text, left.end(), hops - 1) if left and not _ANOTHER.search(text, position, left.end()) else None
+    if not left or _ANOTHER.search(text, position, left.end()) or _UNSOLVED.search(text, position, left.end()):
+        return None
+    return _stated(text, left.end(), hops - 1)
+
+
+def _last_side(text: str, left: re.Match[str], equals: re.Match[str], hops: int) -> re.Match[str] | None:
+    """The number of the equation that `left` begins: 42 of "84/2 = 42" and of "42 = 6*7", none of "42 = 43"."""
+    right = _stated(text, equals.end(), hops - 1) if hops else None
+    if right:
+        return right if _agree(left, right, equals["sign"]) else None
+    number = _STATED.match(text, equals.end())
+    return None if number and not _OPERATOR.match(text, number.end()) else left
+
+
+def _agree(left: re.Match[str], right: re.Match[str], sign: str) -> bool:
+    """Whether two sides are equal, or the right is the left rounded: to the decimals written, by "≈" to a whole number too."""
+    one, other = _value(left), _value(right)
+    decimals = (right["decimal"] or "").partition(".")[2] or (right["comma"] or "").partition(",")[2]
+    rounding = Fraction(1, 2 * 10 ** len(decimals)) if decimals or sign in ("≈", r"\approx") else 0
+    return one is not None and other is not None and abs(one - other) <= rounding
 
 
 def _hedged(text: str, position: int) -> bool:
     """Whether a number is stated at `position`, and a second one beside it: "3 or 4" is neither."""
     number = _STATED.match(text, position)
     return bool(number and (_SECOND.match(text, number.end()) or _BOX.search(text, position, number.start("number"))))
+
+
+def _contradicted(text: str, position: int) -> bool:
+    """Whether an equation of two numbers is stated at `position`, and they differ."""
+    number = _STATED.match(text, position)
+    equals = _EQUALS.match(text, number.end()) if number and not _OPERATOR.match(text, number.end()) else None
+    return bool(number and equals and not _last_side(text, number, equals, hops=4))
 
 
 def _after_markers(text: str) -> _Numbers:
@@ -325,7 +390,10 @@ def _after_phrases(text: str) -> _Numbers:
         number = _stated(text, phrase.end(), hops=4 if phrase["verb"] else 0)
         if number and (phrase["verb"] or _CLOSED_TAG.match(text, number.end()) or _stands_alone(text, number)):
             yield number
-        elif not number and _hedged(text, phrase.end()) and (phrase["verb"] or _SHORT_LINE.match(text, phrase.end())):
+        elif not number and any(
+            refused(text, phrase.end()) and (phrase["verb"] or line.match(text, phrase.end()))
+            for refused, line in ((_hedged, _SHORT_LINE), (_contradicted, _LAST_SHORT_LINE))
+        ):
             yield None
 
 
@@ -361,10 +429,19 @@ def _end_of_box(text: str, start: int) -> int:
 
 def _boxed(text: str, start: int, end: int) -> re.Match[str] | None:
     """The one number of a box, behind its last equals sign, with nothing but words around it."""
-    equals = max(text.rfind(sign, start, end) for sign in ("=", "≈", r"\approx"))
-    if equals >= 0 and _SEPARATOR.search(text, start, equals):
+    signs = list(_EQUALS_SIGN.finditer(text, start, end))
+    if not signs:
+        return _filling(text, start, end)
+    if any(refused.search(text, start, signs[-1].start()) for refused in (_SEPARATOR, _UNSOLVED)):
         return None
-    number = _BOXED.match(text, max(start, equals + (text[equals] != "\\")), end)
+    begins, ends = (start, *(sign.end() for sign in signs)), (*(sign.start() for sign in signs), end)
+    *lefts, number = map(partial(_filling, text), begins, ends)
+    return number if number and all(_agree(left, number, signs[-1][0]) for left in lefts if left) else None
+
+
+def _filling(text: str, start: int, end: int) -> re.Match[str] | None:
+    """The number between two places, with nothing but words around it."""
+    number = _BOXED.match(text, start, end)
     return number if number and _REST_OF_BOX.fullmatch(text, number.end(), end) else None
 
 
@@ -377,8 +454,42 @@ def _last_numbers(text: str) -> _Numbers:
     if digit and digit.end() > refused:
         tail = max(0, digit.end() - MAX_TAIL_CHARS, refused)
         for start in (max(tail, text.rfind("\n", 0, digit.end()) + 1), tail):
-            tokens = _TOKEN.finditer(text, start, digit.end() + 20)  # + 20: what follows can disqualify
-            yield from deque((token for token in tokens if token["number"]), 1)
+            tokens = list(_TOKEN.finditer(text, start, digit.end() + 20))  # + 20: what follows can disqualify
+            numbers = deque((token for token in tokens if token["number"]), 1)
+            for token in (*tokens[-1:], *numbers):  # the last may be no number by itself, and end a row
+                yield from _in_row(text, token, start)
+
+
+def _in_row(text: str, last: re.Match[str], start: int) -> _Numbers:
+    """The number that the token `last` ends, as the row says in which it stands: 1 001 in "1 000 1 001", 100 in "98 99 100"."""
+    row = next((row for row in _ROW.finditer(text, start, last.end()) if row.end() == last.end()), None)
+    apart = row and _APART.search(text, max(0, row.start() - 3), row.start())
+    items = list(_ITEM.finditer(text, row.start(), row.end())) if row and not apart else [last]
+    begins = _last_of_row(items, [text[item.start() - 1] for item in items[1:]])
+    if begins is not None and 0 < begins < len(items) - 1:
+        yield _NUMBER.fullmatch(text[items[begins].start() : last.end()])
+    elif begins is None or (begins == 0 < len(items) - 1 and not (last["number"] and last.start() <= items[0].start())):
+        yield None
+    elif last["number"]:
+        yield last
+
+
+def _last_of_row(items: list[re.Match[str]], gaps: list[str]) -> int | None:
+    """Which item of a row its last number begins with. None: that may be cut in two ways, as "1 200 1 300" is."""
+    told = " " in gaps and len(set(gaps)) > 1  # the one gap that is no space groups, and the space separates
+    grouped = [_continues(*pair) and not (told and gap == " ") for pair, gap in zip(pairwise(items), gaps, strict=True)]
+    begins = max((n for n, group in enumerate(grouped, 1) if not group), default=0)
+    zeros = [item[0].startswith("0") for item in items[1:]]
+    if begins in (0, len(items) - 1) or told:
+        return begins
+    if any(zero and group for zero, group in zip(zeros, grouped, strict=True)):  # nobody writes 000 by itself
+        return begins if all(zeros[begins + 1 :]) else None
+    return None if any(grouped[:begins]) else len(items) - 1
+
+
+def _continues(one: re.Match[str], other: re.Match[str]) -> bool:
+    """Whether the second may be a group of thousands behind the first."""
+    return one[0].isdecimal() and len(one[0]) <= 3 and bool(re.match("[0-9]{3}(?![0-9])", other[0]))
 
 
 def _end_of_refused_marker(text: str) -> int:

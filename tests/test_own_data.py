@@ -2,6 +2,8 @@
 
 import csv
 import json
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from scripts import CONFIGS, run
@@ -66,14 +68,91 @@ def told(rows):
 
 
 def test_every_format_gives_the_same_data_set(prepare, tmp_path):  # noqa: F811
-    rows, found = own_rows(40), []
+    rows, found, hashes = own_rows(40), [], []
     for name in ("own.jsonl", "own.json", "own.csv", "own.parquet", "own"):
         prepare(files(write(tmp_path / "raw" / name, rows)))
         found.append(told(prepare.rows()))
+        hashes.append((prepare.manifest()["files"], prepare.manifest()["source_sha256"]))
+    assert all(same == hashes[0] for same in hashes)
     assert all(same == found[0] for same in found) and len(found[0]) == 40
     one = next(row for row in prepare.rows() if row.answer == "7")
     assert one.completion[0]["content"] == "3+4=7.\n#### 7" and one.num_steps == 1
     assert len({row.id for row in prepare.rows()}) == 40
+
+
+AWKWARD = (
+    'She said "six", or "7"', "a, b; c\td", "two\nlines\n", "two\r\nlines", " spaces ", "\u00e9\u00a0\U0001f600 \u0661", "007",
+    "1e5", "N/A", "null", "True", "NaN", "2020-01-01", "'=1+1", "\\n \\", "[1, 2]", "{", "#### 3 of what",
+)  # fmt: skip
+NUMBERS_AND_TEXTS = {"kind": "number"}, {"test_fraction": 0.3}
+TRUE_OR_FALSE = (
+    {"kind": "text", "options": ["yes", "no"]},
+    {"fields": FIELDS | {"answer_values": {"true": "yes", "false": "no"}}, "where": {"final_answer": [True, False]}},
+)
+# What a column of answers holds -> (its values, the `answer` of the config, the rest of its source).
+ANSWERS = {
+    "integers": ([0, -5, 42, 2**62, 10], *NUMBERS_AND_TEXTS),
+    "integers of more than 64 bits": ([2**80, -(10**30)], *NUMBERS_AND_TEXTS),
+    "decimals": ([0.1, 42.0, -2.5, 1e-07, 1e23, 1e16, 123456.789], *NUMBERS_AND_TEXTS),
+    "exact decimals": ([Decimal("42.50"), Decimal("7.00"), Decimal("-0.05")], *NUMBERS_AND_TEXTS),
+    "digits as texts": (["007", "1,234", "$5", "1/2", " 42 ", "42.0", "50%"], *NUMBERS_AND_TEXTS),
+    "words": (["007", "1.10", 'say "x"', "a,b", "N/A", "None", "true", "1e5"], {"kind": "text"}, {}),
+    "truth values": ([True, False, False], *TRUE_OR_FALSE),
+}
+
+
+def in_every_format(folder, rows):
+    """The same rows in every kind of file, as usual writers leave them. JSON has no exact decimals, and Parquet 64 bits."""
+    from datasets import Dataset
+
+    plain = [{key: float(value) if isinstance(value, Decimal) else value for key, value in row.items()} for row in rows]
+    for name in ("own.json", "own.jsonl", "plain.csv"):
+        yield write(folder / name, plain)
+    (folder / "spaced.jsonl").write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in plain), encoding="utf-8")
+    yield str(folder / "spaced.jsonl")
+    sizes = [abs(row["final_answer"]) for row in rows if type(row["final_answer"]) is int]
+    if sizes and max(sizes) >= 2**63:
+        rows = [row | {"final_answer": Decimal(row["final_answer"])} for row in rows]
+    yield write(folder / "own.parquet", rows)
+    yield write(folder / "saved", rows)
+    Dataset.from_list(without_nested(rows)).to_csv(str(folder / "pandas.csv"))
+    yield str(folder / "pandas.csv")
+
+
+@pytest.mark.parametrize(("answers", "answer", "source"), ANSWERS.values(), ids=ANSWERS)
+def test_awkward_cells_have_the_same_hashes_in_every_format(prepare, tmp_path, answers, answer, source):  # noqa: F811
+    """Ids, texts and golds: the bytes of every file that later stages read."""
+    solutions = ("so", None, "", 'on "two"\nlines, so', "so\r\nit is")
+    rows = [
+        {"problem": f"{cell}\n{n}?" if n else cell, "solution": solutions[n % 5], "final_answer": answers[n % len(answers)]}
+        for n, cell in enumerate(AWKWARD)
+    ]
+    hashes = {}
+    for file in in_every_format(tmp_path / "raw", rows):
+        prepare(files(file) | source, answer=answer, prompt={"instruction": "{question}"}, dev_fraction=0.2)
+        hashes[Path(file).name] = prepare.manifest()["files"]
+    assert len(hashes) == 7 and len({tuple(found.items()) for found in hashes.values()}) == 1, hashes
+    assert len(prepare.rows()) == len(AWKWARD)
+
+
+def test_a_column_that_is_kept_has_the_type_of_its_file(prepare, tmp_path):  # noqa: F811
+    """A CSV has texts alone. A reward would get another value, so the data set is another one, and its hash says so."""
+    rows, found = [row | {"code": "007", "size": 7} for row in own_rows(9)], {}
+    for columns in (["code"], ["size"]):
+        for name in ("own.jsonl", "own.parquet", "own.csv"):
+            prepare(files(write(tmp_path / "raw" / name, rows), columns=columns))
+            found[name] = prepare.manifest()["files"]
+        assert found["own.jsonl"] == found["own.parquet"]
+        assert (found["own.csv"] == found["own.jsonl"]) == (columns == ["code"])
+
+
+def test_a_number_in_the_files_keeps_its_row_whatever_stands_between(prepare, tmp_path):  # noqa: F811
+    """An id is the row's place; faults name the line."""
+    (tmp_path / "own.csv").write_text('problem,final_answer\n"1+\n1?",2\n\n1+2?,3\n1+3?,x\n1+4?,5\n')
+    fields = {"question": "problem", "answer": "final_answer"}
+    prepare(files(str(tmp_path / "own.csv"), fields=fields, test_fraction=0.0), dev_fraction=0, max_rejected=1)
+    assert {row.id: row.answer for row in prepare.rows()} == {"tiny-train-1": "2", "tiny-train-2": "3", "tiny-train-4": "5"}
+    assert '"line": 6' in (prepare.folder / "rejected.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +325,20 @@ def test_a_question_of_several_keys_with_choices_and_answers_by_other_names(prep
     assert [row.completion[0]["content"].splitlines()[0] for row in prepare.rows("train")] == ["0 of 1", "1 of 1", "2 of 1"]
 
 
+def test_the_recipe_for_svamp_reads_its_keys(tmp_path, tiny_model_dir):
+    rows = [
+        {"ID": f"chal-{n}", "Body": f"Dan had $ {n + 3} left", "Question": "How much was it?", "Equation": f"( {n}.0 + 3.0 )"}
+        | {"Answer": n + 3.0, "Type": "Addition"}
+        for n in range(20)
+    ]
+    place = (f"source.path={write(tmp_path / 'SVAMP.json', rows)}", f"output_dir={tmp_path / 'out'}")
+    done = run("data_prep", "--config", CONFIGS / "recipes/data_svamp.yaml", *place, f"tokenizer.name_or_path={tiny_model_dir}")
+    assert done.code == 0, done
+    one = read_jsonl(tmp_path / "out/train.jsonl", Example)[0]
+    assert one.question == f"Dan had $ {one.answer} left\nHow much was it?"
+    assert one.completion[0]["content"] == f"( {int(one.answer) - 3}.0 + 3.0 )\n#### {one.answer}"
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
@@ -266,8 +359,13 @@ def test_the_line_that_is_proposed(keys, line):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [("x", "x"), (18, "18"), (18.0, "18"), (1.5, "1.5"), (True, "true"), (None, None), ([], None), ({}, None)]
-)
+    ("value", "text"),
+    [
+        ("x", "x"), (18, "18"), (18.0, "18"), (1.5, "1.5"), (1e-7, "0.0000001"), (1e23, f"1{'0' * 23}"), (Decimal("4.50"), "4.5"),
+        (100, "100"), (Decimal(100), "100"), (True, "true"), ("True", "True"), (None, None), ([], None), ({}, None),
+        (float("nan"), None), (Decimal("NaN"), None),
+    ],
+)  # fmt: skip
 def test_a_value_as_text(value, text):
     assert scalar(value) == text
 

@@ -221,8 +221,25 @@ def test_grading_is_invariant_to_decoration(x: Fraction, gold: Fraction, decorat
 SECONDS = (
     "{}, {}", "{} or {}", "{} and {}", "{}:{}", "{}; {}", "({}, {})", r"{} \text{{ or }} {}", r"{}\sqrt{{{}}}", r"{} \pm {}",
     "{} + {}",
-    r"{} \times {}", "x = {}, y = {}", "{}^{{{}}}", "{} apples and {} pears", r"{}\quad {}", "{}x + {}",
+    r"{} \times {}", "x = {}, y = {}", "x = {} or y = {}", "**{}** **{}**",
+    "${}$, ${}$", "{} < {}", "{} \u00a0{}", "{}^{{{}}}", "{} apples and {} pears", r"{}\quad {}", "{}x + {}",
 )  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(numbers, numbers, st.sampled_from(WORKINGS))
+def test_an_equation_of_two_numbers_is_its_value_or_none(x: Fraction, y: Fraction, working: str) -> None:
+    for form in ("#### {} = {}", "The answer is {} = {}.", r"So \boxed{{{} = {}}}.", "#### ${}$ = **{}**"):
+        text = working + form.format(plain(x), str(y))  # str: without decimals, so that nothing is rounded
+        assert extract(text).value == (canonical_number(str(x)) if x == y else None), text
+        assert extract(working + form.format(str(x), str(x))).value == canonical_number(str(x))
+
+
+@given(st.lists(st.integers(1000, 10**9), min_size=2, max_size=6), st.sampled_from("\u00a0\u2009\u202f"))
+def test_a_row_of_grouped_numbers_ends_in_its_last(row: list[int], gap: str) -> None:
+    assert extract(" ".join(f"{n:,}".replace(",", gap) for n in row)).value == str(row[-1])
+    by_space = extract(" ".join(f"{n:,}".replace(",", " ") for n in row)).value
+    assert by_space is None or by_space in (str(row[-1]), "".join(map(str, row)))
 
 
 @settings(max_examples=500)
@@ -306,6 +323,9 @@ HOSTILE = (
     "Step 1", "1st", "\n1. a", "1 to ", "\n- ", "(", "x = ", "is ", "1 1/2 ", "2 x 10^", "minus ", "US$",
     ".5", r"\boxed{1, ", r"\boxed{a ", "\\boxed{1}or ", "1 or ", "1 234,", "1.234,", "1.234", "是1", "٤", "<answer>1",
     "US", "USD ", r"\frac1", "½",
+    "1 001 ", "98 99 100 ", "1 000.5 ", "1 000 1\u00a0", "42 = 42 = ", "1 a = ", "**1** ",
+    "x or x = 1", "1 000-", "1 000 to ", "3x = ",
+    "1 a, 1 a", r"\boxed{1=1=", "Answer: 1 = 2\n",
     "a b or ", "Answer: 1 or 2\n", "the answer is 3:4 ", "#### 3:4\n", "}^2", "1^", r"\text{",
 )  # fmt: skip
 

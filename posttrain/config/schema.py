@@ -359,6 +359,10 @@ FORM_CUES = {
 }
 
 
+# `\s*`, `.+`, `(?i)`. Solutions would be taught these very signs.
+_OF_A_PATTERN = re.compile(r"\\[sSdDwWb](?![A-Za-z])|\.[*+]|\(\?[:=!<a-zP]")
+
+
 class Answer(Settings):
     """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
 
@@ -376,6 +380,8 @@ class Answer(Settings):
             yield ("form",), "must be one line that contains {answer} once, where the answer goes"
         elif len(before.strip()) < 2 or re.search(r"[0-9]", self.form):
             yield ("form",), "needs two signs or more before {answer}, by which it is found, and no digit"
+        elif _OF_A_PATTERN.search(self.form):
+            yield ("form",), "is plain text, and this looks like a regular expression: write the line as solutions end in it"
         if self.options is not None and self.kind in ("number", "expression"):
             yield ("options",), f"kind {self.kind} has no list of answers: use kind choice or text"
         if self.options is not None and len(self.options) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
@@ -58,12 +59,18 @@ def in_form(row: Row, grader: Grader = NUMBERS) -> Row:
 def worked(solution: str, gold: str, grader: Grader = NUMBERS) -> str:
     """A solution and an answer from two keys of a row as one text, which states the answer once.
 
-    A solution that states an answer of its own keeps that, behind `####`: `contrary_gold` compares the two.
+    A solution that states an answer of its own keeps that, behind `####`: `contrary_gold` compares the two. A number from a key
+    of its own gets its one spelling, for formats differ in it: 42.0 of Parquet is 42 here, and a CSV has the text 42.0.
     """
     if "####" in solution or grader.form.count(solution):
         return solution
     working, stated = without_last_line(solution, grader)
+    if grader.kind == "number" and _DECIMAL.fullmatch(gold.strip()):
+        gold = grader.canonical(gold) or gold
     return f"{working.rstrip()}\n#### {(stated or gold).strip()}".lstrip()
+
+
+_DECIMAL = re.compile(r"[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?")  # 1,234 and 1/2 are texts in every format, and stay
 
 
 def without_last_line(solution: str, grader: Grader) -> tuple[str, str | None]:

@@ -61,19 +61,23 @@ def mapped_rows(tables: Sequence[Table], source: Mapped) -> Iterator[Row]:
 
 
 def numbered(tables: Sequence[Table], source: Mapped) -> Iterator[tuple[Table, int]]:
-    """Each table with the number before its first row's, so that no two rows of a split have the same."""
+    """Each table with the number before its first row's, so that no two rows of a split have the same.
+
+    A row's number is its place among the rows, not its line: the header of a CSV, and blank lines, are no rows. So the same
+    rows have the same ids in every kind of file.
+    """
     last = Counter[str | None]()
     for table in tables:
         split = None if source.split_column else split_of(table.split, table.name, source)
         yield table, last[split]
-        last[split] += table.rows[-1].line
+        last[split] += len(table.rows)
 
 
 def table_rows(table: Table, first: int, source: Mapped, fields: Fields) -> Iterator[Row]:
-    for record in table.rows:
+    for number, record in enumerate(table.rows, first + 1):
         split = split_of_record(table, record, source)
         if split is not None and fits(record, source):
-            yield dataclasses.replace(to_row(table, record, split, source, fields), number=first + record.line)
+            yield dataclasses.replace(to_row(table, record, split, source, fields), number=number)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def fits(record: Record, source: Mapped) -> bool:
     """Whether a row is one of those that source.where takes. A broken row always is: it is to be told."""
     for key, wanted in (source.where or {}).items():
         texts = {scalar(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
-        if not record.problem and scalar(at(record.values, key)) not in texts:
+        if not record.problem and truth_as_json(scalar(at(record.values, key))) not in map(truth_as_json, texts):
             return False
     return True
 
@@ -242,7 +246,8 @@ def texts_of(values: Mapping[str, Any], fields: Fields) -> tuple[str, str, str |
         solution = text_of(values, fields.solution, optional=bool(fields.answer)) if fields.solution else ""
     gold = text_of(values, fields.answer) if fields.answer else None
     if gold is not None:
-        gold = (fields.answer_values or {}).get(gold, gold)
+        names = fields.answer_values or {}
+        gold = names.get(gold, names.get(str(truth_as_json(gold)), gold))
     if fields.choices:
         listed = lettered(at(values, fields.choices), fields.choices)
         if gold not in listed:
@@ -301,11 +306,17 @@ def scalar(value: Any) -> str | None:
             return value
         case bool():
             return str(value).lower()
-        case int() | Decimal():
+        case int():
             return str(value)
-        case float() if math.isfinite(value):
-            return f"{value:.0f}" if value.is_integer() else repr(value)
+        case float() | Decimal() if math.isfinite(value):
+            text = f"{Decimal(str(value)):f}"  # never 1e-07, and 1e23 with its zeros
+            return text.rstrip("0").rstrip(".") if "." in text else text
     return None
+
+
+def truth_as_json(text: str | None) -> str | None:
+    """`true` of `True`, as Python, pandas and `datasets` write it into a CSV. Only to compare: in a question it stays."""
+    return text.lower() if text in ("True", "False") else text
 
 
 def is_nan(value: Any) -> bool:
