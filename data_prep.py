@@ -132,7 +132,7 @@ def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -
     from posttrain.models.template_check import TemplateCheck
 
     check, prompts, wholes = TemplateCheck(tokenizer), [], []
-    for example in tqdm(examples, desc="tokenizing", unit="row", disable=None):
+    for example in tqdm(examples, desc="tokenizing", unit="row", leave=False, disable=None):
         prompt, whole = check.ids(example)
         prompts.append(len(prompt))
         wholes.append(len(whole))

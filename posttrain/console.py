@@ -52,10 +52,11 @@ _bars: list[Any] = []
 
 
 def open_bar(total: int, unit: str, done: int = 0) -> Any:
-    """A tqdm bar on stderr, drawn on a terminal alone. `close_bars` takes it away."""
+    """A tqdm bar on stderr, drawn by the main process on a terminal alone. `close_bars` takes it away."""
     from tqdm import tqdm
 
-    bar = tqdm(total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True, disable=None)
+    off = None if _speaks() else True  # None: where stderr is no terminal
+    bar = tqdm(total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True, disable=off)
     if not bar.disable:
         _bars.append(bar)
     return bar

@@ -55,7 +55,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         _refuse(str(error))
     except Interrupted as early:
         if stop.speaks():
-            print(f"{Path(sys.argv[0]).name}: {early}", file=sys.stderr)
+            print(f"{_command()}: {early}", file=sys.stderr)
         sys.exit(RESUMABLE)
     except Exception as error:
         if (trouble := machine_trouble(error)) is None:
@@ -64,8 +64,14 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _refuse(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    print(f"{_command()}: {text}", file=sys.stderr)
     sys.exit(2)
+
+
+def _command() -> str:
+    """What was called: `sft_train.py`, or the folder's name of `python -m posttrain.report`, whose file is `__main__.py`."""
+    file = Path(sys.argv[0])
+    return file.parent.name if file.name == "__main__.py" else file.name
 
 
 @contextmanager

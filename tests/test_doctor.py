@@ -55,6 +55,7 @@ def test_all_is_well_here(place, config, checks):
         ("grpo_tiny", ["adapter=runs/none"], ["adapter       ", "runs/none"]),
         ("sft_tiny", ["trainer.learning_rat=1"], ["unknown key (did you mean 'trainer.learning_rate'?)"]),
         ("eval_tiny", ["model.chat_template=none.jinja"], ["no chat template at none.jinja"]),
+        ("sft_tiny", ["model.attn_implementation=flash_attention_2"], ["computed by   model.attn_implementation", "needs CUDA"]),
         ("data_tiny", ["tokenizer.name_or_path=models/none"], ["tokenizer     models/none holds no model"]),
     ],
 )

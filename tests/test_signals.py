@@ -10,7 +10,7 @@ import pytest
 from scripts import CONFIGS, HANGS, ROOT, run, workplace
 
 from posttrain import report
-from posttrain.errors import Interrupted, exit_on_user_error, stop
+from posttrain.errors import Interrupted, UserError, exit_on_user_error, stop
 from posttrain.evaluation.predictions import PartFiles
 from posttrain.hub import push as hub
 from posttrain.records import sha256_file
@@ -207,6 +207,14 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word(command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(("called", "name"), [("/x/sft_train.py", "sft_train.py"), ("/x/posttrain/report/__main__.py", "report")])
+def test_a_refusal_begins_with_what_was_called(monkeypatch, capsys, called, name):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: (_ for _ in ()).throw(UserError("mend this")))
+    assert end.value.code == 2 and capsys.readouterr().err == f"{name}: mend this\n"
 
 
 def test_another_pipe_that_breaks_is_a_fault():

@@ -97,25 +97,38 @@ def adapter(config: RunConfig) -> Iterator[Finding]:
 
 
 def computed_by(config: RunConfig) -> Iterator[Finding]:
-    """Attention, layers and decoding that this run will have on this machine."""
+    """Attention, layers and decoding that this run will have on this machine, if the machine can do what it asks for."""
     import torch
 
     from posttrain.generation.decoder import way
+    from posttrain.generation.supported import check_engine
     from posttrain.kernels.liger import why_not_liger
     from posttrain.models.base import device, fastest_attention
     from posttrain.models.checkpoint import skeleton
+    from posttrain.runs.directory import check_machine
 
+    check_machine(config)
     asked = config.model.attn_implementation
     attention = fastest_attention(device()) if asked == "auto" else asked
     model = skeleton(config.model).to(getattr(torch, config.model.dtype))
     reason = "they need CUDA" if device().type != "cuda" else why_not_liger(model)
     fused = config.model.kernels != "torch" and reason is None
     model.kernels, model.decoding = "liger" if fused else "torch", config.model.decoding
-    told = f"attention {attention}, layers {'by Liger' if fused else 'by torch'}, decoding in {way(model)}"
+    engine = _engine(config)
+    check_engine(config.model, engine, "choose another engine, or another model")
+    decoding = f"{engine} ({way(model)})" if engine == "transformers" else engine
+    told = f"attention {attention}, layers {'by Liger' if fused else 'by torch'}, engine {decoding}"
     if not fused and device().type == "cuda" and config.model.kernels != "torch":
         yield Finding("warning", "computed by", f"{told}; no fused kernels: {reason}", "it is slower and takes more memory")
     else:
         yield Finding("ok", "computed by", told)
+
+
+def _engine(config: RunConfig) -> str:
+    """What makes completions; SFT makes those of dev questions."""
+    if isinstance(config, EvalConfig):
+        return config.engine
+    return config.rollouts.engine if isinstance(config, GrpoConfig) else "transformers"
 
 
 def room(config: RunConfig) -> Iterator[Finding]:
