@@ -204,7 +204,7 @@ def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]],
 def spread(what: str, tokens: dict[str, int]) -> str:
     if not tokens:
         return f"no {what}"
-    return f"half of the {what}s have {tokens['p50']} or fewer, 99 of 100 {tokens['p99']} or fewer, the longest {tokens['p100']}"
+    return f"half of the {what}s have at most {tokens['p50']}, 99 of 100 at most {tokens['p99']}, all at most {tokens['p100']}"
 
 
 def summary(manifest: dict[str, Any]) -> str:

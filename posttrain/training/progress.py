@@ -16,7 +16,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback, Tra
 
 from posttrain.config.load import load
 from posttrain.config.schema import MODEL_FOLDER, EvalConfig, TrainConfig
-from posttrain.console import close_bars, duration, open_bar
+from posttrain.console import close_bars, duration, is_drawn, open_bar
 from posttrain.records import read_rows
 from posttrain.runs.directory import Run
 from posttrain.runs.manifest import ROOT, Manifest
@@ -44,7 +44,9 @@ class Progress(TrainerCallback):
         self.run.say(
             f"{state.max_steps} steps of {global_batch(args)} {of}{on}{dev}; all numbers: {self.run.folder}/metrics.jsonl"
         )
-        if not args.disable_tqdm:
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not args.disable_tqdm and not is_drawn(self.bar):  # dev questions took it away
             self.bar = open_bar(state.max_steps, "step", state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
