@@ -39,13 +39,14 @@ NO_DEV = "train without dev accuracy, data.num_dev=0"
 
 
 def main() -> None:
-    config, args = from_command_line(SftConfig, __doc__)
+    config, args = from_command_line(SftConfig, __doc__, plans=True)
     data = data_entry(config.data.path, "train")
     grader = grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_sft_dry_run
+        from posttrain.training.planner import find_machine
 
-        return show_sft_dry_run(config, grader)
+        return show_sft_dry_run(config, grader, find_machine(args.gpu) if args.gpu else None)
     check_reusable(config, config.run_dir, args.resume)
     use_one_gpu()
 

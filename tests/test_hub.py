@@ -17,10 +17,14 @@ from conftest import ROOT
 from hub_server import serve
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
+from scripts import run
 
 from posttrain.config.schema import Model, SftConfig, TrainData
+from posttrain.errors import UserError
 from posttrain.hub import card
-from posttrain.hub.push import Request, read_release
+from posttrain.hub.push import Request, all_files, read_release, refuse_private_text
+from posttrain.lineage import lineage_of
+from posttrain.models.checkpoint import weights_hash
 from posttrain.records import sha256_file
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import open_run
@@ -31,8 +35,13 @@ REPO = "me/llama-gsm8k"
 BASE = "me/tiny-base"
 PUBLISHED = {
     "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "README.md", "training_manifest.json", ".gitattributes",
+    "chat_template.jinja", "README.md", "training_manifest.json", "lineage.json", "prompt.json", ".gitattributes",
 }  # fmt: skip
+VARIANTS = {
+    *(f"merged/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")),
+    *(f"merged/{name}" for name in ("tokenizer_config.json", "chat_template.jinja", "fidelity.json", "export.json")),
+    *(f"gguf-q8_0/{name}" for name in ("model-q8_0.gguf", "fidelity.json", "export.json")),
+}
 DECOYS = (
     "adapter/training_args.bin", "adapter/optimizer.pt", "adapter/README.md", "adapter/adapter_model.bin",
     "adapter/notes.txt", "adapter/.env", "checkpoints/checkpoint-2/optimizer.pt", "metrics.jsonl", "samples.jsonl",
@@ -139,6 +148,50 @@ def evaluation(folder, run, questions, right, **changes):
     return made_runs.write_eval(folder, rows, predictions, made | {"model": manifest["model"]} | changes)
 
 
+def artefact(folder, run, base_dir=None):
+    """An artefact as `python -m posttrain.export` leaves it: a merged folder of a base, or a file that stands for a GGUF."""
+    folder.mkdir(parents=True)
+    manifest = json.loads((run / "manifest.json").read_text())
+    if base_dir:
+        merge_into(folder, base_dir, run / "adapter")
+    else:
+        (folder / "model-q8_0.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    measured = {"kl_mean": 1e-5, "top1_agreement": 0.999, "greedy_equal": 0.98, "faults": [], "accuracy": {"sentence": "Level."}}
+    (folder / "fidelity.json").write_text(json.dumps(measured))
+    (folder / "README.md").write_text("decoy: the artefact's own card")
+    files = {name: {"size": 1, "sha256": sha256_file(folder / name)} for name in os.listdir(folder)}
+    made = {
+        "format": "merged" if base_dir else "gguf",
+        "into": "trained",
+        "quant": None if base_dir else "q8_0",
+        "parent": {"run_dir": str(run), "adapter_sha256": manifest["adapter_sha256"]},
+        "chain": [*manifest["chain"], {key: manifest[key] for key in ("stage", "name", "adapter_sha256", "data")}],
+        "base": manifest["model"],
+        "command": f"python -m posttrain.export {run} --format merged",
+        "files": files,
+    }
+    (folder / "export.json").write_text(json.dumps(made))
+    return folder
+
+
+def merge_into(folder, base_dir, adapter_dir):
+    from posttrain.models import adapters
+    from posttrain.models.base import load_base
+    from posttrain.models.chat import load_tokenizer
+
+    settings = Model(name_or_path=str(base_dir))
+    tokenizer = load_tokenizer(settings)
+    adapters.merge(adapters.load_adapter(load_base(settings, "none", tokenizer), adapter_dir, False)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def artefacts(runs, tiny_model_dir):
+    """A merged folder and a GGUF file of the GRPO run."""
+    run = runs / "grpo_run"
+    return artefact(runs / "made/merged", run, tiny_model_dir), artefact(runs / "made/gguf-q8_0", run)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +254,7 @@ def test_exactly_the_named_files_are_sent_in_one_commit(run_dir, server, tmp_pat
     assert set(repo.files) == PUBLISHED
     assert repo.private
     assert len(repo.commits) == 1
-    for name in PUBLISHED - {"README.md", "training_manifest.json", ".gitattributes"}:
+    for name in PUBLISHED - {"README.md", "training_manifest.json", "lineage.json", "prompt.json", ".gitattributes"}:
         assert repo.files[name] == (run_dir / "adapter" / name).read_bytes()
     assert b"decoy" not in server.received
 
@@ -461,6 +514,298 @@ def test_a_subset_is_called_one(runs, server, tmp_path):
     assert ModelCard(readme(server)).data.eval_results is None
 
 
+# --- variants, predictions, and what a download can prove ----------------------------------------------------------
+
+
+def test_variants_are_folders_of_one_repository_in_one_commit(runs, artefacts, server, tmp_path):
+    done = push(runs / "grpo_run", server, tmp_path, "--with", *artefacts)
+    repo = server.repos[REPO]
+    assert (done.returncode, len(repo.commits), set(repo.files)) == (0, 1, PUBLISHED | VARIANTS), done.stderr
+    assert b"decoy" not in server.received and str(tmp_path).encode() not in repo.files["merged/export.json"]
+    assert "| gguf-q8_0 | gguf q8_0 trained | 0.0 MB | 1e-05 | 99.90% | 98.0% | the same but for rounding" in readme(server)
+    assert 'allow_patterns="merged/*"' in readme(server) and "llama-server -m llama-gsm8k/gguf-q8_0/model-q8_0.gguf" in readme(
+        server
+    )
+    assert push(runs / "grpo_run", server, tmp_path, "--with", *artefacts).returncode == 0 and len(repo.commits) == 1
+    # A push that does not name them is of no variant: theirs may be of another adapter.
+    done = push(runs / "grpo_run", server, tmp_path)
+    assert (set(repo.files), done.stderr.count("takes it away")) == (PUBLISHED, 2)
+
+
+ASK = """
+import json, sys, torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo, base, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(repo)
+plain = AutoModelForCausalLM.from_pretrained(snapshot_download(repo, allow_patterns="merged/*") + "/merged", dtype=torch.float32)
+adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), repo)
+
+def answer(model, prompt):
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    return made[0, ids["input_ids"].shape[1]:].tolist()
+
+print(json.dumps([[answer(model, prompt) for prompt in prompts] for model in (plain, adapted)]))
+"""
+
+
+@pytest.mark.slow
+def test_adapter_and_merged_variant_answer_the_same_by_id_alone(runs, artefacts, server, tmp_path, tiny_model_dir, tiny_data_dir):
+    from posttrain.records import Example, read_jsonl
+
+    server.create(BASE, files={file.name: file.read_bytes() for file in tiny_model_dir.iterdir()})
+    push(runs / "grpo_run", server, tmp_path, "--with", *artefacts)
+    prompts = json.dumps([row.prompt for row in read_jsonl(tiny_data_dir / "test.jsonl", Example)])
+    done = execute([sys.executable, "-c", ASK, REPO, BASE, prompts], server, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged, adapted = json.loads(done.stdout)
+    assert len(merged) == 20 and sum(a == b for a, b in zip(merged, adapted, strict=True)) >= 19, done.stderr  # bf16 rounds once
+
+
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def spoil(name, content=b"other"):
+    def change(folder):
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def of_another(folder):
+    made = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(made | {"parent": {"run_dir": "x", "adapter_sha256": "f" * 64}}))
+
+
+def with_secret(folder):
+    (folder / "model-q8_0.gguf").write_bytes(b"GGUF" * 999 + TOKEN.encode())
+    made = json.loads((folder / "export.json").read_text())
+    made["files"]["model-q8_0.gguf"]["sha256"] = sha256_file(folder / "model-q8_0.gguf")
+    (folder / "export.json").write_text(json.dumps(made))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (spoil("model-q8_0.gguf"), "is missing or not what was exported"),
+        (drop("fidelity.json"), "is missing or not what was exported"),
+        (drop("export.json"), "holds no artefact"),
+        (spoil("export.json", b"{}"), "is not that of an artefact"),
+        (of_another, "was made of adapter ffffffffffff"),
+        (with_secret, "would publish a secret"),
+        (lambda folder: folder.rename(folder.with_name("a b")), "cannot be a folder of the repository under that name"),
+    ],
+    ids=["changed", "lost", "no artefact", "no record", "of another adapter", "a token inside", "its name"],
+)
+def test_an_artefact_that_is_not_what_was_exported_is_refused(runs, artefacts, tmp_path, monkeypatch, change, message):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    folder = shutil.copytree(artefacts[1], tmp_path / "made/gguf")
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        variants = tuple((tmp_path / "made").iterdir())
+        refuse_private_text(all_files(read_release(Request(runs / "grpo_run", REPO, variants=variants))))
+
+
+def test_two_artefacts_of_one_name_are_refused(runs, artefacts):
+    with pytest.raises(UserError, match="two artefacts are called merged"):
+        read_release(Request(runs / "grpo_run", REPO, variants=(artefacts[0], artefacts[0])))
+
+
+def evaluated_twice(runs, tmp_path, num=50):
+    questions, grpo = [f"{i}+{i}?" for i in range(num)], runs / "grpo_run"
+    return (
+        evaluation(tmp_path / "eval_sft", runs / "sft_run", questions, right=10),
+        evaluation(tmp_path / "eval_grpo", grpo, questions, right=30),
+    )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        pytest.param("POST /api/models/dataset:.*/commit/", marks=pytest.mark.slow),
+        pytest.param("POST /api/models/me/.*/commit/", marks=pytest.mark.slow),
+    ],
+)
+def test_predictions_are_a_data_set_of_their_own(runs, server, tmp_path, fault):
+    """Whichever of the two commits fails, the same command ends with one commit in each repository."""
+    folders = evaluated_twice(runs, tmp_path)
+    options = ("--eval", *folders, "--predictions")
+    if fault:
+        server.fail(fault, "reset")
+        assert push(runs / "grpo_run", server, tmp_path, *options).returncode == 75
+    done = push(runs / "grpo_run", server, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    repo, data = server.repos[REPO], server.repos[f"dataset:{REPO}-predictions"]
+    assert (len(repo.commits), len(data.commits), data.private) == (1, 1, True)
+    assert set(data.files) == {"eval_sft.jsonl", "eval_grpo.jsonl", "README.md", ".gitattributes"}
+    rows = [json.loads(line) for line in data.files["eval_grpo.jsonl"].decode().splitlines()]
+    assert sum(row["correct"] for row in rows) == 30 and rows[3]["question"] == "3+3?" and rows[3]["completion"] == "#### 72"
+    front = YAML(typ="safe").load(data.files["README.md"].decode().split("---")[1])
+    assert [config["data_files"][0]["path"] for config in front["configs"]] == ["eval_sft.jsonl", "eval_grpo.jsonl"]
+    assert "license" not in front and "Training on them makes every later score" in data.files["README.md"].decode()
+    assert f"https://huggingface.co/datasets/{REPO}-predictions" in readme(server)
+
+
+def test_predictions_without_an_evaluation_are_refused(run_dir, server, tmp_path):
+    done = push(run_dir, server, tmp_path, "--predictions")
+    assert (done.returncode, "name them with --eval" in done.stderr, server.log) == (2, True, [])
+
+
+def test_the_card_has_paired_tests_limits_and_the_whole_chain(runs, tmp_path):
+    text = card.model_card(read_release(Request(runs / "grpo_run", REPO, evals=evaluated_twice(runs, tmp_path))))
+    manifest = json.loads((runs / "grpo_run/manifest.json").read_text())
+    assert "- this adapter is 40.00 points above sft (sft_run) (20.00 % -> 60.00 %, n = 50," in text and "exact McNemar p" in text
+    assert "## Limits" in text and "Nothing was trained or measured for safety" in text
+    for link in (*manifest["chain"], manifest):
+        assert f"adapter `{link['adapter_sha256']}`, of tiny train `{link['data']['sha256'][:12]}`" in text
+    assert f"vllm serve {BASE} --enable-lora --max-lora-rank 4 --lora-modules llama-gsm8k={REPO}" in text
+
+
+@pytest.fixture(scope="module")
+def download(runs, artefacts, tmp_path_factory):
+    """What `hf download` leaves of a push, as all_files sends it. Never written to."""
+    folder = tmp_path_factory.mktemp("download") / "llama-gsm8k"
+    for name, content in all_files(read_release(Request(runs / "grpo_run", REPO, variants=artefacts))).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return folder
+
+
+def states(folder):
+    return {link.stage: (link.state, link.why) for link in lineage_of(folder)}
+
+
+def test_a_download_proves_its_chain(download):
+    found = states(download)
+    assert list(found) == ["base", "sft", "grpo", "gguf-q8_0", "merged"]
+    assert [state for state, _ in found.values()] == ["unchecked", "unchecked", "whole", "whole", "whole"]
+    assert "its weights are not here" in found["sft"][1]
+    assert list(states(download / "merged")) == ["base", "sft", "grpo", "merged"]  # one of its folders alone
+
+
+def test_a_variant_without_its_repository_has_its_own_record_alone(download, tmp_path):
+    shutil.copytree(download / "merged", tmp_path / "merged")
+    found = states(tmp_path / "merged")
+    assert found["merged"][0] == "whole" and found["sft"] == found["grpo"] == (
+        "unchecked",
+        "only the artefact's own record says so",
+    )
+
+
+def other_byte(name):
+    def change(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 64
+        (folder / name).write_bytes(bytes(content))
+
+    return change
+
+
+def told(name, change):
+    def rewrite(folder):
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return rewrite
+
+
+OTHER = "e" * 64
+BROKEN = {
+    "weights": (other_byte("adapter_model.safetensors"), "grpo", "its weights are others"),
+    "alpha": (told("adapter_config.json", lambda v: v.update(lora_alpha=99)), "grpo", "adapter_config.json has changed since"),
+    "template": (other_byte("chat_template.jinja"), "grpo", "chat_template.jinja has changed since"),
+    "its record": (told("training_manifest.json", lambda v: v.update(adapter_sha256=OTHER)), "grpo", "its weights are others"),
+    "its parent": (
+        told("training_manifest.json", lambda v: v["parent"].update(adapter_sha256=OTHER)), "grpo", "two different adapters",
+    ),
+    "the run before": (
+        told("lineage.json", lambda v: v["runs"][0].update(adapter_sha256=OTHER)), "grpo", "and sft_run holds eeeeeeeeeeee",
+    ),
+    "merged weights": (other_byte("merged/model.safetensors"), "merged", "model.safetensors has changed since"),
+    "of another": (
+        told("merged/export.json", lambda v: v["parent"].update(adapter_sha256=OTHER)), "merged", "made of adapter eeeeeeeeeeee",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "stage", "why"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_link_is_named(download, tmp_path, change, stage, why):
+    folder = shutil.copytree(download, tmp_path / "down")
+    change(folder)
+    state, said = states(folder)[stage]
+    assert (state, why in said) == ("broken", True), said
+
+
+def test_a_download_answers_as_the_run_does(runs, tmp_path, tiny_model_dir):
+    question = ("How many apples are there in 3 bags of 4?", "--max-new-tokens", "8")
+    folder = tmp_path / "down"
+    folder.mkdir()
+    for name, content in all_files(read_release(Request(runs / "local_run", REPO))).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    manifest, weights = folder / "training_manifest.json", weights_hash(Model(name_or_path=str(tiny_model_dir)))
+    record = json.loads(manifest.read_text())
+    there, here = run("posttrain.chat", runs / "local_run", *question), run("posttrain.chat", folder, *question)
+    assert (there.code, here.code) == (0, 2) and "name it with --base" in here.err
+    here = run("posttrain.chat", folder, "--base", tiny_model_dir, *question)
+    assert here.out.split("\n", 1)[1] == there.out.split("\n", 1)[1]
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "me/tiny-base"}))
+    for recorded, code in ((weights, 0), ("e" * 16, 2)):  # under another name, the hash of the base decides
+        manifest.write_text(json.dumps(record | {"model": record["model"] | {"weights": recorded}}))
+        assert run("posttrain.chat", folder, "--base", tiny_model_dir, *question).code == code
+
+
+# --- the card beside the run's own files ----------------------------------------------------------------------------
+
+
+def test_a_finished_adapter_says_what_it_is_and_where_its_base_lies(sft, tiny_model_dir):
+    folder, manifest = sft / "adapter", json.loads((sft / "manifest.json").read_text())
+    text, config = (folder / "README.md").read_text(), json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(tiny_model_dir), None)
+    assert all(hash in text for hash in (manifest["model"]["weights"], manifest["model"]["fingerprint"]))
+    assert manifest["adapter_sha256"][:12] in text and "More Information Needed" not in text
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert f'adapter = "{folder}"' in code and f'from_pretrained("{tiny_model_dir}"' in code
+    assert "README.md" not in manifest["adapter_files"]  # users write their own over it
+
+
+def test_a_checkpoint_has_a_card_that_is_part_of_it(tiny):
+    from posttrain.runs.integrity import damage
+
+    with tiny.sft({"save_strategy": "steps", "save_steps": 1}) as trainer:
+        trainer.keep_in(trainer.run)
+        trainer.train()
+        folder = trainer.run.folder / "checkpoints" / "checkpoint-1"
+    text = (folder / "README.md").read_text()
+    assert str(folder) in text and "supervised fine-tuning" in text and damage(folder) is None
+    (folder / "README.md").write_text("other")
+    assert "README.md" in damage(folder)
+
+
+def test_a_base_of_the_hub_is_named_with_the_commit_that_was_loaded(tmp_path, load, tokenizer):
+    from posttrain.config.schema import Lora
+    from posttrain.models.adapters import load_adapter, new_adapter
+
+    def base():
+        model = load()
+        model.name_or_path = model.config._name_or_path = "me/tiny-base"
+        model.config._commit_hash = "a" * 40
+        return model
+
+    model = new_adapter(base(), Lora(r=2, alpha=2, target_modules=["q_proj"]), tokenizer, 0)
+    model.save_pretrained(tmp_path)
+    for loaded in (model, load_adapter(base(), tmp_path, trainable=True)):
+        loaded.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny-base", "a" * 40)
+
+
 # --- an adapter on a merged base --------------------------------------------------------------------------------------
 
 
@@ -488,10 +833,6 @@ def change_manifest(**values):
         file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
     return change
-
-
-def drop(name):
-    return lambda run: (run / name).unlink()
 
 
 def append(name, text):
@@ -570,18 +911,21 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("fault", "code", "message"), FAILURES.values(), ids=FAILURES.keys())
-def test_a_failure_is_one_line_and_the_next_try_succeeds(run_dir, server, tmp_path, fault, code, message):
+def test_a_failure_is_one_line_and_the_next_try_succeeds(run_dir, artefacts, server, tmp_path, fault, code, message):
     pattern, action, details = [*fault, {}][:3]
     server.fail(pattern, action, **details)
-    done = push(run_dir, server, tmp_path)
+    done = push(run_dir, server, tmp_path, "--with", *artefacts)
     [line] = [text for text in done.stderr.splitlines() if text.startswith("hub: ")]
     assert (done.returncode, done.stdout) == (code, "")
     assert re.search(message, line)
     assert ("try again with" in line) == (code == 75)
     again = shlex.split(line.split("try again with: ")[1]) if code == 75 else None
-    retried = execute([sys.executable, *again[1:]], server, tmp_path) if again else push(run_dir, server, tmp_path)
+    if again:
+        retried = execute([sys.executable, *again[1:]], server, tmp_path)
+    else:
+        retried = push(run_dir, server, tmp_path, "--with", *artefacts)
     assert retried.returncode == 0, retried.stderr
-    assert set(server.repos[REPO].files) == PUBLISHED
+    assert set(server.repos[REPO].files) == PUBLISHED | VARIANTS
     assert len(server.repos[REPO].commits) == 1
     weights = server.repos[REPO].files["adapter_model.safetensors"]
     assert hashlib.sha256(weights).hexdigest() == sha256_file(run_dir / "adapter/adapter_model.safetensors")
@@ -597,12 +941,13 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_a_passing_failure_is_waited_out(run_dir, server, tmp_path, fault):
+def test_a_passing_failure_is_waited_out(run_dir, artefacts, server, tmp_path, fault):
     pattern, action, times = fault
     server.fail(pattern, action, times=times)
-    assert push(run_dir, server, tmp_path).returncode == 0
-    assert sum(re.match(pattern, request) is not None for request in server.log) == times + 1
-    assert set(server.repos[REPO].files) == PUBLISHED
+    assert push(run_dir, server, tmp_path, "--with", *artefacts).returncode == 0
+    large = 3 if "blobs" in pattern else 1  # weights of the adapter, of the merged model, and the GGUF
+    assert sum(re.match(pattern, request) is not None for request in server.log) == times + large
+    assert set(server.repos[REPO].files) == PUBLISHED | VARIANTS
     assert len(server.repos[REPO].commits) == 1
 
 

@@ -17,18 +17,22 @@ SCRIPTS = ("data_prep", "sft_train", "grpo_train", "evaluate")
 # The rooms, from the ground up: a module imports from its own room and from the lines above, never from below. In posttrain/ a
 # folder is a room, and so is each file on the ground floor.
 ROOMS = """
-rewards posttrain errors phases console
+rewards posttrain places
+errors phases console
 records
 config
 runs
 kernels
 models
+gguf_model
 tasks generation bundled_model
 evaluation
-report hub
+lineage
+report hub chat
+export
 training
 doctor
-data_prep sft_train grpo_train evaluate
+data_prep sft_train grpo_train evaluate __main__
 """
 LINES = [line.split() for line in ROOMS.split("\n") if line]
 HEIGHT = {room: height for height, line in enumerate(LINES) for room in line}
@@ -47,7 +51,8 @@ KEEPERS = {
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"doctor", "hub", "models", "tasks", "training"},
-    "gguf": set(),
+    "gguf": {"export", "gguf_model"},
+    "llama_cpp": {"export"},
     "wandb": set(),  # transformers speaks to the trackers
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
@@ -60,6 +65,11 @@ COMMANDS = (
     "posttrain.bundled_model",
     "posttrain.config.__main__",
     "posttrain.doctor.__main__",
+    "posttrain.__main__",
+    "posttrain.chat",
+    "posttrain.lineage",
+    "posttrain.gguf_model",
+    "posttrain.export.__main__",
 )
 
 
@@ -67,7 +77,7 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {module_name(file): file for file in (*ROOT.glob("*.py"), *ROOT.glob("posttrain/**/*.py"))}
+FILES = {module_name(file): file for file in (*ROOT.glob("*.py"), *ROOT.glob("posttrain/**/*.py")) if file.name != "setup.py"}
 OURS = sorted(FILES)
 
 
@@ -191,7 +201,7 @@ def test_every_package_that_is_imported_is_declared():
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {requirement_name(line) for line in (*project["dependencies"], *extras)}
     imported = {package(name) for module in OURS for name in all_imports(module)} - sys.stdlib_module_names
-    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic"}
+    modules = {"ruamel": "ruamel-yaml", "pydantic_core": "pydantic", "llama_cpp": "llama-cpp-python"}
     wanted = {modules.get(name, name).replace("_", "-") for name in imported - {"posttrain", "rewards"}}
     assert wanted <= declared
 

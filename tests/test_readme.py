@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain import places
+from posttrain.bundled_model import WHEEL
 from posttrain.config.schema import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +26,9 @@ PAGES = [
 ]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
-WRITTEN = ("data/", "models/", "runs/", "report/", ".venv/")  # by the commands themselves
-PROGRAMS = r"make|python|pip|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
+WRITTEN = ("data/", "models/", "runs/", "report/", "downloads/", ".venv/")  # by the commands themselves
+NOT_HERE = ("vllm", "llama-server", "ollama")  # programs of others, which the page names as not run
+PROGRAMS = r"make|python|pip|uv|posttrain|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -64,6 +67,8 @@ def check(words: list[str]) -> None:
         case ["python", "-m", module, *arguments]:
             check_options(("-m", module), arguments)
             check_results(arguments)
+        case ["uv", "run", script] | ["python", script] if script in SCRIPTS:
+            pass
         case ["python", script, *_] if script in SCRIPTS:
             check_script(words[1:])
         case ["python", script, *arguments]:
@@ -75,8 +80,24 @@ def check(words: list[str]) -> None:
             check_launched(rest)
         case ["bash", script, *_]:
             assert run("bash", "-n", script).returncode == 0
-        case ["pip", "install", "-e", what]:
+        case ["pip", "install", *how, what] | ["uv", "pip", "install", *how, what] if what.startswith("."):
             assert set(re.findall(r"\w+", what)) <= extras()
+            assert how in ([], ["-e"], ["-c", "constraints.txt", "-e"])
+        case ["pip", "install", "--no-deps", wheel]:
+            assert wheel == WHEEL
+        case ["pip", "install"] | ["uv", "venv"]:
+            pass
+        case ["uv", "run", "--no-sync", *words]:
+            check_script(words)
+        case ["posttrain"]:
+            pass
+        case ["posttrain", *words]:
+            check_posttrain(words)
+        case ["hf", "download", *arguments]:
+            check_help(str(Path(sys.executable).with_name("hf")), "download", arguments=arguments)
+        case [program, *_] if program in NOT_HERE:
+            [sentence] = re.findall(r"[^.]* were not run here: [^.]*\.", " ".join(TEXT["docs/use.md"].split()))
+            assert f"`{program}`" in sentence
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
         case ["source", ".venv/bin/activate"] | ["hf", "auth", "login"]:
@@ -99,15 +120,33 @@ def check_script(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def check_posttrain(words: list[str]) -> None:
+    """The stage reads its settings, or its help knows the options."""
+    stage, *arguments = words
+    if stage in places.SCRIPTS and arguments:
+        done = run(sys.executable, "-m", "posttrain", *words, "--print-config")
+        assert done.returncode == 0, done.stderr
+    else:
+        check_options(("-m", "posttrain", stage), [])
+
+
 def check_launched(words: list[str]) -> None:
+    if "posttrain" in words:
+        place = words.index("posttrain")
+        assert words[place - 1] == "-m"
+        return check_posttrain(words[place + 1 :])
     script = next(place for place, word in enumerate(words) if word in SCRIPTS)
     assert all("/" not in word or (ROOT / word).exists() for word in words[:script])
     check_script(words[script:])
 
 
 def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
+    check_help(sys.executable, *program, arguments=arguments)
+
+
+def check_help(*program: str, arguments: list[str]) -> None:
     """Its help knows every option that is used."""
-    done = run(sys.executable, *program, "--help")
+    done = run(*program, "--help")
     assert done.returncode == 0, done.stderr
     options = {word for word in arguments if word.startswith("--")}
     assert options <= set(re.findall(r"--[\w-]+", done.stdout))
@@ -191,7 +230,16 @@ def is_other(path: str) -> bool:
 @pytest.mark.parametrize("page", TEXT)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", prose(page)):
-        assert ((ROOT / page).parent / target).exists(), target
+        file, _, heading = target.partition("#")
+        there = (ROOT / page).parent / file
+        assert there.exists(), target
+        assert not heading or heading in headings(there), target
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"(?m)^#+ (.+)", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", TEXT)
@@ -227,6 +275,18 @@ def test_the_markers_that_are_filled_are_there():
 
 def test_the_readme_is_read_in_five_minutes():
     assert len(TEXT["README.md"].split()) <= 1300
+
+
+def test_every_cell_of_the_comparison_has_its_source():
+    tables = TEXT["docs/comparison.md"].partition("## Data and start")[2].partition("## What the partly")[0]
+    rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if line.startswith("| ") and not line.startswith("| |")]
+    rank = {"no": 0, "-": 0, "partly": 1, "yes": 2}
+    assert len(rows) >= 40
+    for feature, ours, *others in rows:
+        cells = [re.fullmatch(r"(\*\*)?\[(yes|partly|no)\]\(\S+\)(\*\*)?|(-)", cell) for cell in (ours, *others)]
+        assert len(cells) == 10 and all(cells), feature
+        marks = [rank[cell[2] or cell[4]] for cell in cells]
+        assert bool(cells[0][1]) == (max(marks) > marks[0]), f"{feature}: a losing cell is bold, and no other"
 
 
 def test_the_readme_names_every_room():

@@ -21,7 +21,7 @@ from posttrain.errors import UserError
 from posttrain.evaluation.comparison import compare
 from posttrain.evaluation.summary import summarize
 from posttrain.records import Prediction, read_jsonl, read_rows, write_jsonl
-from posttrain.report import charts, figures, page, tables
+from posttrain.report import charts, figures, page, tables, together, words
 from posttrain.report.charts import Chart, Point, Series
 from posttrain.report.groups import load
 from posttrain.runs.manifest import read_manifest
@@ -518,6 +518,54 @@ def test_rewards_are_drawn_apart(original):
     assert drawn["Rewards"] == ["total", "correctness", "format"]
     wanted = {"Loss", "KL to the reference policy", "Completion length, tokens", "Cut-off completions"}
     assert wanted | {"Entropy, nats per token", "Adapter weights moved by a step", "Dev accuracy"} <= drawn.keys()
+
+
+def test_runs_of_one_stage_stand_together(original):
+    groups, trainings = load([*evals(original, "sft", "sft-long", "grpo")])
+    ((stage, runs),) = together.stages(trainings).items()
+    assert (stage, [run.label for run in runs]) == ("sft", ["sft", "sft-long"])
+    drawn = {chart.title: chart for chart in together.together_charts(stage, runs)}
+    alone = {chart.title: chart for chart in figures.training_charts(runs[1])}
+    assert [series.label for series in drawn["Loss"].series] == ["sft", "sft-long"]
+    assert drawn["Loss"].series[1].points == alone["Loss"].series[0].points
+    header, *rows = texts(together.final_table(runs))
+    assert header[:2] == ["Run", "Steps"] and "Train loss" in header and "Reward" not in header
+    last = runs[0].metrics[max(i for i, row in enumerate(runs[0].metrics) if "loss" in row)]["loss"]
+    assert float(rows[0][header.index("Train loss")]) == pytest.approx(last, rel=0.01)
+    html = report.html_page(groups, trainings)
+    assert html.count('data-curve="all_sft_loss"') == 1 and "What each run ended with" in html
+    assert together.stages(trainings[1:]) == {}
+
+
+def test_settings_that_differ_are_named_and_no_other(original, tmp_path):
+    _, trainings = load([*evals(original, "sft", "sft-long")])
+    runs = []
+    for run, rate in zip(trainings, (1e-4, 2e-4), strict=True):
+        folder = tmp_path / run.label
+        folder.mkdir()
+        (folder / "config.yaml").write_text(
+            f"run_dir: runs/{run.label}\nseed: 42\ntrainer:\n  learning_rate: {rate}\n  bf16: true\n"
+        )
+        runs.append(replace(run, path=folder))
+    assert texts(together.settings_table(runs)) == [["Setting", "sft", "sft-long"], ["trainer.learning_rate", "0.0001", "0.0002"]]
+    (tmp_path / "sft" / "config.yaml").unlink()
+    assert together.settings_table(runs) == []
+
+
+def test_tooltips_are_sentences_of_the_pages():
+    pages = " ".join((ROOT / "docs" / name).read_text() for name in ("metrics.md", "evaluation.md"))
+    said = " ".join(re.sub(r"[`*]", "", pages).split())
+    for text in (*words.CHARTS.values(), *words.COLUMNS.values()):
+        assert text in said, text
+    titles = {title for title, _, _ in figures.CURVES}
+    assert titles <= words.CHARTS.keys() and set(together.FINAL) <= words.COLUMNS.keys()
+    assert words.of_column("pass@8") == words.CHARTS["pass@k"] and words.of_column("n") == ""
+
+
+def test_columns_and_charts_explain_themselves(original):
+    page = report.html_page(*load(evals(original)))
+    assert '<th scope="col" title="right by any extraction method: correct / completions">Lenient</th>' in page
+    assert f'<span class="title" title="{words.CHARTS["Learning rate"]}">Learning rate</span>' in page
 
 
 def test_running_mean_keeps_the_mean_and_calms_the_curve():

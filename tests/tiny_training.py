@@ -13,6 +13,7 @@ from posttrain.config.schema import GrpoConfig, SftConfig
 from posttrain.models.adapters import resolve_adapter
 from posttrain.models.chat import load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl
+from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import open_run
 from posttrain.training.checkpoints import save_adapter
 from posttrain.training.examples import load_examples
@@ -72,6 +73,7 @@ def opened(config, resume=False):
     tokenizer = load_tokenizer(config.model)
     train, dev = load_examples(config)
     with open_run(config, stage, config.run_dir, resume) as run:
+        run.record(data=data_entry(config.data.path, "train"))
         model = load_policy(config, tokenizer, run)
         trainer = script.make_trainer(config, run, model, tokenizer, train, dev)
         trainer.run = run

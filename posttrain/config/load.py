@@ -27,6 +27,7 @@ from posttrain.config.reference import explained
 from posttrain.config.schema import Answer, EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
 from posttrain.errors import UserError
+from posttrain.places import ROOT, as_typed, found
 
 
 class ConfigError(UserError):
@@ -45,21 +46,29 @@ _FLAGS = {
 
 
 def from_command_line(
-    cls: type[Config], doc: str | None, argv: Sequence[str] | None = None, **flags: str
+    cls: type[Config], doc: str | None, argv: Sequence[str] | None = None, plans: bool = False, **flags: str
 ) -> tuple[Config, argparse.Namespace]:
     """A script's settings and flags. Wrong settings end the process with exit code 2.
 
+    `plans` adds `--gpu NAME`, the card that a dry run plans for.
     `flags` adds switches that only this script has, name -> help: `regrade="..."` makes `--regrade`.
     """
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+        description=as_typed(doc or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
     )
     parser.add_argument("-h", "--help", metavar="KEY", nargs="?", const="", help="this text, or what a key of the config does")
     parser.add_argument("--config", metavar="FILE", help="YAML; configs/ holds one for every published run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="say, trainer.learning_rate=2e-4")
     for name, text in (_FLAGS | flags).items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    if plans:
+        parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: the card to plan for, as h100 or h100=2.50 (dollars)")
     args = parser.parse_intermixed_args(argv)
+    if plans and args.gpu and not args.dry_run:
+        parser.error("--gpu is what a dry run plans for: add --dry-run")
     if args.help is not None:
         _print_and_exit(explained(cls, args.help) if args.help else parser.format_help().rstrip())
     if args.schema:
@@ -67,7 +76,7 @@ def from_command_line(
     if args.config is None:
         parser.error("--config FILE is required")
     try:
-        config = load(args.config, args.overrides, cls)
+        config = load(found(args.config), args.overrides, cls)
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -106,7 +115,8 @@ def _read(path: Path | str) -> Document:
     except NotYaml as error:
         raise ConfigError(f"{path}:{error.line}: {error}") from error
     except FileNotFoundError as error:
-        hint = did_you_mean(str(path), map(str, Path(path).parent.glob("*.yaml")))
+        known = [*Path(path).parent.glob("*.yaml"), *(file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml"))]
+        hint = did_you_mean(str(path), map(str, known))
         raise ConfigError(f"{path}: no such file{hint}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a file: {error.strerror}") from error

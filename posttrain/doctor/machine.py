@@ -9,12 +9,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any
 
 from posttrain.doctor.findings import Check, Finding
-from posttrain.runs.manifest import ROOT
+from posttrain.places import ROOT
 
 INSTALL = "make setup, or pip install -c constraints.txt -e ."
 TOLERANCE = 0.02  # of the largest entry: a product in bf16, whose numbers have 8 bits, of 256 terms
@@ -57,7 +57,8 @@ def packages() -> Iterator[Finding]:
             bounds = f"{requirement.name} {here} is outside {requirement.specifier}, with which this was tested"
             yield Finding("warning", "packages", bounds, INSTALL)
         found[requirement.name] = here or ""
-    exact = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8")))
+    file = ROOT / "constraints.txt"  # a wheel has none
+    exact = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", file.read_text(encoding="utf-8") if file.is_file() else ""))
     tested = {name: exact.get(name, here) for name, here in found.items()}
     # A build for CUDA or the CPU has its name behind a +.
     others = [f"{name} {here} (tested: {tested[name]})" for name, here in found.items() if _release(here) != tested[name]]
@@ -171,8 +172,13 @@ def processes(number: int) -> Iterator[Finding]:
 
 
 def _project() -> dict[str, Any]:
-    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project
+    """Bounds of Python and of packages: of the checkout, whose installed metadata may be older, or of the wheel."""
+    file = ROOT / "pyproject.toml"
+    if file.is_file():
+        project: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        return project
+    needed = [line for line in requires("posttrain") or () if "extra ==" not in line]
+    return {"requires-python": metadata("posttrain")["Requires-Python"], "dependencies": needed}
 
 
 def _version(name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -94,6 +94,25 @@ def generate(
         for index, completions in zip(finished.indices, finished.completions, strict=True):
             results[index] = completions
     return Generated(results, num_slots)
+
+
+def generate_watched(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+    watch: Callable[[int], None],
+) -> Completion:
+    """The first completion that the loop decodes of a batch of this prompt alone; `watch` gets each token as it is chosen."""
+
+    def tell(tokens: torch.Tensor) -> None:
+        if (token := int(tokens[0])) >= 0:
+            watch(token)
+
+    prepare_to_decode(model)
+    with packed_weights(model):
+        [[completion, *_]], _ = decode_batch(model, [prompt], sampling, tokenizer.eos_token_id, watch=tell)
+    return completion
 
 
 def engine_batches(

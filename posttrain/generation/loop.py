@@ -8,7 +8,7 @@ samples does not depend on which rows finished before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -57,11 +57,17 @@ def prepare_to_decode(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def decode_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_id: int, batch: int = 0
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_id: int,
+    batch: int = 0,
+    watch: Callable[[torch.Tensor], None] = lambda tokens: None,
 ) -> tuple[list[list[Completion]], int]:
     """Completions of a batch of prompts, `num_samples` each, and the slots decoded for them. `prepare_to_decode` comes first.
 
-    `batch` numbers the batch: with `sampling.seed` it fixes every random draw.
+    `batch` numbers the batch: with `sampling.seed` it fixes every random draw. `watch` gets the tokens of each step as they are
+    chosen, (rows,), and -1 for a row that is done.
     """
     rows = _Rows(model, prompts, sampling, stop_id, batch)
     with phase("prefill"):
@@ -69,11 +75,13 @@ def decode_batch(
     with phase("decode"):
         step = 0
         while rows.choose_tokens(logits, step):
+            watch(rows.tokens[:, step])
             step += 1
             if step % steps.STEPS_BETWEEN_DROPS == 0:
                 rows.drop_finished()
                 answering.within_batch(rows.num_finished // sampling.num_samples, step)
             logits = rows.forward()
+        watch(rows.tokens[:, step])
         return rows.completions(), rows.num_slots
 
 

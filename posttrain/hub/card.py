@@ -5,18 +5,22 @@ Nothing in a card depends on the day or on the machine that writes it, so the sa
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.evaluation import summary
-from posttrain.records import read_rows
+from posttrain.evaluation.comparison import compare
+from posttrain.hub.variants import Variant
+from posttrain.records import Prediction, read_jsonl, read_rows
 from posttrain.runs.manifest import Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import noun_of, where_strict
@@ -72,6 +76,7 @@ class Evaluation:
     """One evaluation run. `label` says what was evaluated: this adapter, an earlier one of its chain, or the base."""
 
     label: str
+    folder: Path
     manifest: Manifest
     results: dict[str, Any]
     dataset_id: str | None  # on the Hub
@@ -80,6 +85,18 @@ class Evaluation:
     @property
     def is_of_this_adapter(self) -> bool:
         return self.label in ("this adapter", "this model")
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """An export of a run, as its card tells it."""
+
+    format: str  # merged, gguf or ollama
+    what: str  # the beginning of the card's first sentence
+    load: str  # the command that loads it; "" for a model folder
+    fidelity: str
+    accuracy: str
+    faults: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +109,34 @@ class Release:
     settings: dict[str, Any]  # config.yaml
     base: Base
     evaluations: tuple[Evaluation, ...]
+    variants: tuple[Variant, ...] = ()
+    predictions: str | None = None  # the data set of them, where it is pushed, too
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the card lies beside the run's files: `repo_id` is then the absolute path of their folder."""
+        return self.repo_id.startswith("/")
+
+    artefact: Artefact | None = None  # None: the adapter, or the weights of a run that trained all
+
+    def exported_as(self, artefact: Artefact) -> Release:
+        return dataclasses.replace(self, artefact=artefact)
 
     @property
     def name(self) -> str:
-        return self.repo_id.split("/")[1]
+        return self.manifest.name if self.is_local else self.repo_id.split("/")[1]
+
+    @property
+    def base_path(self) -> str:
+        """What a reader loads the base from, where it has no Hub id."""
+        return os.path.abspath(self.base.merged or self.base.name) if self.is_local else "PATH_OF_THE_BASE"
+
+    @property
+    def base_hashes(self) -> str:
+        """What tells the base from every other, as the manifest has it: see posttrain/models/checkpoint.py."""
+        known = {"weights": "weights", "fingerprint": "norms"}
+        said = [f"{name} `{self.manifest.model[key]}`" for key, name in known.items() if key in self.manifest.model]
+        return ", ".join(said)
 
 
 def portable(value: Any) -> Any:
@@ -149,7 +190,7 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     rows = read_rows(folder / "questions.jsonl")
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
     dataset_id = gsm8k.HUB_ID if is_gsm8k else data.get("source", {}).get("repo_id")
-    return Evaluation(label, manifest, results, dataset_id, is_gsm8k)
+    return Evaluation(label, folder, manifest, results, dataset_id, is_gsm8k)
 
 
 def datasets(release: Release) -> list[str]:
@@ -182,6 +223,9 @@ def model_card(release: Release) -> str:
         noun=noun_of(release.manifest.data),
         stage=STAGES[release.manifest.stage],
         stages=[link["stage"].upper() for link in links(release)],
+        tests=paired_tests(release),
+        variants=[[cell.replace("|", "/") for cell in variant.row()] for variant in release.variants],
+        rank=adapter_rank(release.run_dir / "adapter" / "adapter_config.json"),
         rows=[[cell.replace("|", "/") for cell in result_row(evaluation)] for evaluation in release.evaluations],
         prompt=example_prompt(release),
         commands=commands(release),
@@ -196,12 +240,15 @@ def metadata(release: Release) -> str:
     from huggingface_hub import ModelCardData
 
     base, all_weights = release.base, release.manifest.all_weights
+    relation, library = ("finetune", "transformers") if all_weights else ("adapter", "peft")
+    if release.artefact:
+        relation, library = ("finetune", "transformers") if release.artefact.format == "merged" else ("quantized", "gguf")
     of_maths = ["math"] if noun_of(release.manifest.data) in ("number", "expression") else []
     of_gsm8k = ["gsm8k"] if gsm8k.HUB_ID in datasets(release) else []
     data = ModelCardData(
         base_model=base.hub_id,
-        base_model_relation=("finetune" if all_weights else "adapter") if base.hub_id else None,
-        library_name="transformers" if all_weights else "peft",
+        base_model_relation=relation if base.hub_id else None,
+        library_name=library,
         license=base.license,
         language="en",
         datasets=datasets(release) or None,
@@ -273,6 +320,31 @@ def result_row(evaluation: Evaluation) -> list[str]:
     ]
 
 
+def adapter_rank(file: Path) -> int | None:
+    """What vLLM has to be told of an adapter; None where it would not take it, as it trained rows of tokens, too."""
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return None if values.get("trainable_token_indices") else values.get("r")
+
+
+def paired_tests(release: Release) -> list[str]:
+    """A sentence for each evaluation and the one before it, where both asked the same questions."""
+    pairs = [(one, two) for one, two in pairwise(release.evaluations) if asked_the_same(one, two)]
+    return [
+        str(compare(*rows_of(one), *rows_of(two), names=(one.label, two.label), require_same_prompt=False)["sentence"])
+        for one, two in pairs
+    ]
+
+
+def asked_the_same(one: Evaluation, two: Evaluation) -> bool:
+    asked = [(e.manifest.data["sha256"], e.manifest.limit, e.results["n"], e.results["grader"]) for e in (one, two)]
+    return asked[0] == asked[1]
+
+
+def rows_of(evaluation: Evaluation) -> tuple[list[dict[str, Any]], list[Prediction]]:
+    folder = evaluation.folder
+    return list(read_rows(folder / "questions.jsonl")), read_jsonl(folder / "predictions.jsonl", Prediction)
+
+
 def decoding(evaluation: Evaluation) -> str:
     generation = evaluation.manifest.generation
     if generation["temperature"] == 0:
@@ -297,7 +369,8 @@ def commands(release: Release) -> list[str]:
 def links(release: Release) -> list[dict[str, Any]]:
     """The training runs that made the adapter, the one that is pushed at the end."""
     manifest = release.manifest
-    return [*manifest.chain, {"stage": manifest.stage, "name": manifest.name, "adapter_sha256": manifest.adapter_sha256}]
+    last = {"stage": manifest.stage, "name": manifest.name, "adapter_sha256": manifest.adapter_sha256, "data": manifest.data}
+    return [*manifest.chain, last]
 
 
 def settings(release: Release) -> str:

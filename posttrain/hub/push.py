@@ -3,6 +3,8 @@
     python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo
     python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo --public --eval runs/eval_base runs/eval_grpo
     python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo --with-base     # adapter_mode merge_and_new
+    python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo --with runs/grpo/export/merged     # as a variant
+    python -m posttrain.hub runs/grpo --repo-id me/llama-3.2-3b-gsm8k-grpo --eval runs/eval_grpo --predictions    # as a data set
 
 Only the files named here are sent, in one commit, so a repository never holds half of a run. transformers' own
 `push_to_hub` sends all of its folder, with training_args.bin, a pickle that may hold the token. The run is only read.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import shlex
 import sys
@@ -34,9 +37,14 @@ from posttrain.hub.card import (
     secrets,
     without_secrets,
 )
+from posttrain.hub.predictions import message_of, prediction_files, repo_of
+from posttrain.hub.variants import holds, read_variants
+from posttrain.lineage import LINEAGE
 from posttrain.models.chat import looks_local
-from posttrain.runs.integrity import CONFIG, WEIGHTS, check_adapter
-from posttrain.runs.manifest import Manifest, model_sha256, read_manifest
+from posttrain.records import sha256_file
+from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS, check_adapter
+from posttrain.runs.manifest import EXPORT, PUBLIC_MANIFEST, Manifest, lineage, model_sha256, read_manifest
+from posttrain.tasks.prompts import PROMPT_FILE, prompt_form
 
 EVAL_RESULTS = ".eval_results/gsm8k.yaml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
@@ -58,6 +66,8 @@ class Request:
     evals: tuple[Path, ...] = ()  # evaluation runs, for the card
     with_base: bool = False  # push the merged base that the adapter belongs to, too
     base_model: str | None = None  # Hub id of a base that was loaded from a folder
+    variants: tuple[Path, ...] = ()  # artefacts of the run, for folders of their own
+    predictions: bool = False  # push what the evaluations wrote, too, as a data set
 
     def __str__(self) -> str:
         parts = ["python", "-m", "posttrain.hub", str(self.run_dir), "--repo-id", self.repo_id]
@@ -65,6 +75,8 @@ class Request:
         parts += ["--eval", *map(str, self.evals)] if self.evals else []
         parts += ["--with-base"] if self.with_base else []
         parts += ["--base-model", self.base_model] if self.base_model else []
+        parts += ["--with", *map(str, self.variants)] if self.variants else []
+        parts += ["--predictions"] if self.predictions else []
         return shlex.join(parts)
 
 
@@ -98,8 +110,15 @@ def from_command_line() -> Request:
     parser.add_argument("--eval", type=Path, nargs="+", default=[], metavar="DIR", help="evaluation runs, for the card")
     parser.add_argument("--with-base", action="store_true", help="push the merged base of the adapter, too")
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="Hub id of a base that was loaded from a folder")
+    parser.add_argument(
+        "--with", type=Path, nargs="+", default=[], metavar="DIR", dest="variants", help="artefacts of python -m posttrain.export"
+    )
+    parser.add_argument("--predictions", action="store_true", help="push the evaluations' answers, too, as a data set")
     args = parser.parse_args()
-    return Request(args.run_dir, args.repo_id, not args.public, tuple(args.eval), args.with_base, args.base_model)
+    return Request(
+        args.run_dir, args.repo_id, not args.public, tuple(args.eval), args.with_base, args.base_model, tuple(args.variants),
+        args.predictions,
+    )  # fmt: skip
 
 
 def push_or_explain(run_dir: Path, repo_id: str, private: bool) -> None:
@@ -128,12 +147,15 @@ def push(request: Request) -> str:
             "add --with-base to push that, too"
         )
     files = all_files(release)
-    refuse_private_text(files)
+    data_set = prediction_files(release) if release.predictions else {}
+    refuse_private_text(files | {f"{release.predictions}/{name}": content for name, content in data_set.items()})
     if release.base.is_llama and not release.name.lower().startswith("llama"):
         print("note: the Llama licence asks for a name that begins with Llama (section 1.b.i)", file=sys.stderr)
     what = "weights" if release.manifest.all_weights else "adapter"
     message = portable(f"{release.manifest.name}: {what} {release.manifest.adapter_sha256:.12}")
     try:
+        if release.predictions:  # before the model, whose card links to it
+            upload(data_set, release.predictions, request.private, message_of(release), "dataset")
         return upload(files, request.repo_id, request.private, message)
     except PushFailed:
         raise
@@ -161,7 +183,18 @@ def read_release(request: Request) -> Release:
     settings = read_settings(run_dir)
     base = read_base(run_dir, manifest, settings["model"], request.base_model)
     evaluations = tuple(read_evaluation(folder, manifest, base.name) for folder in request.evals)
-    return Release(request.repo_id, run_dir, manifest, settings, base, evaluations)
+    variants = read_variants(request.variants, manifest)
+    if request.predictions and not evaluations:
+        raise UserError("--predictions pushes the answers of evaluation runs: name them with --eval")
+    data_set = repo_of(request.repo_id) if request.predictions else None
+    return Release(request.repo_id, run_dir, manifest, settings, base, evaluations, variants, data_set)
+
+
+def local_release(folder: Path, run_dir: Path, manifest: Manifest) -> Release:
+    """What is said of a run beside its own files, which training writes before it has finished."""
+    settings = read_settings(run_dir)
+    base = read_base(run_dir, manifest, settings["model"], None)
+    return Release(str(folder.absolute()), run_dir, manifest, settings, base, ())
 
 
 def check_finished(run_dir: Path, manifest: Manifest) -> None:
@@ -219,13 +252,36 @@ def all_files(release: Release) -> Files:
         files = {WEIGHTS: adapter / WEIGHTS, CONFIG: adapter_config(adapter / CONFIG, release.base)}
         files |= named(adapter, TOKENIZER_FILES)
     files["README.md"] = model_card(release).encode()
-    files["training_manifest.json"] = public_manifest(release.manifest)
+    files[PUBLIC_MANIFEST] = public_manifest(release.manifest)
     if gsm8k := next((e for e in release.evaluations if e.is_of_this_adapter and e.is_gsm8k), None):
         files[EVAL_RESULTS] = eval_results_yaml(gsm8k).encode()
     if release.base.merged:
         base = named(release.base.merged, (*BASE_FILES, *TOKENIZER_FILES))
         files |= {f"merged_base/{name}": file for name, file in base.items()}
-    return files
+    for variant in release.variants:
+        files |= {**variant.files, f"{variant.name}/{EXPORT}": to_json(portable(variant.made))}
+    files |= prompt_file(release)
+    return files | {LINEAGE: lineage_file(release, files)}
+
+
+def prompt_file(release: Release) -> Files:
+    """The data set's prompt, with which `python -m posttrain.chat` asks a download. Without the data set nobody knows it."""
+    try:
+        return {PROMPT_FILE: to_json(dataclasses.asdict(prompt_form(release.manifest.data)))}
+    except UserError as why:
+        print(f"note: no {PROMPT_FILE} is pushed, as the run's data set is not at hand: {why}", file=sys.stderr)
+        return {}
+
+
+def lineage_file(release: Release, files: Files) -> bytes:
+    """What `python -m posttrain.lineage` asks a download: the records of the runs before, and the hash of every file."""
+    before = [json.loads(public_manifest(manifest)) for _, manifest in lineage(release.run_dir)][:-1]
+    hashes = {
+        name: sha256_file(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        for name, content in files.items()
+        if name not in NOT_READ
+    }
+    return to_json({"runs": before, "files": hashes})
 
 
 def named(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
@@ -254,6 +310,12 @@ def refuse_private_text(files: Files) -> None:
     for name, content in files.items():
         if name.endswith(".safetensors"):
             continue
+        if name.endswith(".gguf") and isinstance(content, Path):  # too large to be read at once
+            if holds(content, [*secrets(), home]):
+                raise UserError(
+                    f"{name} would publish a secret of this environment, or a path below {home}: export the run again"
+                )
+            continue
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", "replace")
         if any(secret in text for secret in secrets()):
             raise UserError(f"{name} would publish a token or key of this environment: take it out, then push")
@@ -264,22 +326,32 @@ def refuse_private_text(files: Files) -> None:
 # --- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-def upload(files: Files, repo_id: str, private: bool, message: str) -> str:
+def upload(files: Files, repo_id: str, private: bool, message: str, kind: str = "model") -> str:
     """One commit with all files. What the Hub has already is not sent again; without a change there is no commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
         raise PushFailed(f"no Hugging Face token: {LOG_IN}")
     api = HfApi()
-    address = api.create_repo(repo_id, private=private, exist_ok=True)
-    there = api.model_info(repo_id)
+    address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind)
+    there = api.repo_info(repo_id, repo_type=kind)
     if private and there.private is False:
         raise PushFailed(f"{repo_id} is there already and public: add --public, or make it private in its settings")
-    # A score that this push does not renew was that of another adapter.
-    stale = {EVAL_RESULTS} & {file.rfilename for file in there.siblings or ()} - set(files)
+    stale = not_renewed({file.rfilename for file in getattr(there, "siblings", None) or ()}, files)
+    for folder in sorted({name.split("/")[0] for name in stale if name.endswith(f"/{EXPORT}")}):
+        print(
+            f"note: {folder} in {repo_id} is of an earlier push, and this one takes it away: name it with --with", file=sys.stderr
+        )
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-    api.create_commit(repo_id, [*map(CommitOperationDelete, stale), *additions], commit_message=message)
+    deletions = [CommitOperationDelete(name) for name in sorted(stale)]
+    api.create_commit(repo_id, [*deletions, *additions], commit_message=message, repo_type=kind)
     return str(address)
+
+
+def not_renewed(there: set[str], files: Files) -> set[str]:
+    """What an earlier push left and this one does not bring: a score, a prompt, a variant, which may be of another adapter."""
+    variants = tuple(f"{name.rpartition('/')[0]}/" for name in there if PurePath(name).name == EXPORT)
+    return {name for name in there - set(files) if name in (EVAL_RESULTS, PROMPT_FILE) or name.startswith(variants)}
 
 
 def explained(error: Exception, repo_id: str) -> PushFailed:

@@ -25,6 +25,23 @@ def base_weight(module: nn.Module) -> torch.Tensor:
     return weight.data
 
 
+def layers_to_pack(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that a load as NF4 packs: all linear ones but the output head (transformers' own choice)."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear and should_convert_module(name, kept)]
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What NF4 with double quantization keeps of a weight, in its dtype: the values of a layer that `load_base` packs."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(packed, state).to(weight.dtype)
+
+
 def flatten_scales(model: nn.Module) -> None:
     """Hold the scale of every block of 64 weights in fp32, where double quantization packs the scales, too.
 

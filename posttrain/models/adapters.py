@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -60,7 +61,7 @@ def new_adapter(base: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenize
     targets_met(base, lora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _with_fp32_masters(peft.get_peft_model(base, config))
+        return _with_fp32_masters(_naming_its_base(peft.get_peft_model(base, config)))
 
 
 ALL_LINEAR = "all-linear"
@@ -110,7 +111,16 @@ def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool) -> PeftMo
     """An adapter from disk, to continue it or to keep it frozen."""
     model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     check_tensors(folder, model)
-    return _with_fp32_masters(model)
+    return _with_fp32_masters(_naming_its_base(model))
+
+
+def _naming_its_base(model: PeftModel) -> PeftModel:
+    """Let the saved config say where the base is, whoever reads it from wherever: its Hub id and commit, or an absolute path."""
+    base, config = model.get_base_model(), model.peft_config["default"]
+    of_this_disk = Path(base.name_or_path).is_dir()
+    config.base_model_name_or_path = os.path.abspath(base.name_or_path) if of_this_disk else base.name_or_path
+    config.revision = None if of_this_disk else getattr(base.config, "_commit_hash", None)
+    return model
 
 
 def _with_fp32_masters(model: PeftModel) -> PeftModel:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
 from posttrain.models.templates import argument_names, pin_arguments, pin_date
+from posttrain.places import found
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
 
     tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, settings)
     if settings.chat_template:
-        tokenizer.chat_template = _read_template(Path(settings.chat_template))
+        tokenizer.chat_template = _read_template(found(settings.chat_template))
     if not tokenizer.chat_template:
         raise UserError(
             f"{settings.name_or_path} ships no chat template: set model.chat_template "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def _file(settings: Tokenizer, name: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return Path(found) if found else None
+
+
+def found_here(settings: Tokenizer) -> Path | None:
+    """The folder of a checkpoint, if its weights are on this machine: nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(settings.name_or_path)
+    if not folder.is_dir():
+        with suppress(LocalEntryNotFoundError, HFValidationError):  # not in the cache; no id of the Hub
+            folder = Path(snapshot_download(settings.name_or_path, revision=settings.revision, local_files_only=True))
+    here = folder.is_dir() and checkpoint_files(Tokenizer(name_or_path=str(folder)))
+    return folder if here else None
 
 
 def weights_hash(settings: Tokenizer) -> str:

@@ -19,6 +19,7 @@ from posttrain.records import write_atomic
 from posttrain.report import tables
 from posttrain.report.groups import EvalRun, Group, TrainingRun, load
 from posttrain.report.page import html_page, page_title
+from posttrain.report.together import final_table, settings_table, stages
 
 MARKERS = ("<!-- results:start -->", "<!-- results:end -->")
 
@@ -68,6 +69,10 @@ def markdown_report(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -
         if group.comparisons:
             parts += ["### Paired tests\n", tables.markdown(tables.pair_table(group))]
         parts.append("".join(f"- {line}\n" for line in tables.notes(group, trainings)))
+    for stage, several in stages(trainings).items():
+        parts += [f"## All runs of {stage}\n", tables.markdown(final_table(several))]
+        if len(differ := settings_table(several)) > 1:
+            parts += ["### Settings that differ\n", tables.markdown(differ)]
     runs: list[TrainingRun | EvalRun] = [*trainings, *(run for group in groups for run in group.runs)]
     parts += ["## Commands\n", "".join(map(_command, runs))]
     return "\n".join(parts)

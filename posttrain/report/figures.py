@@ -70,13 +70,13 @@ def _point(x: float, rate: Mapping[str, Any]) -> Point:
 
 def training_charts(run: TrainingRun) -> list[Chart]:
     """One small chart for each quantity that the run logged."""
-    logged = _by_key(run.metrics)
+    logged = curves_by_key(run.metrics)
     rewards = [key for key in logged if key.startswith("rewards/") and key.endswith("/mean")]
     apart = {key: key.split("/")[1].removesuffix("_reward") for key in rewards}
     found = []
     for title, percent, keys in CURVES:
         labels = keys | apart if "reward" in keys else keys
-        curves = [(label, tuple(_points(logged, key))) for key, label in labels.items()]
+        curves = [(label, tuple(points_of(logged, key))) for key, label in labels.items()]
         series = tuple(Series(label, points, 1 + i) for i, (label, points) in enumerate(curves) if points)
         name = re.sub(r"\W+", "_", f"{run.label} {title}").lower()
         if series:
@@ -84,7 +84,7 @@ def training_charts(run: TrainingRun) -> list[Chart]:
     return found
 
 
-def _by_key(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+def curves_by_key(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     """{key: {step: value}}. A resumed run logs some steps again: the last row counts."""
     logged: dict[str, dict[int, float]] = {}
     for row in metrics:
@@ -94,7 +94,7 @@ def _by_key(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]
     return logged
 
 
-def _points(logged: Mapping[str, Mapping[int, float]], key: str) -> Iterator[Point]:
+def points_of(logged: Mapping[str, Mapping[int, float]], key: str) -> Iterator[Point]:
     low, high = (logged.get(f"{key}_{end}", {}) for end in ("low", "high"))
     for step, value in sorted(logged.get(key, {}).items()):
         yield Point(step, value, low.get(step), high.get(step))

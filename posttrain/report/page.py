@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.records import Prediction
-from posttrain.report import charts, tables
+from posttrain.report import charts, tables, words
 from posttrain.report.charts import Chart
 from posttrain.report.figures import result_charts, training_charts
 from posttrain.report.groups import EvalRun, Group, TrainingRun
 from posttrain.report.tables import ARROW
+from posttrain.report.together import final_table, settings_table, stages, together_charts
 from posttrain.runs.manifest import Manifest
 from posttrain.tasks.answers import cue_of, where_strict
 
@@ -27,10 +28,15 @@ MAX_SAMPLES_SHOWN = 8  # per question and run; every number uses all of them
 
 def html_page(groups: Sequence[Group], trainings: Sequence[TrainingRun]) -> str:
     curves = {run.label: training_charts(run) for run in trainings}
-    data = page_data(groups, [chart for plots in curves.values() for chart in plots])
+    together = {stage: together_charts(stage, runs) for stage, runs in stages(trainings).items()}
+    data = page_data(groups, [chart for plots in (*together.values(), *curves.values()) for chart in plots])
     sections = {
         "results": _section("results", "".join(_group(group, trainings) for group in groups)),
-        "training": _section("training", "".join(_training(run, curves[run.label]) for run in trainings)),
+        "training": _section(
+            "training",
+            "".join(_together(stage, stages(trainings)[stage], plots) for stage, plots in together.items())
+            + "".join(_training(run, curves[run.label]) for run in trainings),
+        ),
         "provenance": _section("provenance", "".join(_origins(groups, trainings))),
     }
     shown = [name for name, body in sections.items() if body] + ["questions"] * bool(data["groups"])
@@ -109,6 +115,14 @@ def _group(group: Group, trainings: Sequence[TrainingRun]) -> str:
     return f'<div class="group"><div class="figures">{plots}</div>{body}<ul class="notes">{notes}</ul></div>'
 
 
+def _together(stage: str, runs: Sequence[TrainingRun], plots: Sequence[Chart]) -> str:
+    body = f'<div class="figures small">{"".join(map(figure, plots))}</div>'
+    body += tables.html(final_table(runs), "What each run ended with")
+    if len(differ := settings_table(runs)) > 1:
+        body += tables.html(differ, "Settings that differ")
+    return f'<details class="training" open><summary>All runs of {escape(stage)}</summary>{body}</details>'
+
+
 def _training(run: TrainingRun, plots: Sequence[Chart]) -> str:
     state = "" if run.manifest.exit == "ok" else f' <span class="quiet">({escape(run.manifest.exit)})</span>'
     body = "".join(map(figure, plots)) or '<p class="quiet">Nothing logged yet.</p>'
@@ -121,7 +135,7 @@ def figure(chart: Chart) -> str:
     keys = "" if chart.kind == "bars" else "".join(_key(chart, series) for series in chart.series)
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
     curve = f' data-curve="{escape(chart.name)}"' if chart.kind == "lines" else ""
-    title = f'<span class="title">{escape(chart.title)}</span>'
+    title = f'<span class="title"{tables.tooltip(words.CHARTS.get(chart.title, ""))}>{escape(chart.title)}</span>'
     return f"<figure{curve}><figcaption>{title}{keys}</figcaption>{charts.svg(chart)}{note}</figure>"
 
 

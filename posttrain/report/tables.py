@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from posttrain.evaluation import comparison, stats, summary
+from posttrain.report import words
 from posttrain.report.groups import EvalRun, Group, TrainingRun
 from posttrain.tasks.answers import noun_of, where_strict
 
@@ -143,12 +144,16 @@ def inert(text: str) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", shown)
 
 
+def tooltip(text: str) -> str:
+    return f' title="{escape(text)}"' if text else ""
+
+
 def html(table: Table, caption: str) -> str:
     def text(cell: Cell) -> str:
         return escape(cell[0]) + (f"<small>{escape(cell[1])}</small>" if cell[1] else "")
 
     header, *body = table
-    head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in header)
+    head = "".join(f'<th scope="col"{tooltip(words.of_column(cell[0]))}>{text(cell)}</th>' for cell in header)
     lines = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in body)
     return (
         f'<div class="scroll" tabindex="0"><table><caption>{escape(caption)}</caption>'

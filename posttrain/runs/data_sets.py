@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.errors import UserError
+from posttrain.places import ROOT
 from posttrain.records import read_object, sha256_file
-from posttrain.runs.manifest import ROOT, Entry
+from posttrain.runs.manifest import Entry
 
 
 def read_data_manifest(folder: Path | str) -> Entry:

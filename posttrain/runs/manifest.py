@@ -10,6 +10,7 @@ import dataclasses
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import MODEL_FOLDER, Settings
 from posttrain.errors import UserError
+from posttrain.places import ROOT, SHIPPED, is_command
 from posttrain.records import read_object, sha256_file, sha256_text
 from posttrain.runs.process import launcher, num_processes
 
@@ -28,7 +30,9 @@ PACKAGES = (
     "posttrain", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers",
     "liger-kernel", "reasoning-gym", "vllm",
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parents[2]
+EXPORT = "export.json"  # of a model folder that `python -m posttrain.export` wrote
+MANIFEST = "manifest.json"
+PUBLIC_MANIFEST = "training_manifest.json"  # the same of a pushed run, without what it says of its machine's folders
 
 Entry = dict[str, Any]
 
@@ -51,6 +55,7 @@ class Manifest:
     dirty: bool
     versions: dict[str, str]
     hardware: Entry
+    installed: bool = False  # a wheel ran, of that commit; else a checkout
     num_processes: int | None = None
     launcher: str = ""
     seed: int | None
@@ -104,15 +109,19 @@ UNSAID = {
 }
 
 
-def read_manifest(folder: Path | str) -> Manifest:
+def read_manifest(folder: Path | str, file: str = MANIFEST) -> Manifest:
     """The manifest of a run, of this version or an earlier one.
 
     Raises:
         UserError: manifest.json is damaged, or not that of a run.
     """
-    values = read_object(Path(folder, "manifest.json"), "restore it from a copy, or use another run_dir")
+    return manifest_of(read_object(Path(folder, file), "restore it from a copy, or use another run_dir"), f"{folder}/{file}")
+
+
+def manifest_of(values: Entry, place: str) -> Manifest:
+    """The manifest that an object holds. UserError, which begins with `place`: it holds none."""
     if lacking := [name for name in FIELDS if name not in UNSAID and name not in values]:
-        raise UserError(f"{folder}/manifest.json is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
+        raise UserError(f"{place} is not that of a run, it has no {lacking[0]}: give the run_dir of a run")
     known = {name: values.pop(name) for name in FIELDS if name in values}
     return Manifest(**known, extra=values)
 
@@ -122,9 +131,9 @@ def opening_manifest(config: Settings, stage: str, folder: Path) -> Manifest:
     said: Entry = {
         "stage": stage,
         "name": getattr(config, "name", None) or folder.name,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": typed(),
         **git_state(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()},
+        "versions": versions(),
         "hardware": hardware(),
         "num_processes": num_processes(),
         "launcher": launcher(),
@@ -154,12 +163,15 @@ def parent_of(adapter_folder: Path, adapter_sha256: str) -> tuple[Entry, list[En
 
 
 def parent_of_model(name_or_path: str) -> tuple[Entry | None, list[Entry], str | None]:
-    """The same for a run whose model is the folder of a run that trained all weights, and that folder's hash; else nothing.
+    """The same for a run whose model is the folder of a run that trained all weights, or one that was exported, and that
+    folder's hash; else nothing.
 
     Raises:
         UserError: the folder holds other weights than the run finished with.
     """
     folder = Path(name_or_path)
+    if (folder / EXPORT).is_file():
+        return _parent_of_export(folder)
     run_dir = _trainer_of(folder)
     if run_dir is None:
         return None, [], None
@@ -167,6 +179,13 @@ def parent_of_model(name_or_path: str) -> tuple[Entry | None, list[Entry], str |
     if folder.name == MODEL_FOLDER and sha256 != read_manifest(run_dir).adapter_sha256:
         raise UserError(f"{folder} holds other weights than the run finished with: train it again, or restore the folder")
     return *parent_of(folder, sha256), sha256
+
+
+def _parent_of_export(folder: Path) -> tuple[Entry, list[Entry], str]:
+    made, sha256 = read_object(folder / EXPORT, "export the run again"), model_sha256(folder)
+    if sha256 != made.get("weights_sha256"):
+        raise UserError(f"{folder} holds other weights than {EXPORT} says: export the run again, or restore the folder")
+    return made["parent"], made["chain"], sha256
 
 
 def refuse_unfinished_model(name_or_path: str) -> str | None:
@@ -231,12 +250,29 @@ def lineage(run_dir: Path) -> Iterator[tuple[Path, Manifest]]:
 # --- what a run runs on -----------------------------------------------------------------------------------------------
 
 
+def typed() -> str:
+    """The command that started this process."""
+    if is_command():
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}"
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
 def git_state() -> dict[str, Any]:
+    """Commit of the code that runs, and whether it had changes: of this checkout, or of the one that the wheel was built in."""
+    if ROOT == SHIPPED:
+        return {**read_object(SHIPPED / "built.json", "install the wheel again"), "installed": True}
+    if not (ROOT / ".git").exists() or not shutil.which("git"):  # git itself would answer for a checkout around this folder
+        return {"commit": None, "dirty": False}
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     return {"commit": git("rev-parse", "--verify", "--quiet", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
+
+
+def versions() -> dict[str, str]:
+    return {name: found for name in PACKAGES if (found := _version(name))} | {"python": platform.python_version()}
 
 
 def hardware() -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from posttrain.places import as_typed
+
 
 def is_main_process() -> bool:
     return process_index() == 0
@@ -41,4 +43,5 @@ def use_one_gpu() -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     if len(visible) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
-        print(f"one of {len(visible)} GPUs is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml ...")
+        everyone = as_typed("accelerate launch --config_file configs/accelerate/ddp.yaml ...")
+        print(f"one of {len(visible)} GPUs is used; for all: {everyone}")

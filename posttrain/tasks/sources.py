@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.config.schema import DataConfig
 from posttrain.errors import UserError
+from posttrain.places import found
 from posttrain.records import sha256_text
 from posttrain.tasks.answers import grader_of
 from posttrain.tasks.fields import mapped_rows, wanted_keys
@@ -63,6 +64,6 @@ def written_shots(file: str | None) -> list[Row]:
     """Solved examples from a file of their own. They go into prompts alone."""
     if file is None:
         return []
-    if not Path(file).exists():
+    if not found(file).exists():
         raise UserError(f"no solved examples at {file}: check prompt.shots, or leave it out for training rows")
-    return list(file_rows(Path(file), "train"))
+    return list(file_rows(found(file), "train"))

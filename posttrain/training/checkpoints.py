@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from posttrain.config.schema import MODEL_FOLDER, TrainConfig
 from posttrain.errors import UserError, stop
 from posttrain.models.adapters import adapter_sha256, gather_sharded_adapter, trained_sha256
 from posttrain.models.policy_copy import PolicyCopy
+from posttrain.records import write_atomic
 from posttrain.runs.directory import Run
-from posttrain.runs.integrity import commit, damage, numbered, read_commit, written_hashes
+from posttrain.runs.integrity import WEIGHTS, commit, damage, numbered, read_commit, weights_sha256, written_hashes
 from posttrain.runs.manifest import model_sha256
 from posttrain.runs.process import num_processes
 
@@ -122,6 +124,7 @@ def clear_for(folder: Path) -> None:
 
 def commit_checkpoint(run: Run, folder: Path, *, resumable: bool) -> None:
     """Mark a checkpoint as whole, all of its files being on disk."""
+    write_card(run, folder, weights_sha256(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None)
     commit(
         folder,
         format=1,
@@ -181,8 +184,18 @@ def save_adapter(trainer: Any, run: Run, tokenizer: PreTrainedTokenizerBase, sta
     else:
         PolicyCopy(model).model.save_pretrained(folder)  # in the dtype that it computes in; the masters are in the checkpoints
         sha256 = model_sha256(folder)
+    write_card(run, folder, sha256)
     run.record(adapter_sha256=sha256, adapter_files=written_hashes(folder))
     print(f"{what}: {folder}  sha256 {sha256:.12}")
+
+
+def write_card(run: Run, folder: Path, sha256: str | None) -> None:
+    """README.md beside weights: what they are and how to load them, in the place of PEFT's, which says nothing."""
+    from posttrain.hub.card import model_card
+    from posttrain.hub.push import local_release
+
+    manifest = dataclasses.replace(run.manifest, adapter_sha256=sha256)
+    write_atomic(folder / "README.md", model_card(local_release(folder, run.folder, manifest)))
 
 
 def refuse_early_end(trainer: Any) -> None:

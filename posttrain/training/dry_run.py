@@ -1,4 +1,4 @@
-"""`--dry-run`: what follows from a config before anything is trained. Arithmetic, two rows with their mask, memory, checks.
+"""`--dry-run`: what follows from a config before anything is trained. Arithmetic, two rows with their mask, memory, time, checks.
 
 A dry run needs the data set and the tokenizer, never the weights. If it cannot reach the tokenizer, it says so and goes on.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from posttrain.errors import UserError
 from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
 from posttrain.tasks.answers import NUMBERS, Grader
-from posttrain.training import examples
+from posttrain.training import examples, planner
 from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
+from posttrain.training.planner import Machine, Memory, Shape, Step
 
 
-def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS) -> None:
+def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "SFTConfig")
     batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
@@ -40,13 +42,28 @@ def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS) -> None:
         for example in train[:2]:
             print(with_prompt_dimmed(tokenizer, example))
         show_stop_token(tokenizer)
-    rows, length = value["per_device_train_batch_size"], value["max_length"] or 1024
+    if shape := model_shape(config.model):
+        show_plan(sft_step(config, shape, value, token_lengths(tokenizer, train), planned_on_gpu(machine)), steps, machine)
+
+
+def sft_step(config: SftConfig, shape: Shape, value: dict[str, Any], lengths: list[int], on_gpu: bool) -> Step:
+    """By the rows' tokens where they are known, else by rows of `trainer.max_length`."""
+    rows, limit = value["per_device_train_batch_size"], value["max_length"] or 1024
     if value["packing"]:
-        rows, length = 1, rows * length
-    show_memory(config, rows, length, value["gradient_checkpointing"])
+        return step_of(config, shape, value, limit, rows * limit, on_gpu)
+    cut = [min(length, limit) for length in lengths] or [limit]
+    positions = planner.padded(cut, rows, value["train_sampling_strategy"] == "group_by_length")
+    return step_of(config, shape, value, max(cut), positions, on_gpu)
 
 
-def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS) -> None:
+def token_lengths(tokenizer: Any, examples: list[Example]) -> list[int]:
+    """Tokens of the first thousand rows, none where the tokenizer is not at hand."""
+    from posttrain.models.chat import chat_ids
+
+    return [len(chat_ids(tokenizer, row.prompt + row.completion)) for row in examples[:1000]] if tokenizer else []
+
+
+def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
     train, dev = examples.load_examples(config)
     value = trainer_values(config, "GRPOConfig")
     group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
@@ -85,17 +102,33 @@ def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS) -> None:
         for trial in try_rewards([*graded, *(reward.function for reward in named)], train, tokenizer, grader):
             print(trial)
         show_stop_token(tokenizer)
+    if shape := model_shape(config.model):
+        step = grpo_step(config, shape, value, window, machine)
+        print("memory and time are those of completions that all reach their limit")
+        show_plan(step, steps, machine, config.trainer.get("steps_per_generation"))
+
+
+def grpo_step(config: GrpoConfig, shape: Shape, value: dict[str, Any], window: int, machine: Machine | None) -> Step:
+    """For prompts of 256 tokens and completions as long as they may be."""
+    prompt, new, group = 256, value["max_completion_length"], value["num_generations"]
+    rows = value["per_device_train_batch_size"]
     # Without checkpointing, a group shares its prompt (posttrain/training/shared_prompts.py).
-    prompt = 256 if value["gradient_checkpointing"] else 256 // group
-    show_memory(
-        config,
-        value["per_device_train_batch_size"],
-        prompt + value["max_completion_length"],
-        value["gradient_checkpointing"],
+    row = new + (prompt if value["gradient_checkpointing"] else prompt // group)
+    own, on_gpu = window // num_processes(), planned_on_gpu(machine)
+    at_once = min(own, config.rollouts.batch_size or own)
+    rollouts = planner.Rollouts(
+        rows=at_once,
+        prompt=prompt,
+        new=new,
+        steps=at_once / (rows * value["gradient_accumulation_steps"]),
+        seats=config.model.decoding != "loop" and on_gpu and (machine is None or machine.has_bf16),
+        reference=bool(value["beta"]),
+        group=group,
     )
-    show_cache(config, window, 256 + value["max_completion_length"])
-    if config.trains_all_weights and value["beta"] and (shape := model_shape(config.model)):
-        print(f"the KL reference, the model as it was: {gib(4 * (shape['linear'] + shape['embedding']))}")
+    step = step_of(config, shape, value, row, rows * row, on_gpu)
+    learnt = min(rows, max(1, config.update_tokens // row)) if config.update_tokens else rows
+    parts = math.ceil(rows / learnt)
+    return replace(step, rows=learnt, micro_batches=step.micro_batches * parts, positions=learnt * row, rollouts=rollouts)
 
 
 def grader_line(grader: Grader) -> str:
@@ -206,45 +239,96 @@ def show_stop_token(tokenizer: Any) -> None:
     print("whether the base model was trained on these tokens is measured when its weights load (lora.train_special_tokens)")
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory and time ---------------------------------------------------------------------------------------------------
 
 BYTES = {
-    "nf4": 0.5 + 4 / 64,
+    "nf4": planner.NF4_BYTES,
     "nf4_unpacked": 2.0,
     "none": 2.0,
-}  # a weight of a linear layer; NF4 with an fp32 scale for each block of 64
+}  # a weight of a linear layer
 
 
-def show_memory(config: TrainConfig, rows: int, length: int, checkpointing: bool) -> None:
-    shape = model_shape(config.model)
-    if shape is None:
-        return
-    linear, embedding = shape["linear"], shape["embedding"]
-    width = 2 if config.model.dtype != "float32" else 4
-    weights = linear * (BYTES[config.quantization] if config.quantization == "nf4" else width) + embedding * width
-    trained = linear + embedding if config.trains_all_weights else lora_parameters(config, shape)
-    optimizer = trained * 16  # fp32 weight, gradient and Adam's two moments
-    if config.trains_all_weights:  # of the base itself, only what autocast keeps of a step in the narrower dtype
-        weights = linear * width if width < 4 else 0.0
-    layers = 1 if checkpointing else shape["layers"]
-    # What the backward pass reads of a token and layer, in widths of the model and of its MLP. The estimate is within a tenth of
-    # what a step of GRPO took on an H100 (EXPERIMENTS.md, 2026-11-26).
-    hidden, inner = (9, 3) if is_fused(config.model) else (10, 4)
-    stream = 4 if config.trains_all_weights else width  # fp32 weights of norms and embedding make their outputs fp32
-    kept = layers * (hidden * shape["hidden"] * stream + inner * shape["intermediate"] * width)
-    if config.lean_layers:  # both norms' inputs, queries and attention's output, keys and values, gate and up
-        kept = layers * (4 * shape["hidden"] + 2 * shape["kv_width"] + 2 * shape["intermediate"]) * width
-    activations = rows * length * (kept + shape["layers"] * shape["hidden"] * stream)
-    if keeps_probabilities(config.model):
-        activations += layers * rows * shape["heads"] * length * length / 2 * width
-    total = weights + optimizer + activations
-    parts = f"base {gib(weights)}, adapter with optimizer {gib(optimizer)}"
-    if config.trains_all_weights:
-        parts = f"all weights with optimizer {gib(optimizer)}, rounded for a step {gib(weights)}"
-    print(
-        f"memory, estimated: {parts}, activations of {rows} x {length} tokens "
-        f"{gib(activations)}{' (checkpointed)' if checkpointing else ''}; about {gib(total)} and the output head's tiles"
+def step_of(config: TrainConfig, shape: Shape, value: dict[str, Any], length: float, positions: float, on_gpu: bool) -> Step:
+    """One optimizer step as the config has it. `length` is of the longest row, `positions` of a micro-batch on average."""
+    model = config.model
+    return Step(
+        shape,
+        micro_batches=value["gradient_accumulation_steps"],
+        rows=value["per_device_train_batch_size"],
+        length=length,
+        positions=positions,
+        trained=shape.linear + shape.embedding if config.trains_all_weights else lora_parameters(config, shape),
+        rank=config.lora.r if config.lora else 32,
+        width=4 if model.dtype == "float32" else 2,
+        all_weights=config.trains_all_weights,
+        nf4=config.quantization == "nf4",
+        checkpointing=value["gradient_checkpointing"],
+        lean=config.lean_layers,
+        fused=model.kernels != "torch" if on_gpu else is_fused(model),
+        fast_adapter=config.fast_adapter,
+        probabilities=not on_gpu and keeps_probabilities(model),
     )
+
+
+def show_memory(step: Step, on_gpu: bool) -> Memory:
+    need = planner.memory(step, on_gpu)
+    parts = f"base {gib(need.weights)}, adapter with optimizer {gib(need.optimizer)}"
+    if step.all_weights:
+        parts = f"all weights with optimizer {gib(need.optimizer)}, rounded for a step {gib(need.weights)}"
+    others = {
+        "logits": need.logits,
+        "the copy that generates with its keys and values": need.rollouts,
+        "the KL reference, the model as it was": need.reference,
+        "the process itself": need.process,
+    }
+    more = "".join(f", {name} {gib(size)}" for name, size in others.items() if size)
+    print(
+        f"memory, computed: {parts}, activations of {step.rows} x {step.length:.0f} tokens {gib(need.activations)}"
+        f"{' (checkpointed)' if step.checkpointing else ''}{more}; about {gib(need.total)}"
+    )
+    return need
+
+
+def show_plan(step: Step, steps: int, machine: Machine | None, window: int | None = None) -> None:
+    """Memory, and for a card that was named whether the step fits it, how long the run takes and what that costs.
+
+    `window` is `trainer.steps_per_generation` where the config sets it: it counts micro-batches.
+    """
+    show_memory(step, planned_on_gpu(machine))
+    if machine is None:
+        return
+    card = f"{machine.title} ({gib(machine.memory)})"
+    if not machine.has_bf16:
+        print(f"{machine.title} has no bf16: set model.dtype=float16")
+    if planner.fits(step, machine):
+        print(f"fits {card}")
+    elif found := planner.fastest_that_fits(step, machine):
+        smaller, changed = found
+        if window and smaller.rows != step.rows:
+            changed = [*changed, f"trainer.steps_per_generation={window * step.rows // smaller.rows}"]
+        print(f"does not fit {card}; the same batch does, and is planned, with: {' '.join(changed)}")
+        step = smaller
+    else:
+        print(f"does not fit {card}, nor would any smaller part of the batch: take a smaller model or another card")
+        return
+    show_time(step, steps, machine)
+
+
+def show_time(step: Step, steps: int, machine: Machine) -> None:
+    took, cards, price = planner.seconds(step, machine), num_processes(), machine.dollars
+    hours = took.total * steps / 3600
+    parts = f" ({took.rollouts:.2f} rollouts, {took.update:.2f} update, {took.reference:.2f} reference)" if step.rollouts else ""
+    cost = f", {hours * cards * price:,.2f} dollars at {price:.2f} an hour ({planner.PRICED})" if price else ""
+    print(
+        f"time, computed: {took.total:.2f} s a step{parts}, {hours:.2f} hours for {steps} steps on {cards} x {machine.title}"
+        f"{cost}; loading, dev questions and checkpoints come on top"
+    )
+
+
+def planned_on_gpu(machine: Machine | None) -> bool:
+    from posttrain.models.base import device
+
+    return machine.is_gpu if machine else device().type == "cuda"
 
 
 def keeps_probabilities(model: Model) -> bool:
@@ -261,28 +345,17 @@ def is_fused(model: Model) -> bool:
     return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def show_cache(config: GrpoConfig, rows: int, length: int) -> None:
-    shape = model_shape(config.model)
-    if shape:
-        copied, of = shape["linear"], "the linear layers"
-        if config.trains_all_weights:
-            copied, of = (copied + shape["embedding"], "all weights") if config.model.dtype != "float32" else (0, "no weight")
-        print(
-            f"rollouts: a bf16 copy of {of} {gib(2 * copied)}, keys and values of {rows} rows {gib(rows * length * shape['kv'])}"
-        )
-
-
-def lora_parameters(config: TrainConfig, shape: dict[str, Any]) -> float:
+def lora_parameters(config: TrainConfig, shape: Shape) -> float:
     """Parameters of the adapter. For one that is continued: rank 32 on every linear layer."""
     rank = config.lora.r if config.lora else 32
-    hidden, inner, kv = shape["hidden"], shape["intermediate"], shape["kv_width"]
+    hidden, inner, kv = shape.hidden, shape.inner, shape.kv_width
     sizes = {"q_proj": 2 * hidden, "o_proj": 2 * hidden, "k_proj": hidden + kv, "v_proj": hidden + kv}
     sizes |= {name: hidden + inner for name in ("gate_proj", "up_proj", "down_proj")}
     targets = config.lora.target_modules if config.lora and config.lora.target_modules != ["all-linear"] else list(sizes)
-    return rank * shape["layers"] * sum(sizes.get(target, 2 * hidden) for target in targets)
+    return rank * shape.layers * sum(sizes.get(target, 2 * hidden) for target in targets)
 
 
-def model_shape(model: Model) -> dict[str, Any] | None:
+def model_shape(model: Model) -> Shape | None:
     """Sizes from the config.json of a local folder or of the local Hub cache."""
     file = Path(model.name_or_path, "config.json")
     if not file.is_file():
@@ -290,23 +363,10 @@ def model_shape(model: Model) -> dict[str, Any] | None:
 
         cached = try_to_load_from_cache(model.name_or_path, "config.json", revision=model.revision)
         if not isinstance(cached, str):
-            print("memory is not estimated: the model's config.json is not on this machine yet")
+            print("memory and time are not computed: the model's config.json is not on this machine yet")
             return None
         file = Path(cached)
-    c = json.loads(file.read_text(encoding="utf-8"))
-    hidden, inner, layers, heads = (
-        c["hidden_size"],
-        c["intermediate_size"],
-        c["num_hidden_layers"],
-        c["num_attention_heads"],
-    )
-    kv_width = c.get("num_key_value_heads", heads) * (c.get("head_dim") or hidden // heads)
-    linear = layers * (2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * inner)
-    embedding = c["vocab_size"] * hidden * (1 if c.get("tie_word_embeddings") else 2)
-    return {
-        "hidden": hidden, "intermediate": inner, "layers": layers, "heads": heads, "kv_width": kv_width, "linear": linear,
-        "embedding": embedding, "kv": 2 * layers * kv_width * 2,
-    }  # fmt: skip
+    return planner.shape_of(json.loads(file.read_text(encoding="utf-8")))
 
 
 def gib(num_bytes: float) -> str:

@@ -17,9 +17,10 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback, Tra
 from posttrain.config.load import load
 from posttrain.config.schema import MODEL_FOLDER, EvalConfig, TrainConfig
 from posttrain.console import close_bars, duration, is_drawn, open_bar
+from posttrain.places import ROOT, as_typed
 from posttrain.records import read_rows
 from posttrain.runs.directory import Run
-from posttrain.runs.manifest import ROOT, Manifest
+from posttrain.runs.manifest import Manifest
 from posttrain.training.arguments import global_batch
 from posttrain.training.dev import DevAccuracy
 
@@ -131,7 +132,7 @@ def say_finished(config: TrainConfig, run: Run, num_dev: int) -> None:
     manifest = run.manifest
     memory = f", at most {manifest.peak_gib} GiB" if manifest.peak_gib else ""
     run.say(f"{duration(manifest.train_seconds or 0)} of training, {duration(run.seconds)} in all{memory}; wrote {run.folder}")
-    run.say(f"next: {evaluation_command(config, manifest)}")
+    run.say(as_typed(f"next: {evaluation_command(config, manifest)}"))
 
 
 def evaluation_command(config: TrainConfig, manifest: Manifest) -> str:

@@ -1,0 +1,198 @@
+"""What answers: transformers, or llama.cpp. Both are asked the same token ids, and both give tokens and logits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from posttrain.errors import UserError
+from posttrain.generation.engines import generate
+from posttrain.generation.loop import Sampling
+from posttrain.models.reference import reference_of
+
+AT_ONCE = 8  # sequences that llama.cpp decodes together
+INSTALL = "pip install 'posttrain[gguf]' (it compiles llama.cpp: a C++ compiler and minutes)"
+
+
+class Answers(NamedTuple):
+    """Greedy tokens of each prompt, the stop token included where there is one, and how fast they came."""
+
+    tokens: list[list[int]]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+class Runtime(Protocol):
+    name: str
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Answers:
+        """Greedy answers, with the prompts' time in the seconds."""
+
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """The logits that each token of the answer is chosen from, (tokens, vocabulary), fp32."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """A rendered chat in token ids, nothing added."""
+
+
+class Transformers:
+    """A plain model in transformers; greedy tokens by this project's loop, which are `generate`'s."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.plain = reference_of(model)  # the same weights: decoding changes how a model attends
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Answers:
+        begun = time.perf_counter()
+        found = generate(self.model, prompts, Sampling(max_new_tokens), self.tokenizer).completions
+        return Answers([completion.ids for (completion,) in found], time.perf_counter() - begun)
+
+    @torch.no_grad()
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
+        return self.plain(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float().cpu()
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def llama_cpp() -> Any:
+    """The bindings of llama.cpp, silent.
+
+    Raises:
+        UserError: they are not installed.
+    """
+    try:
+        import llama_cpp as library
+    except ImportError as error:
+        raise UserError(f"--format gguf and ollama need llama-cpp-python: {INSTALL}") from error
+    return library
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp on the CPU, by its C functions: llama-cpp-python's own class decodes one sequence at a time."""
+
+    name = "llama.cpp"
+
+    def __init__(self, file: Path, stop_id: int, context: int) -> None:
+        """`context` is the longest sequence, prompt and answer."""
+        self.library = library = llama_cpp()
+        self.stop_id = stop_id
+        library.llama_backend_init()
+        self.threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        with _silent():
+            self.model = library.llama_model_load_from_file(os.fsencode(file), library.llama_model_default_params())
+            if not self.model:
+                raise UserError(f"llama.cpp does not load {file}: see what `llama-cli -m {file}` says")
+            settings = library.llama_context_default_params()
+            settings.n_ctx, settings.n_seq_max = AT_ONCE * (-(-context // 256) * 256), AT_ONCE
+            settings.n_batch = AT_ONCE * context
+            settings.n_threads = settings.n_threads_batch = self.threads
+            self.context = library.llama_init_from_model(self.model, settings)
+        self.batch = library.llama_batch_init(AT_ONCE * context, 0, AT_ONCE)
+        self.vocabulary = library.llama_model_get_vocab(self.model)
+        self.size = library.llama_vocab_n_tokens(self.vocabulary)
+
+    def tokenize(self, text: str) -> list[int]:
+        data = text.encode()
+        room = (self.library.llama_token * (len(data) + 1))()
+        count = self.library.llama_tokenize(self.vocabulary, data, len(data), room, len(room), False, True)
+        return list(room[:count])
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Answers:
+        begun = time.perf_counter()
+        tokens: list[list[int]] = []
+        for start in range(0, len(prompts), AT_ONCE):
+            tokens += self._answer(prompts[start : start + AT_ONCE], max_new_tokens)
+        return Answers(tokens, time.perf_counter() - begun)
+
+    def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        self._forget()
+        answers: list[list[int]] = [[] for _ in prompts]
+        feed = {row: list(prompt) for row, prompt in enumerate(prompts)}
+        while feed:
+            starts = {row: len(prompts[row]) + len(answers[row]) - len(ids) for row, ids in feed.items()}
+            chosen = self._decode(feed, starts, {row: 1 for row in feed}).argmax(-1).tolist()
+            for row, token in zip(list(feed), chosen, strict=True):
+                answers[row].append(token)
+                feed[row] = [token]
+                if token == self.stop_id or len(answers[row]) == max_new_tokens:
+                    del feed[row]
+        return answers
+
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        self._forget()
+        ids = [*prompt, *answer[:-1]]
+        return self._decode({0: ids}, {0: 0}, {0: len(answer)})
+
+    def _forget(self) -> None:
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+
+    def _decode(self, feed: dict[int, list[int]], starts: dict[int, int], wanted: dict[int, int]) -> torch.Tensor:
+        """Feed tokens to sequences, and take the logits at the last `wanted` of each, (all wanted, vocabulary)."""
+        batch, place, places = self.batch, 0, []
+        for row, ids in feed.items():
+            for offset, token in enumerate(ids):
+                batch.token[place], batch.pos[place] = token, starts[row] + offset
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
+                keep = offset >= len(ids) - wanted[row]
+                batch.logits[place] = keep
+                places += [place] if keep else []
+                place += 1
+        batch.n_tokens = place
+        if status := self.library.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode gave {status} for {place} tokens")
+        pointers = [self.library.llama_get_logits_ith(self.context, place) for place in places]
+        return torch.stack([torch.from_numpy(np.ctypeslib.as_array(one, (self.size,)).copy()) for one in pointers])
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.llama_batch_free(self.batch)
+        self.library.llama_free(self.context)
+        self.library.llama_model_free(self.model)
+
+
+QUANTS = {"f16": "LLAMA_FTYPE_MOSTLY_F16", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}
+
+
+def quantize(source: Path, target: Path, quant: str) -> None:
+    """llama.cpp's own quantizer: which tensor gets how many bits is its choice."""
+    library = llama_cpp()
+    settings = library.llama_model_quantize_default_params()
+    settings.ftype = getattr(library, QUANTS[quant])
+    settings.nthread = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    with _silent():
+        status = library.llama_model_quantize(os.fsencode(source), os.fsencode(target), settings)
+    if status:
+        raise UserError(f"llama.cpp's quantizer refuses {quant} for this model (status {status}): choose another --quant")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what llama.cpp's C code prints to file descriptors 1 and 2."""
+    null, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        yield
+    finally:
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+        os.close(null)

@@ -1,0 +1,322 @@
+"""What an optimizer step takes: memory, seconds, dollars. Arithmetic on a model's shape and a config's numbers, for `--dry-run`.
+
+Bytes of a layer are those that bench/kept.py counts. The rates are fitted to rows of results/; docs/planning.md has what is
+predicted beside what was measured, and tests/test_planner.py holds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from posttrain.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A card, or the two cores of a CPU that rows were measured on."""
+
+    title: str
+    flops: float  # a second, dense, bf16 with fp32 sums (T4: fp16)
+    bandwidth: float  # bytes a second of its memory
+    memory: float  # bytes that the driver gives
+    dollars: float | None  # an hour, of one card
+    trains_at: float = 0.55  # share of `flops` that a layer's products reach, its other kernels included
+    is_gpu: bool = True
+    has_bf16: bool = True
+
+
+# Flops and bandwidth: NVIDIA's data sheets, sparsity not counted. Dollars: list prices on demand, of Modal as read by
+# techbytes.app on 7 May 2026, and of RunPod for the RTX 4090, as read by deploybase.ai in March 2026. They change.
+PRICED = "list price, May 2026"
+MACHINES = {
+    "h100": Machine("H100 80GB SXM", 989e12, 3.35e12, 79.6 * GIB, 3.95),
+    "a100": Machine("A100 80GB SXM", 312e12, 2.04e12, 79.2 * GIB, 2.50),
+    "l40s": Machine("L40S", 362e12, 0.864e12, 44.7 * GIB, 1.95),
+    "4090": Machine("RTX 4090", 165e12, 1.01e12, 23.9 * GIB, 0.60),
+    "t4": Machine("T4", 65e12, 0.32e12, 14.7 * GIB, 0.59, has_bf16=False),
+    # Products of the size of a layer, measured: EXPERIMENTS.md, 2026-11-25. Its bandwidth: what attention reads there.
+    "cpu": Machine("two cores of an AMD EPYC", 0.95e12, 31e9, 24 * GIB, None, trains_at=0.38, is_gpu=False),
+}
+
+# Seconds to launch the kernels of one layer in one direction. Work of the host's CPU, so taken for every card (EXPERIMENTS.md,
+# 2026-11-27: every step waits for Python). PEFT's layers launch half as many again, lean ones a seventh.
+LAUNCH, PEFT_LAUNCHES, LEAN_LAUNCHES = 2.7e-3, 1.5, 1.15
+UNPACK = 2.0e-3  # seconds to unpack the seven NF4 matrices of a layer, each time that they are needed
+# Decoding: shares of the bandwidth at which weights, and keys and values, are read; a layer's kernels in a CUDA graph; and what
+# the loop's choice of a token takes a logit (EXPERIMENTS.md, 2026-11-27, where the time of a decoding step goes).
+WEIGHTS_AT, SEATS_CACHE_AT, LOOP_CACHE_AT, LAYER_STEP, LOOP_LOGIT = 0.69, 0.78, 0.33, 50e-6, 17e-12
+AROUND = 1.1  # a GRPO step beside its products: rewards, folding the adapter, loading, logging
+# What a process holds beside these sums: CUDA's context; on a CPU Python, the libraries and oneDNN's buffers.
+CONTEXT, CPU_PROCESS = 1.0 * GIB, 1.9 * GIB
+NF4_BYTES = 0.5 + 4 / 64  # a weight, with an fp32 scale for each block of 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes, in numbers of entries."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_width: int
+    vocab: int
+    tied: bool
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers, without the head."""
+        return self.layers * (2 * self.hidden**2 + 2 * self.hidden * self.kv_width + 3 * self.hidden * self.inner)
+
+    @property
+    def head(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def embedding(self) -> int:
+        return self.head * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What GRPO samples for a window, and how."""
+
+    rows: int  # completions at once
+    prompt: float  # tokens
+    new: float  # tokens of a completion
+    steps: float  # optimizer steps that they serve; below 1 where a step takes several such rounds
+    seats: bool
+    reference: bool  # KL to a reference: a further pass
+    group: int  # completions of a question
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process computes and keeps in one optimizer step."""
+
+    shape: Shape
+    micro_batches: int
+    rows: int  # of a micro-batch
+    length: float  # positions of its longest row: what memory is for
+    positions: float  # of a micro-batch on average, padding included: what time is for
+    trained: float  # parameters
+    rank: int = 32
+    width: int = 2  # bytes of a value
+    all_weights: bool = False
+    nf4: bool = False  # packed in memory
+    checkpointing: bool = False
+    lean: bool = False
+    fused: bool = True  # Liger's norm, rotary embedding and MLP
+    fast_adapter: bool = True
+    probabilities: bool = False  # attention keeps them, as by matrix products on a CPU
+    rollouts: Rollouts | None = None
+
+
+def find_machine(text: str) -> Machine:
+    """`h100`, or `h100=2.50` with dollars an hour.
+
+    Raises:
+        UserError: no such card, or no price.
+    """
+    name, _, price = text.partition("=")
+    if name.lower() not in MACHINES:
+        raise UserError(f"--gpu {text}: no card of that name: {', '.join(MACHINES)}, each with =DOLLARS an hour if you like")
+    machine = MACHINES[name.lower()]
+    if not price:
+        return machine
+    if not price.replace(".", "", 1).isdigit():
+        raise UserError(f"--gpu {text}: dollars an hour are a number, as in --gpu {name}=2.50")
+    return replace(machine, dollars=float(price))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step, by what they are for."""
+
+    weights: float
+    optimizer: float  # fp32 weights, gradients and Adam's moments of what is trained
+    activations: float
+    logits: float  # of GRPO's completions, where the head keeps them
+    rollouts: float  # the copy that generates, with its keys and values
+    reference: float  # the model as it was, where all weights are trained
+    process: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def memory(step: Step, on_gpu: bool) -> Memory:
+    """The peak of a step. It is torch's `max_memory_allocated` on a GPU, the process's resident set on a CPU."""
+    shape, rollouts = step.shape, step.rollouts
+    weights = shape.linear * (NF4_BYTES if step.nf4 else step.width) + shape.embedding * step.width
+    if step.all_weights:  # of the base itself, only what autocast keeps of a step in the narrower dtype
+        weights = shape.linear * step.width if step.width < 4 else 0.0
+    logits = cache = reference = 0.0
+    if rollouts:
+        logits = step.rows * rollouts.new * shape.vocab * 4 if on_gpu else 0.0
+        cache = rollouts.rows * (rollouts.prompt + rollouts.new) * cache_bytes(shape) + copy_bytes(step)
+        reference = 4.0 * (shape.linear + shape.embedding) if step.all_weights and rollouts.reference else 0.0
+    process = 0.0 if on_gpu else CPU_PROCESS
+    return Memory(weights, 16 * step.trained, activation_bytes(step), logits, cache, reference, process)
+
+
+def cache_bytes(shape: Shape) -> int:
+    """Keys and values of a token, in bf16."""
+    return 2 * shape.layers * shape.kv_width * 2
+
+
+def copy_bytes(step: Step) -> float:
+    """The policy's copy that generates, in bf16. The embedding is shared where it is not trained."""
+    if not step.all_weights:
+        return 2.0 * step.shape.linear
+    return 2.0 * (step.shape.linear + step.shape.embedding) if step.width < 4 else 0.0
+
+
+def activation_bytes(step: Step) -> float:
+    """What the backward pass reads of a micro-batch."""
+    shape, positions = step.shape, step.rows * step.length
+    kept = positions * layer_bytes(step)
+    if step.probabilities:  # half a square for each head
+        kept += step.rows * shape.heads * step.length**2 / 2 * step.width
+    if step.checkpointing:  # every layer's input, and one layer at a time
+        stream = 4 if step.all_weights else step.width
+        return kept + positions * shape.layers * shape.hidden * stream
+    return kept * shape.layers
+
+
+def layer_bytes(step: Step) -> float:
+    """What a layer keeps of a token: EXPERIMENTS.md, 2026-11-27, counted by bench/kept.py."""
+    hidden, inner, kv = step.shape.hidden, step.shape.inner, step.shape.kv_width
+    adapters = 0 if step.all_weights else 7 * step.rank
+    if step.lean:
+        return (4 * hidden + 2 * kv + 2 * inner + adapters) * step.width
+    # fp32 weights of norms make their outputs fp32 where all weights are trained.
+    stream = 4 if step.all_weights else step.width
+    norms, gated = (6, 3) if step.fused else (8, 4)
+    if not step.fast_adapter and not step.all_weights:
+        norms += 4
+    return norms * hidden * stream + (2 * kv + gated * inner + adapters) * step.width
+
+
+# --- seconds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of an optimizer step, by what they are for."""
+
+    update: float
+    reference: float = 0.0
+    rollouts: float = 0.0
+
+    @property
+    def total(self) -> float:
+        parts = self.update + self.reference + self.rollouts
+        return parts * AROUND if self.rollouts else parts
+
+
+def seconds(step: Step, machine: Machine) -> Seconds:
+    """Forward, backward and what is computed again; with rollouts the sampling and the reference, for one step."""
+    passes = 3 if step.checkpointing else 2
+    launches = (LEAN_LAUNCHES if step.lean else 1.0) * (1.0 if step.fast_adapter or step.all_weights else PEFT_LAUNCHES)
+    waits = passes * step.shape.layers * (LAUNCH * launches + UNPACK * step.nf4) if machine.is_gpu else 0.0
+    # Forward 2 a weight and position; back 2 for the input's gradient, and 2 more for a weight that is trained.
+    weight_flops = (6 if step.all_weights else 4) + 2 * step.checkpointing
+    adapters = 0.0 if step.all_weights else 6 * step.trained
+    scored = step.rows * step.rollouts.new if step.rollouts else 0.0  # SFT's labels are few
+    flops = step.positions * (weight_flops * step.shape.linear + adapters) + scored * 4 * step.shape.head
+    update = step.micro_batches * (waits + flops / (machine.flops * machine.trains_at))
+    if step.rollouts is None:
+        return Seconds(update)
+    sampled = rollout_seconds(step, step.rollouts, machine) / step.rollouts.steps
+    return Seconds(update, reference_seconds(step, machine) if step.rollouts.reference else 0.0, sampled)
+
+
+def reference_seconds(step: Step, machine: Machine) -> float:
+    """One pass over all completions of the step."""
+    flops = 2 * step.micro_batches * step.positions * (step.shape.linear + step.shape.head)
+    waits = step.shape.layers * (LAUNCH + UNPACK * step.nf4) if machine.is_gpu else 0.0
+    return waits + flops / (machine.flops * machine.trains_at)
+
+
+def rollout_seconds(step: Step, rollouts: Rollouts, machine: Machine) -> float:
+    """Prompts, then one token for all rows, as often as the longest completion is long. A group's prompt is computed once."""
+    shape = step.shape
+    rate = machine.flops * machine.trains_at
+    prompts = 2 * rollouts.rows / rollouts.group * rollouts.prompt * shape.linear / rate
+    weights = 2.0 * (shape.linear + shape.head)
+    read = weights / (machine.bandwidth * WEIGHTS_AT)
+    products = rollouts.rows * weights / rate  # 2 flops a weight and row: as many as bytes of one row
+    share = SEATS_CACHE_AT if rollouts.seats else LOOP_CACHE_AT
+    cached = rollouts.rows * (rollouts.prompt + rollouts.new / 2) * cache_bytes(shape) / (machine.bandwidth * share)
+    chosen = 0.0 if rollouts.seats else rollouts.rows * shape.vocab * LOOP_LOGIT
+    around = shape.layers * LAYER_STEP + chosen if machine.is_gpu else 0.0
+    return prompts + rollouts.new * (max(read, products) + cached + around)
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def fits(step: Step, machine: Machine) -> bool:
+    """Whether the peak leaves room for CUDA's context and for a twentieth that the allocator cannot use."""
+    return memory(step, machine.is_gpu).total * 1.05 + CONTEXT <= machine.memory
+
+
+def smaller_steps(step: Step) -> Iterator[tuple[Step, list[str]]]:
+    """The same batch of an optimizer step in less memory, with the overrides that say so. The base is packed last."""
+    whole = step.rows * step.micro_batches
+    sizes = [rows for rows in range(step.rows, 0, -1) if whole % rows == 0]
+    rounds = (1, 2, 4, 8) if step.rollouts else (1,)
+    for nf4, times, checkpointing, rows in itertools.product((step.nf4, True), rounds, (step.checkpointing, True), sizes):
+        if nf4 and step.all_weights:
+            continue
+        # Without checkpointing a group shares its prompt; the prompt is a small part of a GRPO row either way.
+        part = rows / step.rows
+        other = replace(
+            step, nf4=nf4, checkpointing=checkpointing, rows=rows, micro_batches=whole // rows, positions=step.positions * part
+        )
+        changed = []
+        if step.rollouts and times > 1:
+            fewer = replace(step.rollouts, rows=math.ceil(step.rollouts.rows / times), steps=step.rollouts.steps / times)
+            other = replace(other, rollouts=fewer)
+            changed.append(f"rollouts.batch_size={fewer.rows}")
+        if rows != step.rows:
+            changed.append(f"trainer.per_device_train_batch_size={rows}")
+            changed.append(f"trainer.gradient_accumulation_steps={whole // rows}")
+        if checkpointing != step.checkpointing:
+            changed.append("trainer.gradient_checkpointing=true")
+        if nf4 != step.nf4:
+            changed.append("quantization=nf4")
+        yield other, changed
+
+
+def fastest_that_fits(step: Step, machine: Machine) -> tuple[Step, list[str]] | None:
+    """Of the smaller steps, the one that takes least time; with a packed base only where no other fits."""
+    found = [(other, changed) for other, changed in smaller_steps(step) if fits(other, machine)]
+    plain = [(other, changed) for other, changed in found if other.nf4 == step.nf4]
+    return min(plain or found, key=lambda pair: seconds(pair[0], machine).total, default=None)
+
+
+def padded(lengths: Sequence[int], rows: int, by_length: bool) -> float:
+    """Positions of a micro-batch on average, each as wide as its longest row."""
+    ordered = sorted(lengths) if by_length else list(lengths)
+    batches = [ordered[at : at + rows] for at in range(0, len(ordered), rows)]
+    return rows * sum(max(batch) for batch in batches) / len(batches)
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """Sizes by a model's config.json."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_width = config.get("num_key_value_heads", heads) * (config.get("head_dim") or hidden // heads)
+    tied = bool(config.get("tie_word_embeddings"))
+    return Shape(hidden, config["intermediate_size"], config["num_hidden_layers"], heads, kv_width, config["vocab_size"], tied)

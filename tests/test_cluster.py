@@ -1,0 +1,138 @@
+"""cluster/: what the files name exists, and two launchers of one process each train as one launcher of two."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from scripts import CONFIGS, ROOT, workplace
+
+from posttrain.config.load import load
+from posttrain.config.schema import SftConfig
+from posttrain.records import read_rows
+from posttrain.runs.manifest import read_manifest
+
+CLUSTER = ROOT / "cluster"
+
+
+@pytest.mark.parametrize("name", ["launch.sh", "slurm.sh"])
+def test_a_script_is_understood_by_bash(name):
+    assert subprocess.run(["bash", "-n", CLUSTER / name], check=False).returncode == 0
+
+
+def test_the_commands_of_the_first_lines_name_what_is_there():
+    named = 0
+    for file in CLUSTER.iterdir():
+        for line in re.findall(r"(?m)^#   (.+)", file.read_text(encoding="utf-8")):
+            words = [word.split("=", 1)[-1] for word in shlex.split(line)]
+            paths = [word for word in words if re.fullmatch(r"(cluster|configs)/\S+|\w+_train\.py", word)]
+            assert all((ROOT / path).is_file() for path in paths), line
+            named += len(paths)
+    assert named >= 10
+
+
+def test_the_kubernetes_job_starts_a_training_and_reads_its_exit_codes():
+    service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text(encoding="utf-8"))
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    bash, launcher, script, option, config, *rest = container["command"]
+    assert bash == "bash" and (ROOT / launcher).is_file() and (ROOT / script).is_file() and option == "--config"
+    assert rest.pop() == "--resume"
+    assert load(ROOT / config, rest, SftConfig).run_dir.startswith("/shared/")
+    assert (
+        pod["subdomain"] == service["metadata"]["name"] and {"name": "HEAD", "value": "posttrain-0.posttrain"} in container["env"]
+    )
+    codes = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in job["spec"]["podFailurePolicy"]["rules"][:2]}
+    assert codes == {2: "FailJob", 75: "Ignore"}
+
+
+def test_the_sky_task_starts_a_training():
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert (ROOT / task["envs"]["SCRIPT"]).is_file() and (ROOT / task["envs"]["CONFIG"]).is_file()
+    assert 'bash cluster/launch.sh "$SCRIPT" --config "$CONFIG"' in task["run"] and "--resume" in task["run"]
+    for part in ("setup", "run"):
+        assert subprocess.run(["bash", "-n"], input=task[part], text=True, check=False).returncode == 0
+
+
+def test_the_image_copies_what_is_there():
+    lines = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied and all((ROOT / path).exists() for path in copied)
+    python = re.search(r"FROM python:(3\.\d+)", "\n".join(lines))[1]
+    assert python in ("3.11", "3.12", "3.13")
+
+
+def node(place, rank, nodes, port, *settings, gpus=1):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NODES": str(nodes),
+        "NODE_RANK": str(rank),
+        "HEAD": "127.0.0.1",
+        "PORT": str(port),
+        "GPUS": str(gpus),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", CLUSTER / "launch.sh", ROOT / "sft_train.py", "--config", CONFIGS / "sft_tiny.yaml", *settings]
+    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def losses(run_dir):
+    return [row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+SIX = ("data.num_dev=0", "trainer.max_steps=6", "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4")
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model_dir, tiny_data_dir):
+    return workplace(tmp_path, tiny_model_dir, data=tiny_data_dir)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_of_two_processes(place):
+    one = node(place, 0, 1, free_port(), *SIX, "run_dir=runs/one", gpus=2)
+    said = one.communicate()[0]
+    assert one.returncode == 0, said
+    port = free_port()
+    nodes = [node(place, rank, 2, port, *SIX, "run_dir=runs/two") for rank in (0, 1)]
+    said = [process.communicate()[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], said
+    assert losses(place / "runs" / "two") == losses(place / "runs" / "one") and len(losses(place / "runs" / "two")) == 6
+    two = read_manifest(place / "runs" / "two")
+    assert (two.num_processes, two.adapter_sha256) == (2, read_manifest(place / "runs" / "one").adapter_sha256)
+    logs = [*(place / "runs" / "logs" / "two").glob("node-*/**/std*.log")]
+    assert {path.relative_to(place / "runs" / "logs" / "two").parts[0] for path in logs} == {"node-0", "node-1"}
+
+
+@pytest.mark.slow
+def test_a_node_that_is_stopped_ends_with_the_code_that_asks_for_a_restart(place):
+    settings = ("data.num_dev=0", "trainer.max_steps=4000", "trainer.logging_steps=1", "trainer.save_strategy=no")
+    process = node(place, 0, 1, free_port(), *settings)
+    rows = place / "runs" / "sft_tiny" / "metrics.jsonl"
+    until = time.monotonic() + 300
+    while not (rows.is_file() and rows.stat().st_size) and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 75, said
+    assert read_manifest(place / "runs" / "sft_tiny").exit.startswith("interrupted at step")
+
+
+@pytest.mark.slow
+def test_wrong_settings_end_a_node_before_it_waits_for_others(place):
+    process = node(place, 1, 2, free_port(), "trainer.learning_rat=1")
+    said = process.communicate()[0]
+    assert process.returncode == 2 and "did you mean 'trainer.learning_rate'?" in said

@@ -1,0 +1,100 @@
+"""Weights folded tensor by tensor are those of the copy that generates, and PEFT's own."""
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_adapter_kinds import LORAS, OTHERS, other
+from transformers import AutoModelForCausalLM
+
+from posttrain.errors import UserError
+from posttrain.kernels.nf4 import layers_to_pack, packed_linears
+from posttrain.models.adapters import load_adapter
+from posttrain.models.checkpoint import skeleton
+from posttrain.models.folded import DRAWN, FoldedWeights
+from posttrain.models.policy_copy import PolicyCopy
+
+REFUSED = {
+    "lora_bias": "biases",
+    "parameters": "target_parameters",
+    "pissa": "init_lora_weights pissa",
+    "the embedding": "first or last matrix",
+    "the embedding with dora": "first or last matrix",
+    "the head": "first or last matrix",
+    "BEFT": "biases",
+} | {kind: f"peft_type {kind}" for kind in DRAWN}
+
+
+def adapter_of(load, folder, config):
+    """An adapter of PEFT's own, moved away from where it began."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(load(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def differing(folded, model):
+    """Names of tensors that are not the model's, to the bit. A head that is the embedding counts once."""
+    wanted = dict(model.named_parameters())
+    assert {t.name for t in folded.tensors} == wanted.keys()
+    return [t.name for t in folded.tensors if not torch.equal(folded.read(t), wanted[t.name])]
+
+
+@pytest.mark.parametrize("name", [*LORAS, *OTHERS])
+def test_every_kind_is_folded_as_the_copy_folds_it_or_refused(name, load, settings, tmp_path):
+    config = LORAS[name]() if name in LORAS else other(name, **OTHERS[name])
+    folder = adapter_of(load, tmp_path, config)
+    if name in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[name]):
+            FoldedWeights(settings, "none", folder)
+        return
+    copy = PolicyCopy(load_adapter(load(), folder, trainable=False)).model
+    assert not differing(FoldedWeights(settings, "none", folder), copy)
+
+
+@pytest.mark.parametrize("config", ["plain", "token rows"])
+@pytest.mark.parametrize("form", ["nf4", "nf4_unpacked"])
+def test_a_packed_base_is_folded_as_the_copy_folds_it(form, config, load, settings, tmp_path):
+    folder = adapter_of(load, tmp_path, LORAS[config]())
+    copy = PolicyCopy(load_adapter(load(form), folder, trainable=False)).model
+    assert not differing(FoldedWeights(settings, form, folder), copy)
+    assert differing(FoldedWeights(settings, "none", folder), copy)  # the original's values are others
+
+
+@pytest.mark.parametrize("name", ["plain", "rslora", "rank and alpha patterns", "dora", "token rows"])
+def test_it_is_what_peft_merges(name, load, settings, tmp_path):
+    """PEFT's `merge_and_unload` in fp32."""
+    fp32 = settings.model_copy(update={"dtype": "float32"})
+    folder = adapter_of(load, tmp_path, LORAS[name]())
+    base = AutoModelForCausalLM.from_pretrained(settings.name_or_path, dtype=torch.float32)
+    merged = dict(PeftModel.from_pretrained(base, folder).merge_and_unload().named_parameters())
+    folded = FoldedWeights(fp32, "none", folder)
+    for tensor in folded.tensors:
+        torch.testing.assert_close(folded.read(tensor), merged[tensor.name], rtol=0, atol=1e-6)
+
+
+def test_layers_to_pack_are_those_that_a_load_packs(load, settings):
+    assert layers_to_pack(skeleton(settings)) == [*packed_linears(load("nf4"))]
+
+
+def test_a_base_alone_is_its_own_files(settings):
+    folded = FoldedWeights(settings, "none", None)
+    there = load_file(f"{settings.name_or_path}/model.safetensors")
+    assert {t.name: t.shape for t in folded.tensors} == {name: tuple(t.shape) for name, t in there.items()}
+    assert all(torch.equal(folded.read(t), there[t.name]) for t in folded.tensors)
+
+
+def test_a_base_that_names_its_tensors_otherwise_is_refused(settings, tiny_model_dir, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"x.{name}": t for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="has no tensor model.embed_tokens.weight in its files"):
+        FoldedWeights(settings.model_copy(update={"name_or_path": str(folder)}), "none", None)

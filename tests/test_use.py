@@ -1,0 +1,54 @@
+"""Every Python block of docs/use.md, as it stands there, on a tiny run: it answers as the project's own policy does."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from scripts import ROOT
+
+QUESTION = 'Tom has 3 pens and buys 4. How many has he?\nEnd with "#### " and the number.'
+
+
+@pytest.fixture(scope="module")
+def place(pipeline, tmp_path_factory):
+    """runs/grpo as the page calls it, with a merged folder beside it."""
+    from posttrain.config.schema import Model
+    from posttrain.models import adapters
+    from posttrain.models.base import load_base
+    from posttrain.models.chat import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("use")
+    shutil.copytree(pipeline / "models", folder / "models", symlinks=True)
+    shutil.copytree(pipeline / "runs/grpo_tiny", folder / "runs/grpo")
+    settings = Model(name_or_path=str(folder / "models/tiny"))
+    tokenizer = load_tokenizer(settings)
+    model = adapters.load_adapter(load_base(settings, "none", tokenizer), folder / "runs/grpo/adapter", False)
+    adapters.merge(model).save_pretrained(folder / "runs/grpo/export/merged")
+    tokenizer.save_pretrained(folder / "runs/grpo/export/merged")
+    return folder
+
+
+def blocks():
+    return re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "docs/use.md").read_text(encoding="utf-8"))
+
+
+def test_a_base_in_a_folder_is_found_from_any_working_directory(place):
+    config = json.loads((place / "runs/grpo/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"].startswith("/")
+
+
+def test_both_ways_to_load_it_are_run():
+    assert ["peft" in block for block in blocks()] == [True, False]
+
+
+@pytest.mark.slow
+def test_each_block_runs_as_it_stands_and_both_answer_the_same(place):
+    said = []
+    for block in blocks():
+        done = subprocess.run([sys.executable, "-c", block], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1] != "\n"
