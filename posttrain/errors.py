@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -47,7 +48,7 @@ class Interrupted(BaseException):
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command's main: a user's mistake is its text and exit code 2, a fault of this project a traceback."""
     try:
-        with stop.watched():
+        with stop.watched(), _until_nobody_reads():
             main()
         _leave_group()
     except AlreadyDone as done:
@@ -56,7 +57,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         _refuse(str(error))
     except Interrupted as early:
         if stop.speaks():
-            print(f"{Path(sys.argv[0]).name}: {early}", file=sys.stderr)
+            print(f"{_command()}: {early}", file=sys.stderr)
         sys.exit(RESUMABLE)
     except Exception as error:
         if (trouble := machine_trouble(error)) is None:
@@ -65,8 +66,40 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 
 
 def _refuse(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {as_typed(text)}", file=sys.stderr)
+    print(f"{_command()}: {as_typed(text)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _command() -> str:
+    """What was called: `sft_train.py`, or the folder's name of `python -m posttrain.report`, whose file is `__main__.py`."""
+    file = Path(sys.argv[0])
+    return file.parent.name if file.name == "__main__.py" else file.name
+
+
+@contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """End as `cat` does when its reader has gone, as in `--schema | head`: by SIGPIPE, without a word.
+
+    Python ignores that signal, for a socket sends it, too, and says so in a traceback, or while it exits.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe whose other end is closed."""
+    ends = select.poll()
+    for end in (1, 2):
+        ends.register(end, 0)
+    return any(event & select.POLLERR for _, event in ends.poll(0))
 
 
 def _leave_group() -> None:

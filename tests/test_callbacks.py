@@ -387,7 +387,8 @@ def test_dev_rows_that_are_asked_for_and_are_not_there_are_said(tiny, tiny_data_
 def test_without_dev_examples_nothing_is_measured(tiny):
     with tiny.sft() as trainer:
         assert not any(isinstance(callback, DevAccuracy) for callback in trainer.callback_handler.callbacks)
-        add_callbacks(trainer, trainer.run, lambda: {"dev/accuracy": 1.0}, None)
+        row = {"dev/accuracy": 1.0, "dev/accuracy_low": 0.5, "dev/accuracy_high": 1.0}
+        add_callbacks(trainer, trainer.run, lambda: row, None)
         (watch,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DevAccuracy))
         assert isinstance(watch.log, functools.partial)
         assert watch.log.func is Trainer.log
@@ -415,7 +416,7 @@ def test_samples_hold_every_completion_of_a_step_with_its_verdict(tiny, sft, tin
         assert row["rewards"]["nothing"] == 0.0
     best = max(rows[:8], key=lambda row: row["advantage"])
     assert (
-        f"step 1: only {best['rewards']['only']:g} nothing 0, read {best['value']}, gold {best['gold']}"
+        f"        only {best['rewards']['only']:g} nothing 0, read {best['value']}, gold {best['gold']}: "
         in capsys.readouterr().out
     )
 

@@ -18,7 +18,7 @@ SCRIPTS = ("data_prep", "sft_train", "grpo_train", "evaluate")
 # folder is a room, and so is each file on the ground floor.
 ROOMS = """
 rewards posttrain places
-errors phases
+errors phases console
 records
 config
 runs
@@ -31,6 +31,7 @@ lineage
 report hub chat
 export
 training
+doctor
 data_prep sft_train grpo_train evaluate __main__
 """
 LINES = [line.split() for line in ROOMS.split("\n") if line]
@@ -49,7 +50,7 @@ KEEPERS = {
     "math_verify": {"tasks"},
     "matplotlib": set(),  # bench/growth.py draws with it
     "jinja2": {"hub", "models"},
-    "huggingface_hub": {"hub", "models", "tasks", "training"},
+    "huggingface_hub": {"doctor", "hub", "models", "tasks", "training"},
     "gguf": {"export", "gguf_model"},
     "llama_cpp": {"export"},
     "wandb": set(),  # transformers speaks to the trackers
@@ -62,6 +63,8 @@ COMMANDS = (
     "posttrain.hub.__main__",
     "posttrain.evaluation.lm_eval",
     "posttrain.bundled_model",
+    "posttrain.config.__main__",
+    "posttrain.doctor.__main__",
     "posttrain.__main__",
     "posttrain.chat",
     "posttrain.lineage",
@@ -186,6 +189,11 @@ def test_a_command_imports_nothing_heavy_before_it_has_read_its_arguments(comman
         at_once = imports_at_once(module)
         assert not {package(name) for name in at_once} & HEAVY, module
         todo |= own(at_once, module) - seen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_ends_as_all_commands_do(command):
+    assert "\nexit_on_user_error(" in FILES[command].read_text().replace("\n    ", "\n")
 
 
 def test_every_package_that_is_imported_is_declared():

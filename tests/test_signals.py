@@ -7,10 +7,10 @@ import sys
 import time
 
 import pytest
-from scripts import CONFIGS, HANGS, run, workplace
+from scripts import CONFIGS, HANGS, ROOT, run, workplace
 
 from posttrain import report
-from posttrain.errors import Interrupted, exit_on_user_error, stop
+from posttrain.errors import Interrupted, UserError, exit_on_user_error, stop
 from posttrain.evaluation.predictions import PartFiles
 from posttrain.hub import push as hub
 from posttrain.records import sha256_file
@@ -188,3 +188,35 @@ def test_all_processes_stop_after_the_same_step(place, to):
 def workers_of(pid):
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
     return sorted(map(int, listed.stdout.split()))
+
+
+# --- a reader that has gone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sft_train.py", "--schema"],  # more than a pipe holds
+        ["sft_train.py", "--config", CONFIGS / "sft_tiny.yaml", "--print-config"],  # less: written as the command ends
+        ["-m", "posttrain.config"],
+    ],
+)
+def test_a_command_whose_reader_has_gone_ends_without_a_word(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(("called", "name"), [("/x/sft_train.py", "sft_train.py"), ("/x/posttrain/report/__main__.py", "report")])
+def test_a_refusal_begins_with_what_was_called(monkeypatch, capsys, called, name):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: (_ for _ in ()).throw(UserError("mend this")))
+    assert end.value.code == 2 and capsys.readouterr().err == f"{name}: mend this\n"
+
+
+def test_another_pipe_that_breaks_is_a_fault():
+    with pytest.raises(BrokenPipeError):
+        exit_on_user_error(lambda: (_ for _ in ()).throw(BrokenPipeError("a socket")))

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from posttrain.config.reference import page, schemas
+from posttrain.errors import exit_on_user_error
 from posttrain.records import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -13,6 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Engine
+from posttrain.console import answering
 from posttrain.errors import UserError
 from posttrain.generation import decoder, seats
 from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare_to_decode
@@ -89,6 +90,7 @@ def generate(
     num_slots = 0
     for finished in engine_batches(engine, model, prompts, sampling, tokenizer, batches):
         num_slots += finished.num_slots
+        answering.finished(len(finished.indices))
         for index, completions in zip(finished.indices, finished.completions, strict=True):
             results[index] = completions
     return Generated(results, num_slots)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from posttrain.console import answering
 from posttrain.generation import masks, steps
 from posttrain.phases import phase
 
@@ -78,6 +79,7 @@ def decode_batch(
             step += 1
             if step % steps.STEPS_BETWEEN_DROPS == 0:
                 rows.drop_finished()
+                answering.within_batch(rows.num_finished // sampling.num_samples, step)
             logits = rows.forward()
         watch(rows.tokens[:, step])
         return rows.completions(), rows.num_slots
@@ -93,6 +95,7 @@ class _Rows:
         self.device = model.device
         self.num_rows = len(prompts) * sampling.num_samples
         self.num_slots = 0  # rows x steps so far
+        self.num_finished = 0  # rows that were done when finished ones were looked for
         self.tokens = torch.full((self.num_rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
         self.logprobs = torch.zeros(self.num_rows, sampling.max_new_tokens, device=self.device)
         self.alive = torch.arange(self.num_rows, device=self.device)  # which sample each decoding row belongs to
@@ -135,6 +138,7 @@ class _Rows:
     def drop_finished(self) -> None:
         """Drop finished rows if that makes a step cheaper."""
         keep = (~self.done[self.alive]).nonzero().squeeze(1)
+        self.num_finished = self.num_rows - len(keep)
         if len(keep) and self.step.worth_dropping(len(self.alive), len(keep)):
             self.step.keep(keep, self.length)
             self.alive, self.valid = self.alive[keep], self.valid[keep]

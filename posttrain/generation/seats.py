@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.console import answering
 from posttrain.generation import loop
 from posttrain.generation.decoder import Decoder
 from posttrain.generation.steps import release_graphs
@@ -136,6 +137,7 @@ class _Table:
         """Take what is done out of its seats. The rest moves to the front where that makes room or a smaller step."""
         live = self.steps.live[: len(self.seated)].tolist()
         num_live = sum(live)
+        answering.within_batch(self.next_prompt - -(-num_live // self.sampling.num_samples))
         if num_live == len(live):
             return
         shrinks = rows_for(num_live) < rows_for(len(live)) if num_live else True

@@ -8,7 +8,6 @@ kernels compute the same, in fp32 between input and output. Liger's losses are n
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
@@ -30,8 +29,6 @@ def use_liger(model: PreTrainedModel, asked: Kernels) -> None:
         print(f"norms, rotary embedding and MLP run unfused, which is slower and takes more memory: {reason}")
     if asked == "torch" or reason:
         return
-    # Liger logs a line for every backend that is missing, for other chips and other compilers.
-    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     model.kernels = "liger"
 

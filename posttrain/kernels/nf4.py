@@ -81,3 +81,22 @@ def forget_quantization(model: PreTrainedModel) -> None:
         model.__dict__.pop(flag, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def pass_through_nf4(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs and input gradients of a packed layer of 128 x 256, (8, 128) and (8, 256), and the same by its unpacked weight."""
+    import bitsandbytes
+
+    draw = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(shape, generator=draw).bfloat16() for shape in ((128, 256), (8, 256)))
+    layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer = layer.to(device)
+    layer.support_avx512bf16_for_cpu = False  # as in models/base.py
+    packed, plain = (inputs.to(device).requires_grad_() for _ in range(2))
+    outputs = layer(packed), nn.functional.linear(plain, base_weight(layer))
+    for output in outputs:
+        output.sum().backward()
+    assert packed.grad is not None and plain.grad is not None
+    made = {"outputs": outputs, "gradients": (packed.grad, plain.grad)}
+    return {name: (one.detach().float().cpu(), other.detach().float().cpu()) for name, (one, other) in made.items()}

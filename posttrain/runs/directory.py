@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from posttrain.config.load import config_sha256, dump
 from posttrain.config.schema import MODEL_FOLDER, Settings
+from posttrain.console import close_bars, say
 from posttrain.errors import AlreadyDone, Interrupted, UserError, is_out_of_memory, machine_trouble
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 from posttrain.runs.integrity import check_adapter
@@ -47,12 +48,12 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(text)
+            say(text)
 
     def note(self, text: str) -> None:
         """Say in one line, and record, a setting that could not be honoured as written."""
         if self.is_main:
-            print(f"note: {text}", file=sys.stderr)
+            say(f"note: {text}", file=sys.stderr)
             if text not in self.manifest.notes:
                 self.record(notes=[*self.manifest.notes, text])
 
@@ -81,6 +82,7 @@ class Run:
             write_atomic(self.folder / "manifest.json", json.dumps(self.manifest.as_json(), indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, status: str = "ok") -> None:
+        close_bars()
         try:
             self.record(exit=status, finished=utc())
         finally:

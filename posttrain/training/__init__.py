@@ -4,4 +4,4 @@ trainers.py and masters.py hold every override of TRL's internals, numbered, wit
 of a batch must stay what TRL's own path gives: a change of it shows both.
 """
 
-import posttrain.models  # noqa: F401  # before the first module of this room imports PEFT: it quiets bitsandbytes
+import posttrain.models  # noqa: F401  # before the first module of this room imports PEFT: it quiets libraries

@@ -38,6 +38,9 @@ class Ready(NamedTuple):
 
     def tell(self, run: Run) -> None:
         """Say and record what a user should know of these."""
+        name, what = run.manifest.data.get("name", "the data set"), "questions" if run.manifest.stage == "grpo" else "rows"
+        dev = f", {len(self.dev)} dev questions" if self.dev else ""
+        run.say(f"{run.manifest.stage.upper()} into {run.folder}: {len(self.train):,} {what} of {name}{dev}")
         if self.rows_cut:
             run.note(
                 f"{self.rows_cut} of {len(self.train)} rows are cut at trainer.max_length: they are trained on without their end"

@@ -18,6 +18,7 @@ from posttrain.phases import phase
 from posttrain.runs.directory import Run
 from posttrain.training.dev import DevAccuracy
 from posttrain.training.masters import MasterWeights
+from posttrain.training.progress import use_own_progress
 
 
 def add_callbacks(trainer: MasterWeights, run: Run, measure: Callable[[], dict[str, float]] | None, every: int | None) -> None:
@@ -28,9 +29,12 @@ def add_callbacks(trainer: MasterWeights, run: Run, measure: Callable[[], dict[s
     trainer.add_callback(Metrics(run))
     trainer.add_callback(Heartbeat(run))
     trainer.keep_in(run)
+    dev = None
     if measure:
         # transformers' `log`: TRL's would move into this row what it has gathered over the training steps.
-        trainer.add_callback(DevAccuracy(measure, functools.partial(Trainer.log, trainer), every))
+        dev = DevAccuracy(measure, functools.partial(Trainer.log, trainer), every)
+        trainer.add_callback(dev)
+    use_own_progress(trainer, run, dev)
 
 
 class Metrics(TrainerCallback):
@@ -143,7 +147,9 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """The latest completions with extracted answer and rewards: all go to samples.jsonl, the best to the console."""
+    """The latest completions with extracted answer and rewards: all into samples.jsonl, the best of some steps to the console."""
+
+    SHOWN = 8  # steps of a run
 
     def __init__(self, run: Run, latest: Callable[[], Iterator[dict[str, Any]]]) -> None:
         self.run, self.latest = run, latest
@@ -154,12 +160,11 @@ class Samples(TrainerCallback):
         rows = [_sample(state.global_step, latest) for latest in self.latest()]
         for row in rows:
             self.run.append("samples.jsonl", row)
-        if rows:
+        every = max(1, state.max_steps // self.SHOWN)
+        if rows and (state.global_step - 1) % every < state.logging_steps:
             best = max(rows, key=lambda row: row["advantage"])
             rewards = " ".join(f"{name} {value:g}" for name, value in best["rewards"].items())
-            print(
-                f"step {state.global_step}: {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}"
-            )
+            self.run.say(f"        {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}")
 
 
 class UnmetRewards(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from posttrain.console import answering, close_bars, say
 from posttrain.evaluation.stats import wilson
 from posttrain.generation.engines import generate
 from posttrain.generation.guard import EngineGuard
@@ -18,6 +20,7 @@ from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
 from posttrain.records import Example
+from posttrain.runs.process import is_main_process
 from posttrain.tasks.answers import NUMBERS, Grader
 
 
@@ -32,7 +35,9 @@ def dev_accuracy(
 ) -> dict[str, float]:
     """Greedy accuracy on dev questions, lenient and strict, with the Wilson interval of the lenient accuracy."""
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in dev]
-    with phase("dev", include_nested=True):
+    if is_main_process():
+        say(f"measuring dev accuracy ({len(dev)} questions)")
+    with phase("dev", include_nested=True), answering(len(dev)):
         policy = (copy or PolicyCopy(model)).refresh()
         if guard:
             guard("transformers", policy, model, prompts, max_new_tokens)
@@ -61,6 +66,7 @@ class DevAccuracy(TrainerCallback):
     ) -> None:
         self.measure, self.log, self.every = measure, log, every
         self.last_step = -1
+        self.seconds = self.seconds_each = 0.0  # of all measurements so far, and of the last
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Dev accuracy waits for the next step: logging at the end of a step would replace the loss row."""
@@ -73,4 +79,14 @@ class DevAccuracy(TrainerCallback):
 
     def _run(self, state: Any) -> None:
         self.last_step = state.global_step
-        self.log(self.measure())
+        close_bars()  # there is one bar at a time
+        began = time.monotonic()
+        row = self.measure()
+        self.seconds_each = time.monotonic() - began
+        self.seconds += self.seconds_each
+        self.log(row)
+
+    def times_left(self, state: Any) -> int:
+        """How many measurements are to come in a run that goes on to its last step."""
+        between = (state.max_steps - 1) // self.every - state.global_step // self.every if self.every else 0
+        return max(0, between) + (self.last_step < state.max_steps)

@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
 from posttrain.config.trl_fields import trl_fields
+from posttrain.console import dimmed
 from posttrain.errors import UserError
 from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
@@ -21,8 +22,6 @@ from posttrain.tasks.answers import NUMBERS, Grader
 from posttrain.training import examples, planner
 from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
 from posttrain.training.planner import Machine, Memory, Shape, Step
-
-DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
@@ -228,7 +227,7 @@ def with_prompt_dimmed(tokenizer: Any, example: Example) -> str:
 
     prompt = chat_ids(tokenizer, example.prompt, add_generation_prompt=True)
     whole = chat_ids(tokenizer, example.prompt + example.completion)
-    return f"{DIM}{tokenizer.decode(prompt)}{PLAIN}{tokenizer.decode(whole[len(prompt) :])}"
+    return f"{dimmed(tokenizer.decode(prompt))}{tokenizer.decode(whole[len(prompt) :])}"
 
 
 def show_stop_token(tokenizer: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 
@@ -177,16 +177,9 @@ class MasterWeights(Trainer):
             self.control.should_save, self.args.save_only_model = True, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if early:
-            self._close_bars()
             kept = ", checkpoint on disk" if self._saved_step == self.state.global_step else ""
             at = f"at step {self.steps.done} of {self.steps.planned}"
             stop.leave(f"stopped {at}{kept}: the same command with --resume goes on", f"interrupted {at}")
-
-    def _close_bars(self) -> None:
-        """So that what is said next has a line of its own."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.close()
 
     def _is_asked_to_stop(self) -> bool:
         """Whether any process got a signal, or any callback stops the training: then all of them stop, after the same step."""
