@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import CONFIGS, retell, run, workplace
+from scripts import CONFIGS, retell, run, tiny_pipeline, workplace
 from test_resume import FOUR_STEPS, interrupted_and_resumed, straight
 from tiny_training import LORA, largest_difference, pay_tiny, scored
 
@@ -251,3 +251,14 @@ def test_all_weights_are_not_trained_in_shards(tiny, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="lora null trains all weights, and that is not tried under FSDP"):
         check_machine(tiny.sft_config(**ALL))
+
+
+@pytest.mark.slow
+def test_grpo_goes_on_from_an_adapter_that_no_run_is_known_of(tmp_path, tiny_model_dir):
+    """Its link of the chain has no data, and the card in the new adapter's folder says so by leaving it out."""
+    tiny_pipeline(tmp_path, tiny_model_dir)
+    shutil.copytree(tmp_path / "runs/sft_tiny/adapter", tmp_path / "elsewhere")
+    done = run("grpo_train", "--config", CONFIGS / "grpo_tiny.yaml", "adapter=elsewhere", "run_dir=runs/x", cwd=tmp_path)
+    assert done.code == 0, done
+    card = (tmp_path / "runs/x/adapter/README.md").read_text(encoding="utf-8")
+    assert "- adapter `elsewhere`: adapter `" in card and "- grpo `x`: adapter `" in card
