@@ -51,7 +51,9 @@ OTHER_ENGINE = {
 
 
 def main() -> None:
-    config, args = from_command_line(EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model")
+    config, args = from_command_line(
+        EvalConfig, __doc__, plans=True, regrade="recompute every number from predictions.jsonl, no model"
+    )
     if args.regrade:
         return regrade(Path(config.run_dir))
     data = data_entry(config.data.path, config.data.split)
@@ -61,8 +63,10 @@ def main() -> None:
         raise UserError(f"{config.data.path}/{config.data.split}.jsonl has no question: choose another data.split")
     if args.dry_run:
         from posttrain.training.dry_run import show_eval_dry_run
+        from posttrain.training.planner import find_machine
 
-        return show_eval_dry_run(config, asked, grader_of(data.get("answer")))
+        machine = find_machine(args.gpu) if args.gpu else None
+        return show_eval_dry_run(config, asked, grader_of(data.get("answer")), machine)
     check_reusable(config, config.run_dir, resume=True)
     refuse_other_answers(config.run_dir, data)
     use_one_gpu()

@@ -31,7 +31,7 @@ lineage
 report hub chat
 export
 training
-doctor
+doctor plan
 data_prep sft_train grpo_train evaluate __main__
 """
 LINES = [line.split() for line in ROOMS.split("\n") if line]
@@ -68,6 +68,7 @@ COMMANDS = (
     "posttrain.__main__",
     "posttrain.chat",
     "posttrain.lineage",
+    "posttrain.plan",
     "posttrain.gguf_model",
     "posttrain.export.__main__",
 )

@@ -136,7 +136,7 @@ def room(config: RunConfig) -> Iterator[Finding]:
     from posttrain.models.adapters import resolve_adapter
     from posttrain.models.checkpoint import skeleton
     from posttrain.runs.data_sets import read_data_manifest
-    from posttrain.training.dry_run import gib
+    from posttrain.training.plans import gib
     from posttrain.training.room import base_bytes, check_room, free_memory, nearest
 
     model = skeleton(config.model)

@@ -264,6 +264,17 @@ def rollout_seconds(step: Step, rollouts: Rollouts, machine: Machine) -> float:
     return prompts + rollouts.new * (max(read, products) + cached + around)
 
 
+def evaluation_seconds(step: Step, asked: Rollouts, total: int, machine: Machine) -> float:
+    """To answer `total` prompts, `asked.rows` at a time: the next takes a seat as one falls free; a loop ends its batch first."""
+    rounds = total / asked.rows if asked.seats and total > asked.rows else math.ceil(total / asked.rows)
+    return rounds * rollout_seconds(step, replace(asked, rows=min(asked.rows, total)), machine)
+
+
+def rows_at_once(shape: Shape, tokens: float, machine: Machine) -> int:
+    """As generation/engines.py counts them: rows whose keys and values, `tokens` long, fill a third of the memory."""
+    return min(512 if machine.is_gpu else 128, max(1, int(machine.memory / 3 / (cache_bytes(shape) * tokens))))
+
+
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
