@@ -19,6 +19,7 @@ from posttrain.training.planner import (
     find_machine,
     fits,
     memory,
+    named,
     padded,
     seconds,
 )
@@ -276,6 +277,15 @@ def test_a_price_of_ones_own():
     for text in ("h10", "h100=cheap", "=2"):
         with pytest.raises(UserError, match="--gpu"):
             find_machine(text)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090"),
+     ("Tesla T4", "t4"), ("NVIDIA L40S", "l40s"), ("NVIDIA H200", None), ("NVIDIA T400 4GB", None)],
+)  # fmt: skip
+def test_a_card_is_known_by_the_name_that_the_driver_gives(device, name):
+    assert named(device) == MACHINES.get(name)
 
 
 def test_a_batch_is_as_wide_as_its_longest_row():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +134,11 @@ def find_machine(text: str) -> Machine:
     if not price.replace(".", "", 1).isdigit():
         raise UserError(f"--gpu {text}: dollars an hour are a number, as in --gpu {name}=2.50")
     return replace(machine, dollars=float(price))
+
+
+def named(device: str) -> Machine | None:
+    """By the driver's name of a card, as `NVIDIA H100 80GB HBM3`; None of one that is not planned for."""
+    return next((machine for name, machine in MACHINES.items() if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
 from posttrain.config.trl_fields import trl_fields
+from posttrain.console import duration
 from posttrain.errors import UserError
 from posttrain.records import Example, read_jsonl
 from posttrain.runs.process import num_processes
@@ -249,6 +250,35 @@ def stage_of(config: SftConfig | GrpoConfig | EvalConfig, machine: Machine) -> S
     if found := fitted(step, machine, value):
         return Stage(what, steps * planner.seconds(found[0], machine).total, found[1])
     return Stage(what, None)
+
+
+def expected(config: SftConfig | GrpoConfig, tokenizer: Any, train: list[Example]) -> str | None:
+    """How long the steps of a run should take on this machine, in words; None on a card that the planner does not know."""
+    machine, shape = this_machine(), model_shape(config.model)
+    if machine is None or shape is None:
+        return None
+    value = trainer_values(config)
+    if isinstance(config, GrpoConfig):
+        seconds = grpo_steps(value, train) * planner.seconds(grpo_step(config, shape, value, machine), machine).total
+        return f"expected: up to {duration(seconds)} of steps, if every completion reaches its limit{computed_for(machine)}"
+    step = sft_step(config, shape, value, token_lengths(tokenizer, train), machine.is_gpu)
+    seconds = sft_steps(value, train, tokenizer) * planner.seconds(step, machine).total
+    return f"expected: about {duration(seconds)} of steps{computed_for(machine)}"
+
+
+def computed_for(machine: Machine) -> str:
+    return f" (computed for {machine.title}; docs/planning.md)"
+
+
+def this_machine() -> Machine | None:
+    """The planner's card that is in this machine; a CPU is taken for the one that was measured."""
+    from posttrain.models.base import device
+
+    if device().type != "cuda":
+        return planner.MACHINES["cpu"]
+    import torch
+
+    return planner.named(torch.cuda.get_device_name(device()))
 
 
 def fitted(step: Step, machine: Machine, value: dict[str, Any]) -> tuple[Step, tuple[str, ...]] | None:
