@@ -21,6 +21,7 @@ rewards posttrain places
 errors phases console
 records
 config
+tracking
 runs
 kernels
 models
@@ -53,7 +54,9 @@ KEEPERS = {
     "huggingface_hub": {"doctor", "hub", "models", "tasks", "training"},
     "gguf": {"export", "gguf_model"},
     "llama_cpp": {"export"},
-    "wandb": set(),  # transformers speaks to the trackers
+    "wandb": {"tracking"},
+    "trackio": {"tracking"},
+    "mlflow": {"tracking"},
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "reasoning_gym"}

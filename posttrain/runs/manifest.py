@@ -78,7 +78,8 @@ class Manifest:
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
     rows_cut: int = 0  # rows of SFT that trainer.max_length cut
-    wandb_run_id: str = ""
+    wandb_run_id: str = ""  # of runs from before there was `tracked_as`
+    tracked_as: str = ""  # the id of this run with its trackers
     peak_gib: float | None = None
     steps: int | None = None
     train_seconds: float | None = None  # in the training loop, those of interrupted attempts included
