@@ -775,6 +775,8 @@ class GrpoConfig(TrainConfig):
     def needs(self) -> Iterator[Need]:
         if self.rollouts.engine == "vllm":
             yield _needs_vllm("rollouts.engine")
+        if self.trainer.get("use_vllm"):
+            yield Need("vllm", "trainer.use_vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or remove it")
         if self.curriculum:
             yield Need("one process", "curriculum draws questions in one process: launch with python alone, or remove curriculum")
         yield _needs_whole_policy("rollouts")
