@@ -92,6 +92,8 @@ def notes(group: Group, trainings: Sequence[TrainingRun]) -> list[str]:
         f"Lenient: the {noun_of(data)} is right wherever it was found. Strict: right and {where_strict(data)}. Small print:"
         " Wilson 95 % intervals. Differences are in points and tested exactly, question by question."
     ]
+    if any("pass_at_k" in run.results for run in group.runs):
+        lines.append("pass@k, maj@k: after the comma, points above the row that Difference names.")
     if group.comparisons:
         lines.append(
             "p (Holm) allows for the number of pairs. Detectable: the difference that a test of this size and"

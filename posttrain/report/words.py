@@ -46,5 +46,5 @@ COLUMNS = {
 def of_column(header: str) -> str:
     """Nothing for a column that says itself, as `n`."""
     if header.startswith(("pass@", "maj@")):
-        return f"{CHARTS[header.partition('@')[0] + '@k']}; after the comma points above the row that this one is held against"
+        return CHARTS[f"{header.partition('@')[0]}@k"]
     return COLUMNS.get(header, "")

@@ -185,7 +185,7 @@ class UnmetRewards(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         rows = [row for row in state.log_history if "reward" in row]
-        if not rows or rows[-1]["step"] < self.after or (len(rows) > 1 and rows[-2]["step"] >= self.after):
+        if "reward" not in (logs or {}) or rows[-1]["step"] < self.after or (len(rows) > 1 and rows[-2]["step"] >= self.after):
             return
         step = rows[-1]["step"]
         shares = {name: self._share(rows, name) for name in self.weights if f"rewards/{name}/groups_paid" in rows[0]}
