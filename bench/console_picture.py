@@ -1,6 +1,6 @@
 """A picture of a console from what commands said: docs/console.md shows it.
 
-    python bench/console_picture.py docs/console.txt --out docs/console.svg
+python bench/console_picture.py docs/console.txt --out docs/console.svg
 """
 
 from __future__ import annotations
