@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from posttrain.errors import UserError, stop
 from posttrain.kernels import lora_linear
+from posttrain.kernels.layer_graphs import use_layer_graphs
 from posttrain.kernels.lean_layers import use_lean_layers
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
@@ -49,6 +50,7 @@ class MasterWeights(Trainer):
         score_labels_only: bool = True,
         fast_adapter: bool = True,
         lean_layers: bool = False,
+        layer_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         # A copy of all weights would be another model, and TRL casts adapters alone.
@@ -67,11 +69,17 @@ class MasterWeights(Trainer):
         self.add_callback(self.steps)
         if lean_layers:
             use_lean_layers(model)
+        if layer_graphs:
+            use_layer_graphs(model, *self.packed_sizes())
         self._head_checked = False
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
             self.label_head = LabelHead(base_of(model), getattr(self, "temperature", 1.0), logged)
+
+    def packed_sizes(self) -> tuple[int, int]:
+        """Tokens of the largest packed row that the model is given in training, and of the longest sequence in one."""
+        raise NotImplementedError
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with phase("data"):

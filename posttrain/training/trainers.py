@@ -80,6 +80,9 @@ class SFT(MasterWeights, SFTTrainer):
         super().carry_on(carried)
         self._rows, self._logged = carried["rows"], carried["logged"]
 
+    def packed_sizes(self) -> tuple[int, int]:
+        return self.args.per_device_train_batch_size * self.args.max_length, self.args.max_length
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._rows += sum(num_rows(batch) for batch in batches)
