@@ -11,12 +11,14 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from test_lean_layers import base_model, distance, policy
 from test_packing import loss_and_gradient
-from tiny_training import relative, stir
+from test_shared_prompts import an_update
+from tiny_training import pay_tiny, relative, stir
 
 from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import lean_layers, layer_graphs, lora_linear
 from posttrain.kernels.liger import use_liger
+from posttrain.training.batches import rows_by_own_tokens
 
 KINDS = ["Llama", "Llama, tied", "Qwen3", "Granite", "OLMo2"]  # no windows
 LENGTHS = [[23, 5, 1, 40, 12], [64, 30], [17] * 15, [9]]
@@ -169,6 +171,37 @@ def test_a_trainers_step_is_that_of_plain_layers(tiny, fp32, monkeypatch, checkp
         assert trainer._total_train_tokens == apart._total_train_tokens == sum(b["input_ids"].numel() for b in batches)
     assert loss == pytest.approx(wanted, abs=1e-5)
     assert relative(other, gradient) < 1e-4
+
+
+@pytest.mark.parametrize(("loss_type", "checkpointing"), [("dapo", False), ("grpo", True), ("bnpo", False)])
+def test_an_update_of_packed_completions_is_the_update(tiny, sft, fp32, monkeypatch, loss_type, checkpointing):
+    """Prompts and completions of several lengths, in parts of three rows or so, against the rows with their padding."""
+    monkeypatch.setattr(layer_graphs, "CudaGraphs", Again)
+    monkeypatch.setattr("posttrain.runs.directory._machine_has", lambda what: True)
+    trainer = {"per_device_train_batch_size": 8, "beta": 0.1, "loss_type": loss_type, "gradient_checkpointing": checkpointing}
+    form = fp32 | {"model": fp32["model"] | {"attn_implementation": "varlen"}}
+    losses, gradients, _ = an_update(tiny, sft, trainer, **form)
+    packed, found, shapes = an_update(tiny, sft, trainer, **form, lean_layers=True, layer_graphs=True, update_tokens=300)
+    assert packed == pytest.approx(losses, abs=1e-6)
+    for whole, part in zip(gradients, found, strict=True):
+        assert relative(whole, part) < 1e-4
+    assert all(rows == 1 and tokens <= 300 for rows, tokens in shapes) and len(shapes) > 4
+
+
+def test_rows_come_in_parts_of_so_many_tokens_of_their_own():
+    mask = torch.arange(9) < torch.tensor([[5], [4], [1], [9], [2], [8]])
+    assert [part.tolist() for part in rows_by_own_tokens(mask, 10)] == [[0, 1, 2], [3], [4, 5]]
+    assert [part.tolist() for part in rows_by_own_tokens(mask, 3)] == [[0], [1], [2], [3], [4], [5]]
+
+
+def test_a_part_that_holds_no_row_is_refused(tiny, sft, fp32, monkeypatch):
+    monkeypatch.setattr("posttrain.runs.directory._machine_has", lambda what: True)
+    form = fp32 | {"model": fp32["model"] | {"attn_implementation": "varlen"}}
+    with (
+        pytest.raises(UserError, match="a row may have .* tokens: set update_tokens to as many"),
+        pay_tiny(tiny, sft, {}, **form, layer_graphs=True, update_tokens=20),
+    ):
+        pass
 
 
 def refusal(model, **config):

@@ -658,8 +658,6 @@ class TrainConfig(Settings):
             yield ("lean_layers",), "runs layers that have an adapter: set false, or give lora"
         if self.layer_graphs and self.trains_all_weights:
             yield ("layer_graphs",), "replays layers that have an adapter: set false, or give lora"
-        if self.layer_graphs and self.lora and self.lora.dropout:
-            yield ("layer_graphs",), "would drop the same values in every step: set false, or lora.dropout to 0"
         if self.layer_graphs and self.trainer.get("activation_offloading"):
             yield ("layer_graphs",), "keeps activations where they are: set false, or remove trainer.activation_offloading"
 
@@ -707,6 +705,8 @@ class SftConfig(TrainConfig):
             yield ("lean_layers",), "compile chooses itself what a layer keeps: set one of the two to false"
         if self.compile and self.layer_graphs:
             yield ("layer_graphs",), "compile runs the layers itself: set one of the two to false"
+        if self.layer_graphs and self.lora and self.lora.dropout:
+            yield ("layer_graphs",), "would drop the same values in every step: set false, or lora.dropout to 0"
         if self.layer_graphs and not self.trainer.get("packing"):
             yield ("layer_graphs",), "replays packed rows alone: set trainer.packing to true, or this to false"
         if self.compile and self.model.kernels == "liger":
@@ -762,6 +762,8 @@ class GrpoConfig(TrainConfig):
         if self.curriculum and self.rollouts.engine != "transformers":
             why = f"{self.rollouts.engine} does not draw the same completions again after an interruption"
             yield ("curriculum",), f"needs rollouts.engine transformers: {why}; set that, or remove curriculum"
+        if self.layer_graphs and not self.update_tokens:
+            yield ("layer_graphs",), "replays packed rows of a known size: set update_tokens, or this to false"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
             yield ("rollouts", "skip_zero_signal"), "needs trainer.beta 0: a KL term reaches every completion"
         if self.trainer.get("eval_strategy", "no") != "no" or self.trainer.get("eval_on_start"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,24 @@ def num_bins(lengths: list[int], size: int) -> int:
         left = room.pop(place) if place < len(room) else size
         bisect.insort(room, left - length)
     return len(room)
+
+
+def as_packed(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands in for `model(**inputs)` on rows with padding: they run as one packed row, and their scores come back in rows."""
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> Any:
+        token = attention_mask.bool()
+        ends = nn.functional.pad(token.sum(1).cumsum(0), (1, 0)).int()
+        flat = {"input_ids": input_ids, "labels": labels, "position_ids": token.cumsum(1) - 1}
+        packed = {name: x[token][None] for name, x in flat.items()} | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        output = model(**packed, **kwargs)
+        for name in ("log_probs", "entropy"):
+            # The first of all tokens has no score, and of the scores of other rows' first tokens all are 0.
+            scores = nn.functional.pad(output[name][0], (1, 0))
+            output[name] = scores.new_zeros(token.shape).masked_scatter(token, scores)[:, 1:]
+        return output
+
+    return forward
 
 
 @torch.no_grad()

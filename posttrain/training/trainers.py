@@ -46,16 +46,18 @@ from posttrain.training.batches import (
     in_row_order,
     keep_rows,
     rows_by_length,
+    rows_by_own_tokens,
     rows_by_tokens,
     rows_with_signal,
     sampled_logps,
     share_kept,
     trim,
 )
+from posttrain.training.before import token_ids
 from posttrain.training.curriculum import Curriculum, Group, Window
 from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
-from posttrain.training.packing import check_packing, num_rows
+from posttrain.training.packing import as_packed, check_packing, num_rows
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -130,6 +132,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     engine that does not compute exactly what the trainer does.
     `update_tokens` cuts a micro-batch into parts of rows of like length, of at most so many positions each. Each part has its
     gradient before the next begins, so that no more is ever kept; the update is the same.
+    With `layer_graphs` the rows of a part are packed, each behind its own prompt.
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
@@ -145,9 +148,11 @@ class GRPO(MasterWeights, GRPOTrainer):
         gates: Mapping[int, int] | None = None,
         curriculum: Curriculum | None = None,
         update_tokens: int | None = None,
+        layer_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        self.update_tokens, self.layer_graphs = update_tokens, layer_graphs
+        super().__init__(*args, layer_graphs=layer_graphs, **kwargs)
         self.gates, self.curriculum = gates or {}, curriculum
         self._window: Window | None = None  # of the curriculum, while TRL works on it
         if curriculum:
@@ -156,7 +161,7 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.add_callback(curriculum)
         if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
             LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
-        self.skip_zero_signal, self.correct_mismatch, self.update_tokens = skip_zero_signal, correct_mismatch, update_tokens
+        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
@@ -169,6 +174,13 @@ class GRPO(MasterWeights, GRPOTrainer):
         if update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("update_tokens: entropy terms are of a whole micro-batch and not of its parts: remove one of the two")
         copy_to_reference(self.model, reference_is_base)
+
+    def packed_sizes(self) -> tuple[int, int]:
+        prompts = token_ids(self.processing_class, list(self.train_dataset["prompt"]), add_generation_prompt=True)
+        longest = max(map(len, prompts)) + self.max_completion_length
+        if self.update_tokens is None or self.update_tokens < longest:
+            raise UserError(f"layer_graphs: a row may have {longest} tokens: set update_tokens to as many, or to several rows'")
+        return self.update_tokens, longest
 
     def carried(self) -> dict[str, Any]:
         """What the window holds, if it has not ended: its completions were drawn from a policy that is gone."""
@@ -223,6 +235,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         """The rows of a micro-batch, in parts of at most `update_tokens` positions if that is set."""
         if not self.update_tokens or not torch.is_grad_enabled():
             return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
+        if self.layer_graphs:
+            return rows_by_own_tokens(torch.cat([kept["prompt_mask"], kept["completion_mask"]], 1), self.update_tokens)
         prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
         return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
 
@@ -268,7 +282,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         """
         args = self.args
         undivided = args.gradient_accumulation_steps == 1 and not self.update_tokens
-        alone = undivided or args.gradient_checkpointing or self.accelerator.num_processes > 1
+        alone = undivided or args.gradient_checkpointing or self.layer_graphs or self.accelerator.num_processes > 1
         number = next((i for i, buffered in enumerate(self._buffered_inputs or []) if buffered is batch), None)
         if alone or number is None or not torch.is_grad_enabled():
             return None
@@ -343,7 +357,9 @@ class GRPO(MasterWeights, GRPOTrainer):
         width = input_ids.shape[1] - logits_to_keep
         if self.label_head:  # nobody reads the reference's entropy, which costs passes over all of its logits
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
-        if self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
+        if self.layer_graphs and torch.is_grad_enabled():
+            result = score(as_packed(model), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
+        elif self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
             shared, rows = self._shared
