@@ -1,5 +1,5 @@
-"""Replayed layers against the layers that they replace: losses and gradients over steps, with work that is simply done again in the
-place of a CUDA graph, and on a GPU with the graphs."""
+"""Replayed layers against the layers that they replace: losses and gradients over steps. On a CPU work is simply done again, on a
+GPU it is CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_training import pay_tiny, relative, stir
 
 from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
-from posttrain.kernels import lean_layers, layer_graphs, lora_linear
+from posttrain.kernels import layer_graphs, lean_layers, lora_linear
 from posttrain.kernels.liger import use_liger
 from posttrain.training.batches import rows_by_own_tokens
 
@@ -34,7 +34,6 @@ class Again:
 
     def record(self, work):
         return work
-
 
 
 def rows(lengths, seed, device="cpu"):

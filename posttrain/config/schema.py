@@ -674,7 +674,7 @@ class TrainConfig(Settings):
             yield Need("liger_kernel", "trainer.use_liger_kernel needs the package: pip install 'posttrain[liger]', or remove it")
         if self.layer_graphs:
             yield _needs_cuda("layer_graphs", "set it to false")
-            yield Need("one process", "layer_graphs are not tried in several processes: launch with python alone, or set it to false")
+            yield Need("one process", "layer_graphs is tried in one process alone: launch with python, or set it to false")
         if self.data.num_dev:
             yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 

@@ -10,9 +10,9 @@ A graph reads and writes the same memory each time, so all of it is laid out onc
 - everything that a layer keeps for its backward pass, in one pool for all layers and all sizes. The graphs are recorded in the
   order in which they run, so memory that a layer's backward pass gives up is free for those after it, as without graphs.
 
-A packed row has as many tokens as its sequences. Graphs are made for multiples of TOKENS, the first time that one is needed. What is
-left of a row is filled up with sequences of zeros, which no token sees and from which no gradient comes. The largest size is
-recorded first: then all others find room in its memory.
+Graphs are made for multiples of TOKENS, each the first time that it is needed. What is left of a row is filled up with sequences of
+zeros, which no token sees and from which no gradient comes. The largest size is recorded first: then all others find room in its
+memory.
 
 Checkpointed layers keep their input alone, and the graph of a backward pass begins with the forward pass.
 """
@@ -63,7 +63,7 @@ def why_not(base: Any) -> str | None:
     if config._attn_implementation != "varlen":
         return f"it needs model.attn_implementation=varlen, not {config._attn_implementation}"
     drops = (m for m in base.base_model.layers.modules() if isinstance(m, nn.Dropout) and m.p > 0)
-    if next(drops, None) is not None or getattr(config, "attention_dropout", 0):
+    if next(drops, None) is not None or getattr(config, "attention_dropout", None):
         return "dropout would have to draw anew at each replay, and lora.dropout or the model's own is above 0"
     if not all(any(p.requires_grad for p in layer.parameters()) for layer in base.base_model.layers):
         return "each layer needs an adapter"
@@ -75,7 +75,7 @@ def _replays(module: nn.Module) -> bool:
 
 
 def _without_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """transformers takes a mask of four dimensions as it is. To make one it would wait for the GPU, and the graphs have their own."""
+    """transformers takes a mask of four dimensions as it is. To make one it would wait for the GPU; the graphs have theirs."""
     if _replays(model) and "cu_seq_lens_q" in kwargs:
         kwargs["attention_mask"] = torch.empty(1, 1, 1, 1)
     return args, kwargs
@@ -110,7 +110,7 @@ class LayerGraphs:
         self.parameters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
         self.gradients = [[torch.zeros_like(p) for p in parameters] for parameters in self.parameters]
         self.between: list[torch.Tensor] = []  # inputs of the layers, then the output of the last, (1, tokens, width) each
-        self.gradient: torch.Tensor | None = None  # of the output of whichever layer is next, (1, tokens, width)
+        self.gradient = torch.empty(0)  # of the output of whichever layer is next, (1, tokens, width)
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: input and output of a forward pass
         self.replays: dict[tuple[int, int], Replay] = {}
         self.now: Replay | None = None
