@@ -10,9 +10,9 @@ A graph reads and writes the same memory each time, so all of it is laid out onc
 - everything that a layer keeps for its backward pass, in one pool for all layers and all sizes. The graphs are recorded in the
   order in which they run, so memory that a layer's backward pass gives up is free for those after it, as without graphs.
 
-Graphs are made for multiples of TOKENS, each the first time that it is needed. What is left of a row is filled up with sequences of
-zeros, which no token sees and from which no gradient comes. The largest size is recorded first: then all others find room in its
-memory.
+Graphs are made for multiples of TOKENS, each the first time that it is needed. What is left of a row is filled up with sequences
+of zeros, which no token sees and from which no gradient comes. The largest size is recorded first: then all others find room in
+its memory.
 
 Checkpointed layers keep their input alone, and the graph of a backward pass begins with the forward pass.
 """
