@@ -17,8 +17,9 @@ from tiny_training import pay_tiny, relative, stir
 from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import layer_graphs, lean_layers, lora_linear
+from posttrain.kernels.attention import Shared, varlen_attention
 from posttrain.kernels.liger import use_liger
-from posttrain.training.batches import rows_by_own_tokens
+from posttrain.training.packing import layout, parts_of_groups
 
 KINDS = ["Llama", "Llama, tied", "Qwen3", "Granite", "OLMo2"]  # no windows
 LENGTHS = [[23, 5, 1, 40, 12], [64, 30], [17] * 15, [9]]
@@ -180,17 +181,21 @@ def test_an_update_of_packed_completions_is_the_update(tiny, sft, fp32, monkeypa
     trainer = {"per_device_train_batch_size": 8, "beta": 0.1, "loss_type": loss_type, "gradient_checkpointing": checkpointing}
     form = fp32 | {"model": fp32["model"] | {"attn_implementation": "varlen"}}
     losses, gradients, _ = an_update(tiny, sft, trainer, **form)
-    packed, found, shapes = an_update(tiny, sft, trainer, **form, lean_layers=True, layer_graphs=True, update_tokens=300)
+    packed, found, shapes = an_update(tiny, sft, trainer, **form, lean_layers=True, layer_graphs=True, update_tokens=150)
     assert packed == pytest.approx(losses, abs=1e-6)
     for whole, part in zip(gradients, found, strict=True):
         assert relative(whole, part) < 1e-4
-    assert all(rows == 1 and tokens <= 300 for rows, tokens in shapes) and len(shapes) > 4
+    assert all(rows == 1 and tokens <= 150 for rows, tokens in shapes) and len(shapes) > 4
 
 
-def test_rows_come_in_parts_of_so_many_tokens_of_their_own():
-    mask = torch.arange(9) < torch.tensor([[5], [4], [1], [9], [2], [8]])
-    assert [part.tolist() for part in rows_by_own_tokens(mask, 10)] == [[0, 1, 2], [3], [4, 5]]
-    assert [part.tolist() for part in rows_by_own_tokens(mask, 3)] == [[0], [1], [2], [3], [4], [5]]
+def test_rows_of_a_prompt_come_in_parts_of_so_many_tokens_together():
+    """Prompts of 5 and 3 tokens, 4 and 2 of them shared; a completion has one of its prompt's."""
+    lengths = [5, 3, 5, 5], [3, 9, 1, 4], [7, 2, 7, 7]
+    assert parts_of_groups(*lengths, 100) == [[1, 0, 2, 3]]
+    assert parts_of_groups(*lengths, 20) == [[1, 0], [2, 3]]
+    assert parts_of_groups(*lengths, 12) == [[1], [0, 2], [3]]
+    assert parts_of_groups(*lengths, 1) == [[1], [0], [2], [3]]
+    assert parts_of_groups([50] * 4, [1] * 4, [0] * 4, 80) == [[0, 1], [2, 3]]  # 53 tokens, which see 151
 
 
 def test_a_part_that_holds_no_row_is_refused(tiny, sft, fp32, monkeypatch):
@@ -248,6 +253,34 @@ def test_it_needs_one_process_with_a_gpu():
         run_dir="x", model={"name_or_path": "x"}, data={"path": "x"}, lora=lora, trainer={"packing": True}, layer_graphs=True
     )
     assert {"cuda", "one process"} <= {need.what for need in config.needs()}
+
+
+def shared_mask(device):
+    """Two prompts with completions, places that nobody takes, and what fills the row up."""
+    made = layout([9, 9, 9, 30], [20, 3, 7, 40], [0, 0, 0, 1], 30, 80)
+    tokens, keys = len(made.place), len(made.take)
+    ends = torch.cat([made.ends, torch.tensor([tokens + 5, tokens + 5]).int()])
+    key_ends = torch.cat([made.key_ends, torch.tensor([keys + 5, keys + 5]).int()])
+    take = torch.cat([made.take, torch.arange(tokens, tokens + 5), torch.full((11,), tokens + 5)])
+    return Shared(torch.zeros(1, tokens + 5, device=device), ends.to(device), 80, take.to(device), key_ends.to(device))
+
+
+def attend(mask, device, dtype):
+    draw = torch.Generator().manual_seed(2)
+    shapes = ((1, heads, mask.sequence.shape[1], 32) for heads in (4, 2, 2, 4))
+    *inputs, grad = (torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes)
+    query, key, value = (x.requires_grad_() for x in inputs)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    out, _ = varlen_attention(module, query, key, value, mask)
+    out.backward(grad.transpose(1, 2))
+    return [x.detach().float().cpu() for x in (out, query.grad, key.grad, value.grad)]
+
+
+@pytest.mark.gpu
+def test_flash_attention_of_shared_prompts_is_that_of_a_mask():
+    found, wanted = attend(shared_mask("cuda"), "cuda", torch.bfloat16), attend(shared_mask("cpu"), "cpu", torch.float32)
+    assert all(distance(one, other) < 0.01 for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.gpu

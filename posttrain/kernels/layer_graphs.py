@@ -29,7 +29,7 @@ from peft import PeftModel
 from torch import nn
 
 from posttrain.errors import UserError
-from posttrain.kernels.attention import Packed
+from posttrain.kernels.attention import Packed, Shared
 
 # Those whose gradients tests/test_layer_graphs.py compares with the plain layers'. Their layers share one mask and one rotation.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2")
@@ -112,7 +112,7 @@ class LayerGraphs:
         self.between: list[torch.Tensor] = []  # inputs of the layers, then the output of the last, (1, tokens, width) each
         self.gradient = torch.empty(0)  # of the output of whichever layer is next, (1, tokens, width)
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: input and output of a forward pass
-        self.replays: dict[tuple[int, int], Replay] = {}
+        self.replays: dict[tuple[int, int, int], Replay] = {}
         self.now: Replay | None = None
         self.count = 0  # forward passes: the memory holds what the last one kept
 
@@ -123,31 +123,36 @@ class LayerGraphs:
         if not _replays(self.layers[number]):
             return plain(hidden, *args, **kwargs)
         if number == 0:
-            self._begin(hidden.detach(), kwargs["cu_seq_lens_q"], kwargs["position_embeddings"])
+            self._begin(hidden.detach(), kwargs, kwargs["position_embeddings"])
         return _Replayed.apply(hidden, self.parameters[number][0], self, number)
 
-    def _begin(self, hidden: torch.Tensor, ends: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Fill in what the graphs read, and make those that are missing. ends (sequences + 1,) begins with 0."""
-        tokens = hidden.shape[1]
+    def _begin(self, hidden: torch.Tensor, rows: dict[str, Any], rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Fill in what the graphs read, and make those that are missing. `rows` says where sequences end, and what they see."""
+        tokens, ends, take = hidden.shape[1], rows["cu_seq_lens_q"], rows.get("key_places")
         assert hidden.shape[0] == 1 and tokens <= self.tokens, f"{tuple(hidden.shape)} is no packed row of {self.tokens} tokens"
         if not self.between:
             self.between = [hidden.new_zeros(1, self.tokens, hidden.shape[2]) for _ in range(len(self.layers) + 1)]
             self.gradient = torch.zeros_like(self.between[0])
         size = math.ceil(tokens / TOKENS) * TOKENS if self.replays else self.tokens
         sequences = len(ends) - 1 + math.ceil((size - tokens) / self.longest)
-        key = size, SEQUENCES * math.ceil(sequences / SEQUENCES)
+        keys = 0 if take is None else math.ceil((len(take) + size - tokens) / (self.tokens // 2)) * (self.tokens // 2)
+        key = size, SEQUENCES * math.ceil(sequences / SEQUENCES), keys
         if key not in self.replays:
             self.replays[key] = self._recorded(*key, rotation)
-        self.now = self.replays[key]
-        self.count += 1
+        self.now, self.count = self.replays[key], self.count + 1
         self._own_gradients()
         self.between[0][:, :tokens] = hidden
         self.between[0][:, tokens:size] = 0
         for place, given in zip(self.now.rotation, rotation, strict=True):
             place[:, :tokens] = given
         mask, steps = self.now.mask, torch.arange(1, key[1] + 2 - len(ends), dtype=torch.int32, device=ends.device)
-        torch.cat([ends, (tokens + steps * self.longest).clamp_(max=size)], out=mask.ends)
+        filling = (steps * self.longest).clamp_(max=size - tokens)  # where its sequences end
+        torch.cat([ends, tokens + filling], out=mask.ends)
         mask.sequence[0] = torch.bucketize(torch.arange(size, device=ends.device), mask.ends, right=True) - 1
+        if isinstance(mask, Shared) and take is not None:
+            own = torch.arange(tokens, size, device=ends.device)
+            torch.cat([take, own, own.new_full((keys - len(take) - len(own),), size)], out=mask.take)
+            torch.cat([rows["cu_seq_lens_k"], len(take) + filling], out=mask.key_ends)
 
     def _own_gradients(self) -> None:
         """Make the graphs' gradients those of the parameters, whoever has set those to None or to another tensor."""
@@ -164,11 +169,14 @@ class LayerGraphs:
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
-    def _recorded(self, size: int, sequences: int, rotation: tuple[torch.Tensor, torch.Tensor]) -> Replay:
+    def _recorded(self, size: int, sequences: int, keys: int, rotation: tuple[torch.Tensor, torch.Tensor]) -> Replay:
+        device, longest = rotation[0].device, self.longest
+        ends = torch.arange(sequences + 1, dtype=torch.int32, device=device).mul_(longest).clamp_(max=size)
+        mask = Packed(torch.zeros(1, size, dtype=torch.long, device=device), ends, longest)
+        if keys:
+            take = torch.arange(keys, device=device).clamp_(max=size)
+            mask = Shared(mask.sequence, ends, longest, take, ends.clone())
         cos, sin = (x.new_zeros(1, size, x.shape[2]) for x in rotation)
-        device = cos.device
-        ends = torch.arange(sequences + 1, dtype=torch.int32, device=device).mul_(self.longest).clamp_(max=size)
-        mask = Packed(torch.zeros(1, size, dtype=torch.long, device=device), ends, self.longest)
         replay = Replay(size, mask, (cos, sin), [], [])
         numbers, record = range(len(self.layers)), self.recorder.record
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)

@@ -125,18 +125,6 @@ def rows_by_tokens(mask: torch.Tensor, before: int, tokens: int) -> list[torch.T
     return list(order.split(sizes))
 
 
-def rows_by_own_tokens(mask: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-    """Rows as they come, in parts of at most `tokens` of their own, without padding, or of one row. mask (rows, positions)."""
-    sizes, filled = [0], 0
-    for length in mask.sum(1).tolist():
-        if sizes[-1] and filled + length > tokens:
-            sizes.append(0)
-            filled = 0
-        sizes[-1] += 1
-        filled += length
-    return list(torch.arange(len(mask), device=mask.device).split(sizes))
-
-
 def in_row_order(values: tuple[Any, ...], parts: list[torch.Tensor], width: int) -> Any:
     """Join the scores of parts of the rows, (rows, tokens) each, in the order of the rows, and pad shorter parts with 0."""
     if values[0] is None:

@@ -46,7 +46,6 @@ from posttrain.training.batches import (
     in_row_order,
     keep_rows,
     rows_by_length,
-    rows_by_own_tokens,
     rows_by_tokens,
     rows_with_signal,
     sampled_logps,
@@ -57,7 +56,7 @@ from posttrain.training.before import token_ids
 from posttrain.training.curriculum import Curriculum, Group, Window
 from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
-from posttrain.training.packing import as_packed, check_packing, num_rows
+from posttrain.training.packing import as_packed, check_packing, num_rows, parts_of_groups, prompt_groups
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -132,7 +131,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     engine that does not compute exactly what the trainer does.
     `update_tokens` cuts a micro-batch into parts of rows of like length, of at most so many positions each. Each part has its
     gradient before the next begins, so that no more is ever kept; the update is the same.
-    With `layer_graphs` the rows of a part are packed, each behind its own prompt.
+    With `layer_graphs` the rows of a part are packed, and those of a prompt share it.
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
@@ -236,7 +235,10 @@ class GRPO(MasterWeights, GRPOTrainer):
         if not self.update_tokens or not torch.is_grad_enabled():
             return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
         if self.layer_graphs:
-            return rows_by_own_tokens(torch.cat([kept["prompt_mask"], kept["completion_mask"]], 1), self.update_tokens)
+            prompts, completions = (kept[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
+            groups = prompt_groups(kept["prompt_ids"], kept["prompt_mask"])
+            parts = parts_of_groups(prompts, completions, groups, self.update_tokens)
+            return [torch.tensor(rows, device=kept["advantages"].device) for rows in parts]
         prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
         return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
 
@@ -358,7 +360,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         if self.label_head:  # nobody reads the reference's entropy, which costs passes over all of its logits
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.layer_graphs and torch.is_grad_enabled():
-            result = score(as_packed(model), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
+            result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
         elif self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
