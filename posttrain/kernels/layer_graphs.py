@@ -111,6 +111,8 @@ class LayerGraphs:
         self.gradients = [[torch.zeros_like(p) for p in parameters] for parameters in self.parameters]
         self.between: list[torch.Tensor] = []  # inputs of the layers, then the output of the last, (1, tokens, width) each
         self.gradient = torch.empty(0)  # of the output of whichever layer is next, (1, tokens, width)
+        # No parameter: autograd would know it by a node of this stream, and a graph is recorded on another.
+        self.anchor = torch.empty(0)
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: input and output of a forward pass
         self.replays: dict[tuple[int, int, int], Replay] = {}
         self.now: Replay | None = None
@@ -124,7 +126,7 @@ class LayerGraphs:
             return plain(hidden, *args, **kwargs)
         if number == 0:
             self._begin(hidden.detach(), kwargs, kwargs["position_embeddings"])
-        return _Replayed.apply(hidden, self.parameters[number][0], self, number)
+        return _Replayed.apply(hidden, self.anchor, self, number)
 
     def _begin(self, hidden: torch.Tensor, rows: dict[str, Any], rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Fill in what the graphs read, and make those that are missing. `rows` says where sequences end, and what they see."""
@@ -133,6 +135,7 @@ class LayerGraphs:
         if not self.between:
             self.between = [hidden.new_zeros(1, self.tokens, hidden.shape[2]) for _ in range(len(self.layers) + 1)]
             self.gradient = torch.zeros_like(self.between[0])
+            self.anchor = hidden.new_zeros((), requires_grad=True)
         size = math.ceil(tokens / TOKENS) * TOKENS if self.replays else self.tokens
         sequences = len(ends) - 1 + math.ceil((size - tokens) / self.longest)
         keys = 0 if take is None else math.ceil((len(take) + size - tokens) / (self.tokens // 2)) * (self.tokens // 2)
@@ -229,7 +232,7 @@ class LayerGraphs:
 
 
 class _Replayed(torch.autograd.Function):
-    """A layer. `anchor` is a parameter of it: so it has a backward pass, whatever the first layer's input comes from."""
+    """A layer. `anchor` wants a gradient, so that there is a backward pass, whatever the first layer's input comes from."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, graphs: LayerGraphs, number: int) -> torch.Tensor:
