@@ -289,7 +289,7 @@ def test_flash_attention_of_shared_prompts_is_that_of_a_mask():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_cuda_graphs_train_as_the_layers_do(name, packed, checkpointing, fused):
-    """Flash attention adds up its gradients in any order, so not to the bit."""
+    """As closely as they do a second time: flash attention adds up its gradients in any order."""
     found = []
     for recorder in (None, None, layer_graphs.CudaGraphs()):
         model = policy(name, torch.bfloat16, "plain", checkpointing).cuda()
@@ -301,9 +301,10 @@ def test_cuda_graphs_train_as_the_layers_do(name, packed, checkpointing, fused):
         lean_layers.use_lean_layers(model)
         model = replayed(model, recorder) if recorder else plain(model)
         found.append(losses_and_gradients(model, "cuda", torch.bfloat16))
-    print([[loss for loss, _ in run] for run in found])
-    print([[distance(run[step][1], found[0][step][1]) for step in range(6)] for run in found[1:]])
-    check_equal(found[2], found[0], 0.02, 0.03)
+    apart = [[distance(run[step][1], found[0][step][1]) for step in range(6)] for run in found[1:]]
+    print(apart)
+    assert max(apart[1][:3]) <= max(apart[0]) + 1e-4  # the same kernels
+    check_equal(found[2], found[0], 0.02, 0.1)  # filling makes other products of the shortest rows
 
 
 def pack_on_gpu(model):
