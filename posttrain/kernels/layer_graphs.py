@@ -10,7 +10,7 @@ A graph reads and writes the same memory each time, so all of it is laid out onc
 - everything that a layer keeps for its backward pass, in one pool for all layers and all sizes. The graphs are recorded in the
   order in which they run, so memory that a layer's backward pass gives up is free for those after it, as without graphs.
 
-Graphs are made for multiples of TOKENS, each the first time that it is needed. What is left of a row is filled up with sequences
+Graphs are made for SHARES of those, each the first time that it is needed. What is left of a row is filled up with sequences
 of zeros, which no token sees and from which no gradient comes. The largest size is recorded first: then all others find room in
 its memory.
 
@@ -33,7 +33,9 @@ from posttrain.kernels.attention import Packed, Shared
 
 # Those whose gradients tests/test_layer_graphs.py compares with the plain layers'. Their layers share one mask and one rotation.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2")
-TOKENS = 256  # a multiple of the tiles of matrix products; packed steps of 8,192 tokens then carry 2 % of filling
+TOKENS = 256  # a multiple of the tiles of matrix products
+# Of the largest size: those that there are graphs for. Packed rows are nearly full, and what is left over may have any size.
+SHARES = (1, 31 / 32, 15 / 16, 7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 SEQUENCES = 64
 Work = Callable[[], None]  # on memory that stays where it is
 
@@ -70,13 +72,9 @@ def why_not(base: Any) -> str | None:
     return None
 
 
-def _replays(module: nn.Module) -> bool:
-    return module.training and torch.is_grad_enabled()
-
-
 def _without_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """transformers takes a mask of four dimensions as it is. To make one it would wait for the GPU; the graphs have theirs."""
-    if _replays(model) and "cu_seq_lens_q" in kwargs:
+    if torch.is_grad_enabled():
         kwargs["attention_mask"] = torch.empty(1, 1, 1, 1)
     return args, kwargs
 
@@ -107,6 +105,7 @@ class LayerGraphs:
     def __init__(self, layers: list[Any], tokens: int, longest: int, recorder: Recorder) -> None:
         self.layers, self.longest, self.recorder = layers, longest, recorder
         self.tokens = math.ceil(tokens / TOKENS) * TOKENS
+        self.sizes = {math.ceil(share * self.tokens / TOKENS) * TOKENS for share in SHARES}
         self.parameters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
         self.gradients = [[torch.zeros_like(p) for p in parameters] for parameters in self.parameters]
         self.between: list[torch.Tensor] = []  # inputs of the layers, then the output of the last, (1, tokens, width) each
@@ -122,7 +121,7 @@ class LayerGraphs:
 
     def forward(self, number: int, plain: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of a layer's forward: hidden (1, tokens, width)."""
-        if not _replays(self.layers[number]):
+        if not torch.is_grad_enabled():
             return plain(hidden, *args, **kwargs)
         if number == 0:
             self._begin(hidden.detach(), kwargs, kwargs["position_embeddings"])
@@ -136,9 +135,9 @@ class LayerGraphs:
             self.between = [hidden.new_zeros(1, self.tokens, hidden.shape[2]) for _ in range(len(self.layers) + 1)]
             self.gradient = torch.zeros_like(self.between[0])
             self.anchor = hidden.new_zeros((), requires_grad=True)
-        size = math.ceil(tokens / TOKENS) * TOKENS if self.replays else self.tokens
+        size = min(size for size in self.sizes if size >= tokens) if self.replays else self.tokens
         sequences = len(ends) - 1 + math.ceil((size - tokens) / self.longest)
-        keys = 0 if take is None else math.ceil((len(take) + size - tokens) / (self.tokens // 2)) * (self.tokens // 2)
+        keys = 0 if take is None else 2 * self.tokens
         key = size, SEQUENCES * math.ceil(sequences / SEQUENCES), keys
         if key not in self.replays:
             self.replays[key] = self._recorded(*key, rotation)
