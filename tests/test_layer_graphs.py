@@ -103,7 +103,7 @@ def test_layers_that_keep_more_are_replayed_as_well(layers):
 def test_over_packed_weights_in_bf16(checkpointing):
     made = {"dtype": torch.bfloat16, "layers": "lean", "checkpointing": checkpointing, "packed": True}
     wanted, found = (losses_and_gradients(of(policy(**made)), dtype=torch.bfloat16) for of in (plain, replayed))
-    check_equal(found, wanted, 0.02, 0.05)
+    check_equal(found, wanted, 0.02, 0.1)
 
 
 def test_the_largest_size_is_recorded_first_and_each_size_once():

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from posttrain.errors import UserError
 from posttrain.kernels.attention import Packed, Shared
@@ -112,7 +113,7 @@ class LayerGraphs:
         self.gradient = torch.empty(0)  # of the output of whichever layer is next, (1, tokens, width)
         # No parameter: autograd would know it by a node of this stream, and a graph is recorded on another.
         self.anchor = torch.empty(0)
-        self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: input and output of a forward pass
+        self.made: dict[int, tuple[torch.Tensor, GradientEdge]] = {}  # by layer: input and output of a forward pass
         self.replays: dict[tuple[int, int, int], Replay] = {}
         self.now: Replay | None = None
         self.count = 0  # forward passes: the memory holds what the last one kept
@@ -208,15 +209,17 @@ class LayerGraphs:
             x, y = self._layer(replay, number)
         self.between[number + 1][:, : replay.tokens] = y.detach()
         if keeps:
-            self.made[number] = x, y
+            self.made[number] = x, get_gradient_edge(y)  # which needs no copy of the output
 
     def _gradients(self, replay: Replay, number: int) -> tuple[torch.Tensor, ...]:
         """Of a layer's input, then of its parameters."""
         if self.layers[number].gradient_checkpointing:
             with torch.enable_grad():
-                self.made[number] = self._layer(replay, number)
-        x, y = self.made.pop(number)
-        return torch.autograd.grad(y, [x, *self.parameters[number]], self.gradient[:, : replay.tokens])
+                x, output = self._layer(replay, number)
+            y = get_gradient_edge(output)
+        else:
+            x, y = self.made.pop(number)
+        return torch.autograd.grad([y], [x, *self.parameters[number]], [self.gradient[:, : replay.tokens]])
 
     def _add_gradients(self, replay: Replay, number: int) -> None:
         """A layer's backward pass."""
