@@ -148,6 +148,16 @@ def test_gradients_of_other_origin_are_added_to():
     assert torch.allclose(found[1], found[0] + 1, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_below_the_layers_gets_its_gradient():
+    found = []
+    for of in (plain, replayed):
+        model = of(policy(layers="lean"))
+        embedding = model.get_base_model().model.embed_tokens.weight.requires_grad_()
+        model(**rows([5, 9], 3), use_cache=False).logits.square().sum().backward()
+        found.append(embedding.grad)
+    assert found[0].abs().sum() > 0 and distance(found[1], found[0]) < 1e-5
+
+
 def test_a_backward_pass_after_another_forward_pass_is_an_error():
     model = replayed(policy(layers="lean"))
     first, _ = (model(**rows([5, 9], 3), use_cache=False).logits.sum() for _ in range(2))

@@ -113,7 +113,7 @@ class LayerGraphs:
         self.gradient = torch.empty(0)  # of the output of whichever layer is next, (1, tokens, width)
         # No parameter: autograd would know it by a node of this stream, and a graph is recorded on another.
         self.anchor = torch.empty(0)
-        self.made: dict[int, tuple[torch.Tensor, GradientEdge]] = {}  # by layer: input and output of a forward pass
+        self.made: dict[int, tuple[torch.Tensor, GradientEdge]] = {}  # by layer: its input and output in a forward pass
         self.replays: dict[tuple[int, int, int], Replay] = {}
         self.now: Replay | None = None
         self.count = 0  # forward passes: the memory holds what the last one kept
@@ -209,16 +209,18 @@ class LayerGraphs:
             x, y = self._layer(replay, number)
         self.between[number + 1][:, : replay.tokens] = y.detach()
         if keeps:
-            self.made[number] = x, get_gradient_edge(y)  # which needs no copy of the output
+            self._keep(number, x, y)
+
+    def _keep(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Of the output its place in autograd's graph alone: its values are those between the layers."""
+        self.made[number] = x, get_gradient_edge(y)
 
     def _gradients(self, replay: Replay, number: int) -> tuple[torch.Tensor, ...]:
         """Of a layer's input, then of its parameters."""
         if self.layers[number].gradient_checkpointing:
             with torch.enable_grad():
-                x, output = self._layer(replay, number)
-            y = get_gradient_edge(output)
-        else:
-            x, y = self.made.pop(number)
+                self._keep(number, *self._layer(replay, number))
+        x, y = self.made.pop(number)
         return torch.autograd.grad([y], [x, *self.parameters[number]], [self.gradient[:, : replay.tokens]])
 
     def _add_gradients(self, replay: Replay, number: int) -> None:
