@@ -16,6 +16,8 @@ from posttrain.export import command, fidelity
 from posttrain.export.command import Request, Target, export, main
 from posttrain.export.fidelity import divergence
 from posttrain.export.merged import in_parts, write_merged
+from posttrain.hub.push import Request as PushRequest
+from posttrain.hub.push import read_release
 from posttrain.models.adapters import load_adapter
 from posttrain.models.chat import stop_token
 from posttrain.models.folded import FoldedWeights, Tensor
@@ -286,3 +288,5 @@ def test_a_merged_folder_answers_as_the_adapter_did(pipeline, tmp_path):
     wanted, found = (read_jsonl(folder / "predictions.jsonl", Prediction) for folder in (adapters, tmp_path / "eval"))
     assert [row.completion for row in found] == [row.completion for row in wanted]
     assert [link["stage"] for link in read_manifest(tmp_path / "eval").chain] == ["sft", "grpo"]
+    release = read_release(PushRequest(pipeline / "runs/grpo_tiny", "me/x", evals=(adapters, tmp_path / "eval")))
+    assert [one.label for one in release.evaluations] == ["this adapter", "this adapter, as the folder merged"]

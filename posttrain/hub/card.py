@@ -180,11 +180,7 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     manifest, results = read_manifest(folder), read_object(folder / "results.json", "evaluate.py --regrade writes it anew")
     if manifest.exit != "ok":
         raise UserError(f"{folder} is not finished ({manifest.exit}): the same evaluate.py command goes on with it")
-    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
-    labels[run.adapter_sha256] = "this model" if run.all_weights else "this adapter"
-    label = labels.get(manifest.adapter_sha256)
-    if manifest.adapter_sha256 is None and manifest.model["name_or_path"] == base_name:
-        label = "base"
+    label = label_of(manifest, run, base_name)
     if label is None:
         trained, remedy = ("model", "model.name_or_path=RUN_DIR/model") if run.all_weights else ("adapter", "adapter=RUN_DIR")
         raise UserError(f"{folder} evaluates neither this {trained} nor one it grew from: run evaluate.py with {remedy}")
@@ -197,6 +193,20 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
     dataset_id = gsm8k.HUB_ID if is_gsm8k else data.get("source", {}).get("repo_id")
     return Evaluation(label, folder, manifest, results, dataset_id, is_gsm8k)
+
+
+def label_of(evaluated: Manifest, run: Manifest, base_name: str) -> str | None:
+    """What an evaluation is of, seen from a run; None: of neither it nor what it grew from."""
+    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
+    labels[run.adapter_sha256] = "this model" if run.all_weights else "this adapter"
+    name = evaluated.model["name_or_path"]
+    if evaluated.adapter_sha256 in labels:
+        return labels[evaluated.adapter_sha256]
+    if evaluated.adapter_sha256 is None:
+        return "base" if name == base_name else None
+    # A merged folder has a hash of its own, and the adapter in it as its parent. Which base that was folded into, its name says.
+    folded = labels.get((evaluated.parent or {}).get("adapter_sha256"))
+    return folded and f"{folded}, as the folder {PurePath(name).name}"
 
 
 def datasets(release: Release) -> list[str]:
