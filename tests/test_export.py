@@ -252,6 +252,15 @@ def test_into_original_needs_another_original(tiny, tmp_path):
         export(request(run, tmp_path / "out", into="original"))
 
 
+@pytest.mark.parametrize("kind", command.BY_LLM_COMPRESSOR)
+def test_a_format_of_another_library_is_refused_with_the_way_to_it(kind, sft, tmp_path):
+    from scripts import run
+
+    done = run("posttrain.export.command", sft, "--format", "merged", kind, "--out", tmp_path / "out")
+    assert (done.code, done.out, (tmp_path / "out").exists()) == (2, "", False)
+    assert f"--format {kind} is written by llm-compressor" in done.err and "export --format merged, and" in done.err
+
+
 @pytest.mark.parametrize("package", ["gguf", "llama_cpp"])
 def test_a_package_that_is_missing_is_told_with_its_remedy(package, sft, tmp_path, monkeypatch):
     import importlib.util

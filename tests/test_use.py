@@ -9,6 +9,11 @@ import sys
 import pytest
 from scripts import ROOT, run
 
+from posttrain import chat
+from posttrain.evaluation.predictions import grade_completion
+from posttrain.records import Example
+from posttrain.tasks.prompts import PromptForm
+
 QUESTION = 'Tom has 3 pens and buys 4. How many has he?\nEnd with "#### " and the number.'
 
 
@@ -44,6 +49,21 @@ def test_a_base_in_a_folder_is_found_from_any_working_directory(place):
 def test_every_way_to_load_it_is_run():
     ways = ("from peft", "from transformers", "from llama_cpp")
     assert [next(way for way in ways if way in block) for block in blocks()] == list(ways)
+
+
+def test_the_recording_is_read_as_it_says():
+    """What stands after `->` is what the grader makes of the answer above it, and the line is the command's own."""
+    [recording] = re.findall(r"(?ms)^```text\n(\$ QUESTION=.*?)^```", (ROOT / "docs/use.md").read_text(encoding="utf-8"))
+    voice = chat.Voice("", None, "none", None, None, PromptForm(None, "", "{question}"), {})
+    read = []
+    for command, said in re.findall(r"(?ms)^\$ (.*?posttrain\.chat[^\n]*)\n(.*?)(?=^\$ |\Z)", recording):
+        gold = match[1] if (match := re.search(r"--gold (\S+)", command)) else None
+        for answer, verdict in re.findall(r"(?ms)^== (?!vote)[^\n]*\n(.*?)^-> ([^\n]*)$", said):
+            example = Example("asked", "test", "", [], [], gold or "0", 0)
+            prediction = grade_completion(example, 0, answer.removesuffix("\n"), "stop", 9, voice.grader)
+            assert chat.verdict(prediction, gold, voice) == verdict
+            read.append(verdict)
+    assert len(read) == 4 and read[2].endswith(": right")
 
 
 def said_by(block, place):

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 INTO = ("trained", "original")
 CHANGED = 3  # the artefact was written, and it is not the model that training measured
 FORMATS, QUANTS = ("merged", "gguf", "ollama"), ("f16", "q8_0", "q4_k_m")
+BY_LLM_COMPRESSOR = ("awq", "gptq", "fp8")  # llm-compressor 0.14 takes transformers up to 5.17: not the one that runs here
 LONGEST_ANSWER = 512  # as evaluate.py's, where the run's own settings do not say
 
 
@@ -105,7 +106,9 @@ def from_command_line() -> Request:
         prog="python -m posttrain.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a finished run of sft_train.py or grpo_train.py")
-    parser.add_argument("--format", choices=FORMATS, nargs="+", required=True)
+    parser.add_argument(
+        "--format", choices=(*FORMATS, *BY_LLM_COMPRESSOR), nargs="+", required=True, metavar=f"{{{','.join(FORMATS)}}}"
+    )
     parser.add_argument("--into", choices=INTO, default="trained", help="which base the adapter is folded into")
     parser.add_argument("--quant", choices=QUANTS, nargs="+", help="of gguf and ollama; q8_0 if nothing is said")
     parser.add_argument(
@@ -116,6 +119,11 @@ def from_command_line() -> Request:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; the run's own limit if nothing is said")
     parser.add_argument("--eval", type=Path, nargs="+", default=[], metavar="DIR", help="evaluation runs, for the card")
     args = parser.parse_args()
+    if elsewhere := sorted(set(args.format) & set(BY_LLM_COMPRESSOR)):
+        raise UserError(
+            f"--format {elsewhere[0]} is written by llm-compressor, which does not run beside this project's transformers: "
+            "export --format merged, and give it that folder in an environment of its own (docs/export.md)"
+        )
     if args.quant and args.format == ["merged"]:
         parser.error("--quant is of --format gguf and ollama: a merged folder has the run's own dtype")
     if args.questions < 1:
