@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -89,6 +91,15 @@ def test_an_export_says_what_it_is(merged, sft_with_tokens):
     assert json.loads((folder / "fidelity.json").read_text()) == json.loads(json.dumps(found.as_json()))
     card = (folder / "README.md").read_text()
     assert found.line() in card and found.accuracy["sentence"] in card and "PeftModel" not in card
+    assert f"\n{said['command']}\n```\n\nCommit" in card and "`export.json` has the rest." in card
+
+
+@pytest.mark.slow
+def test_the_cards_python_loads_the_folder_that_it_lies_in(merged):
+    folder, _ = merged
+    [code] = re.findall(r"(?s)```python\n(.*?)```", (folder / "README.md").read_text())
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_merged_folder_is_a_base_whose_ancestry_is_known(merged, sft_with_tokens, tmp_path):

@@ -373,7 +373,7 @@ def provenance(target: Target, source: Source, folder: Path) -> dict[str, Any]:
         "chain": [*manifest.chain, link],
         "base": manifest.model,
         **weights,
-        "command": shlex.join(["python", "-m", "posttrain.export", *sys.argv[1:]]),
+        "command": command_line(),
         **git_state(),
         "versions": versions(),
         "hardware": hardware(),
@@ -394,5 +394,9 @@ def artefact(target: Target, source: Source, folder: Path, fidelity: Fidelity) -
     }[target.format]
     return Artefact(
         target.format, f"{names[target.format]}{folded}", load, fidelity.line(),
-        fidelity.accuracy["sentence"], tuple(fidelity.faults),
+        fidelity.accuracy["sentence"], tuple(fidelity.faults), command_line(),
     )  # fmt: skip
+
+
+def command_line() -> str:
+    return shlex.join(["python", "-m", "posttrain.export", *sys.argv[1:]])

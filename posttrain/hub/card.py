@@ -23,7 +23,7 @@ from posttrain.evaluation.recorded import check_results
 from posttrain.hub.variants import Variant
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
 from posttrain.runs.contents import check_contents
-from posttrain.runs.manifest import Manifest, lineage, read_manifest
+from posttrain.runs.manifest import EXPORT, MANIFEST, PUBLIC_MANIFEST, Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import noun_of, where_strict
 
@@ -99,6 +99,7 @@ class Artefact:
     fidelity: str
     accuracy: str
     faults: tuple[str, ...]
+    command: str  # that made it
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +246,7 @@ def model_card(release: Release) -> str:
         rows=[[cell.replace("|", "/") for cell in result_row(evaluation)] for evaluation in release.evaluations],
         prompt=example_prompt(release),
         commands=commands(release),
+        record=EXPORT if release.artefact else MANIFEST if release.is_local else PUBLIC_MANIFEST,
         machine=machine(release.manifest),
         links=portable(links(release)),
         settings=settings(release),
@@ -376,10 +378,11 @@ def example_prompt(release: Release) -> str:
 
 
 def commands(release: Release) -> list[str]:
-    """From the first training run to this one and its evaluations."""
+    """From the first training run to this one, its evaluations, and the export."""
     trained = [manifest for _, manifest in lineage(release.run_dir)]
     evaluated = [evaluation.manifest for evaluation in release.evaluations if evaluation.is_of_this_adapter]
-    return [portable(manifest.command) for manifest in (*trained, *evaluated)]
+    exported = [release.artefact.command] if release.artefact else []
+    return [portable(command) for command in (*(manifest.command for manifest in (*trained, *evaluated)), *exported)]
 
 
 def links(release: Release) -> list[dict[str, Any]]:
