@@ -3,7 +3,7 @@
     python tests/pulled_back.py runs/grpo_demo --merged runs/grpo_demo/export/merged --gguf runs/grpo_demo/export/gguf-q8_0
 
 Every one is loaded by the library that others load it with, in a process that has nothing else: PeftModel,
-AutoModelForCausalLM, llama_cpp.Llama. One question at a time, greedily.
+AutoModelForCausalLM, llama_cpp.Llama. Greedily; in batches of 25, by llama.cpp one question after the other.
 """
 
 import argparse
@@ -30,11 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 place, name, packed, dtype, num_tokens, prompts = json.load(sys.stdin)
 
 def say(model, tokenizer):
-    for prompt in prompts:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    tokenizer.padding_side = "left"
+    for first in range(0, len(prompts), 25):
+        ids = tokenizer.apply_chat_template(prompts[first:first + 25], add_generation_prompt=True, padding=True,
+                                            return_dict=True, return_tensors="pt")
         made = model.generate(**ids, max_new_tokens=num_tokens, do_sample=False,
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        yield tokenizer.decode(made[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+        yield from tokenizer.batch_decode(made[:, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 """
 PEFT = f"""{BEGIN}
 from peft import PeftConfig, PeftModel
