@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -207,6 +208,32 @@ def test_what_counts_as_another_model(changes, fault):
     same = {"same_prompts": True, "same_weights": None, "apart": 0.05, "rounds_to": torch.bfloat16, "accuracy": ACCURACY}
     found = fidelity._faults(**same | changes)
     assert len(found) == (fault is not None) and (fault is None or fault in found[0])
+
+
+EXPORTS = ROOT / "results" / "exports"
+
+
+def published_row(folder):
+    lost = json.loads((folder / "fidelity.json").read_text())
+    both, low, high = lost["accuracy"], *lost["accuracy"]["interval"]
+    cells = [
+        f"`{lost['artefact']}`",
+        f"{lost['size_bytes'] / 1e6:.1f}",
+        f"{lost['num_questions']:,}",
+        f"{lost['top1_agreement']:.2%}",
+        f"{lost['kl_mean']:.2g} ({lost['kl_max']:.2g})",
+        f"{lost['greedy_equal']:.1%}",
+        ", ".join(f"{share:.2%}" for share in both["accuracy"]),
+        f"{100 * both['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+        f"{both['p_value']:.2g}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_published_rows_are_those_of_their_files():
+    page = (EXPORTS / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = sorted(published_row(file.parent) for file in EXPORTS.glob("*/*/fidelity.json"))
+    assert rows and sorted(line for line in page if line.startswith("| `")) == rows
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
