@@ -590,6 +590,19 @@ def test_runs_of_one_stage_stand_together(original):
     assert together.stages(trainings[1:]) == {}
 
 
+def test_dev_accuracy_is_drawn_against_the_minutes_of_steps(original):
+    """One row for each five steps and one for each step, of 12 seconds; the seconds between rows do not count."""
+    run = load(evals(original))[1][-1]
+    dev = [{"step": step, "dev/accuracy": share, "time": 9.0 * step} for step, share in ((0, 0.3), (10, 0.4), (12, 0.5))]
+    rows = [{"step": step, "step_time": 12.0} for step in (5, 10)], [{"step": step, "step_time": 12.0} for step in range(1, 11)]
+    runs = [replace(run, metrics=[*dev, *part]) for part in rows]
+    drawn = {chart.title: chart for chart in together.together_charts("grpo", runs)}["Dev accuracy over time"]
+    assert [[(p.x, p.y) for p in series.points] for series in drawn.series] == [[(0.0, 0.3), (2.0, 0.4)]] * 2
+    assert drawn.title in words.CHARTS
+    timeless = [replace(run, metrics=dev) for run in runs]
+    assert "Dev accuracy over time" not in {chart.title for chart in together.together_charts("grpo", timeless)}
+
+
 def test_settings_that_differ_are_named_and_no_other(original, tmp_path):
     _, trainings = load([*evals(original, "sft", "sft-long")])
     runs = []
