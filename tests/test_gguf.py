@@ -1,6 +1,7 @@
 """GGUF files, written and read: what llama.cpp computes of them is what transformers computes of the model."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -226,6 +227,27 @@ def test_a_default_system_prompt_is_kept():
     tokenizer.chat_template = DEFAULT + CHATML
     assert pieces_of(tokenizer).default_system == "Be good."
     assert 'SYSTEM """Be good."""' in modelfile(tokenizer, "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "said", "turn"),
+    [
+        (DEFAULT + CHATML, None, "Be good.", False),
+        (DEFAULT + CHATML, "Be brief.", "Be brief.", False),
+        (DEFAULT + CHATML, "", None, True),  # an empty turn is what the policy was measured with, and not the template's default
+        (CHATML, "", None, True),
+        (CHATML, None, None, False),
+    ],
+)
+def test_the_system_prompt_is_that_of_the_runs_own_prompts(template, system, said, turn):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    text = modelfile(tokenizer, "model.gguf", system)
+    assert re.findall(r'SYSTEM """(.*?)"""', text) == ([said] if said else [])
+    empty = '{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\n<|im_end|>\n{{ end }}{{ range .Messages }}'
+    assert (empty in text) is turn
+    with pytest.raises(UserError, match="use --format gguf"):
+        modelfile(tokenizer, "model.gguf", 'Say """.')
 
 
 @pytest.mark.parametrize(("name", "joined"), [("llama3", False), ("gemma", True), ("mistral", True), ("plain", False)])

@@ -347,7 +347,9 @@ def write(target: Target, source: Source, weights: FoldedWeights, tokenizer: Pre
         quantize(unrounded, file, target.quant)
         unrounded.unlink()
     if target.format == "ollama":
-        (folder / "Modelfile").write_text(modelfile(tokenizer, file.name), encoding="utf-8")
+        first = source.examples[0].prompt[0]
+        system = first["content"] if first["role"] == "system" else None
+        (folder / "Modelfile").write_text(modelfile(tokenizer, file.name, system), encoding="utf-8")
 
 
 def write_report(target: Target, source: Source, folder: Path, fidelity: Fidelity) -> None:
