@@ -387,3 +387,21 @@ def test_an_export_for_ollama_is_a_file_and_its_modelfile(sft, tmp_path):
         "Modelfile", "README.md", "export.json", "fidelity.json", "run-f16.gguf",
     ]  # fmt: skip
     assert "ollama create" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_one_file_in_two_folders_is_asked_once(sft, tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[gguf]")
+    from test_export import request, with_data
+
+    from posttrain.export.command import Target, export
+    from posttrain.export.runtimes import LlamaCpp
+
+    opened, begin = [], LlamaCpp.__init__
+    monkeypatch.setattr(LlamaCpp, "__init__", lambda self, file, *rest: (opened.append(file.name), begin(self, file, *rest))[1])
+    run = with_data(shutil.copytree(sft, tmp_path / "run"))
+    kinds = [("gguf", "f16"), ("ollama", "f16"), ("gguf", "q8_0")]
+    targets = tuple(Target(kind, quant, "trained", tmp_path / f"{kind}-{quant}") for kind, quant in kinds)
+    one, same, other = export(request(run, tmp_path / "out", targets=targets))
+    assert opened == ["run-f16.gguf", "run-q8_0.gguf"]
+    assert (one.kl_mean, one.greedy_equal, one.tokens_per_second) == (same.kl_mean, same.greedy_equal, same.tokens_per_second)
+    assert same.artefact == "ollama-f16" and same.accuracy["sentence"].startswith("ollama-f16") and other.kl_mean != one.kl_mean

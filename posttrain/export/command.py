@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    from posttrain.export.fidelity import Fidelity, Measured
+    from posttrain.export.fidelity import Fidelity, Measured, Said
     from posttrain.models.folded import FoldedWeights
 
 INTO = ("trained", "original")
@@ -149,11 +149,11 @@ def export(request: Request) -> list[Fidelity]:
     source = read_source(request)
     weights, tokenizer = check(request, source)
     measured, hashes = ask_policy(source, tokenizer)
-    found = []
+    found, asked = [], dict[str, "Said"]()
     for target in request.targets:
         with appearing(target.folder) as folder:
             write(target, source, weights, tokenizer, folder)
-            fidelity = ask_artefact(target, source, folder, measured, hashes, tokenizer)
+            fidelity = ask_artefact(target, source, folder, measured, hashes, tokenizer, asked)
             write_report(target, source, folder, fidelity)
         print(f"wrote {target.folder}\n  {fidelity.line()}\n  {fidelity.accuracy['sentence']}")
         found.append(fidelity)
@@ -270,42 +270,41 @@ def ask_artefact(
     measured: Measured,
     hashes: dict[str, str],
     tokenizer: PreTrainedTokenizerBase,
+    asked: dict[str, Said],
 ) -> Fidelity:
-    """Run the artefact in its own runtime."""
+    """Run the artefact in its own runtime. `asked` keeps what a GGUF file said, by its hash: that of Ollama is the same."""
     import torch
 
-    from posttrain.export.fidelity import compare_with, size_of
+    from posttrain.export.fidelity import ask, compare_with, size_of
     from posttrain.export.merged import load_merged
     from posttrain.export.runtimes import LlamaCpp, Transformers
     from posttrain.models.base import device
 
     grader = grader_of(source.data.get("answer"))
     exact = target.into == "trained"
+    same_weights, rounds_to = None, None
     if target.is_gguf:
-        longest = max(map(len, measured.prompts)) + source.max_new_tokens
+        file = next(folder.glob("*.gguf"))
+        if (sha256 := sha256_file(file)) not in asked:
+            longest = max(map(len, measured.prompts)) + source.max_new_tokens
+            with LlamaCpp(file, tokenizer.eos_token_id, longest) as runtime:
+                asked[sha256] = ask(runtime, measured, tokenizer)
+        said = asked[sha256]
         rounds_to = torch.float16 if exact and target.quant == "f16" else None
-        with LlamaCpp(next(folder.glob("*.gguf")), tokenizer.eos_token_id, longest) as runtime:
-            return compare_with(
-                target.folder.name,
-                measured,
-                runtime,
-                tokenizer,
-                grader,
-                size_bytes=size_of(folder),
-                same_weights=None,
-                rounds_to=rounds_to,
-            )
-    model = load_merged(folder, device())
-    same_weights = tensor_hashes(model) == hashes if exact else None
+    else:
+        model = load_merged(folder, device())
+        same_weights = tensor_hashes(model) == hashes if exact else None
+        said = ask(Transformers(model, tokenizer), measured, tokenizer)
+        rounds_to = model.dtype if exact else None
     return compare_with(
         target.folder.name,
         measured,
-        Transformers(model, tokenizer),
+        said,
         tokenizer,
         grader,
         size_bytes=size_of(folder),
         same_weights=same_weights,
-        rounds_to=model.dtype if exact else None,
+        rounds_to=rounds_to,
     )
 
 
