@@ -224,7 +224,7 @@ def test_paths_in_the_text_exist(page):
 def is_other(path: str) -> bool:
     """A key of a metric (`time/data`), or a file of TRL."""
     is_metric = "." not in path and f"`{path}`" in TEXT["docs/metrics.md"]
-    return is_metric or bool(re.fullmatch(r"(sft|grpo)_trainer\.py|rewards/NAME\S*", path))
+    return is_metric or path.startswith("RUN/") or bool(re.fullmatch(r"(sft|grpo)_trainer\.py|(rewards|test)/NAME\S*", path))
 
 
 @pytest.mark.parametrize("page", TEXT)
