@@ -260,7 +260,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
-        self.log_useful_slots(inputs["completion_mask"])
+        if not self.layer_graphs:  # packed rows have no padding
+            self.log_useful_slots(inputs["completion_mask"])
         return loss * share_kept(self.loss_type, inputs, whole)
 
     def _kept(self, inputs: dict[str, Any]) -> dict[str, Any]:
