@@ -7,21 +7,36 @@ import itertools
 
 import pytest
 import torch
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from test_lean_layers import base_model, distance, policy
 from test_packing import loss_and_gradient
 from test_shared_prompts import an_update
-from tiny_training import pay_tiny, relative, stir
+from tiny_training import relative, stir
 
+import grpo_train
+import sft_train
 from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import layer_graphs, lean_layers, lora_linear
 from posttrain.kernels.attention import Shared, varlen_attention
 from posttrain.kernels.liger import use_liger
+from posttrain.tasks.answers import grader_of
 from posttrain.training.packing import layout, parts_of_groups
 
-KINDS = ["Llama", "Llama, tied", "Qwen3", "Granite", "OLMo2"]  # no windows
+KINDS = ["Llama", "Llama, tied", "Mistral", "Qwen2", "Qwen3", "Granite", "OLMo2"]
+WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers"}
+
+
+@pytest.fixture
+def no_windows(monkeypatch):
+    for name in ("Mistral", "Qwen2"):
+        kind, special, *rest = FAMILIES[name]
+        special = {key: value for key, value in special.items() if key not in WINDOWS} | {"sliding_window": None}
+        monkeypatch.setitem(FAMILIES, name, (kind, special, *rest))
+
+
 LENGTHS = [[23, 5, 1, 40, 12], [64, 30], [17] * 15, [9]]
 ROOM, LONGEST = 500, 64  # tokens
 
@@ -87,6 +102,7 @@ def check_equal(found, wanted, loss, gradient):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("no_windows")
 def test_losses_and_gradients_are_those_of_the_plain_layers(name, checkpointing):
     wanted = losses_and_gradients(plain(policy(name, layers="lean", checkpointing=checkpointing)))
     found = losses_and_gradients(replayed(policy(name, layers="lean", checkpointing=checkpointing)))
@@ -208,14 +224,23 @@ def test_rows_of_a_prompt_come_in_parts_of_so_many_tokens_together():
     assert parts_of_groups([50] * 4, [1] * 4, [0] * 4, 80) == [[0, 1], [2, 3]]  # 53 tokens, which see 151
 
 
-def test_a_part_that_holds_no_row_is_refused(tiny, sft, fp32, monkeypatch):
+def ready(script, config):
+    return script.get_ready(config, grader_of(None)) if script is grpo_train else script.get_ready(config)
+
+
+def test_a_part_that_holds_no_row_is_refused_before_anything_is_loaded(tiny, sft, monkeypatch):
     monkeypatch.setattr("posttrain.runs.directory._machine_has", lambda what: True)
-    form = fp32 | {"model": fp32["model"] | {"attn_implementation": "varlen"}}
-    with (
-        pytest.raises(UserError, match="a row may have .* tokens: set update_tokens to as many"),
-        pay_tiny(tiny, sft, {}, **form, layer_graphs=True, update_tokens=20),
-    ):
-        pass
+    with pytest.raises(UserError, match="a row may have .* tokens: set update_tokens to as many"):
+        ready(grpo_train, tiny.grpo_config(sft, layer_graphs=True, update_tokens=20))
+
+
+def test_a_family_that_cannot_be_replayed_is_refused_before_anything_is_loaded(tiny, sft, monkeypatch):
+    monkeypatch.setattr("posttrain.runs.directory._machine_has", lambda what: True)
+    monkeypatch.setattr(layer_graphs, "MODEL_TYPES", ("gpt2",))
+    with pytest.raises(UserError, match="layer_graphs: not tried on llama"):
+        ready(sft_train, tiny.sft_config({"packing": True}, layer_graphs=True))
+    with pytest.raises(UserError, match="layer_graphs: not tried on llama"):
+        ready(grpo_train, tiny.grpo_config(sft, layer_graphs=True, update_tokens=200))
 
 
 def refusal(model, **config):

@@ -48,7 +48,8 @@ def use_layer_graphs(model: PeftModel, tokens: int, longest: int, recorder: Reco
         UserError: the model's layers cannot be replayed; the text says why.
     """
     base = model.get_base_model()
-    if reason := why_not(base):
+    check_family(base.config)
+    if reason := _why_not(base):
         raise UserError(f"layer_graphs: {reason}: set layer_graphs=false")
     graphs = LayerGraphs(list(base.base_model.layers), tokens, longest, recorder or CudaGraphs())
     base.base_model.register_forward_pre_hook(_without_mask, with_kwargs=True)
@@ -56,18 +57,25 @@ def use_layer_graphs(model: PeftModel, tokens: int, longest: int, recorder: Reco
         layer.forward = functools.partial(graphs.forward, number, layer.forward)
 
 
-def why_not(base: Any) -> str | None:
-    """What keeps a model's layers from being replayed; None if nothing does."""
-    config = base.config
+def check_family(config: Any) -> None:
+    """Refuse a family whose layers cannot be replayed, by its config alone."""
+    reason = ""
     if config.model_type not in MODEL_TYPES:
-        return f"not tried on {config.model_type}, it knows {', '.join(MODEL_TYPES)}"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None):
-        return "layers with sliding windows need a mask of their own"
-    if config._attn_implementation != "varlen":
-        return f"it needs model.attn_implementation=varlen, not {config._attn_implementation}"
-    drops = (m for m in base.base_model.layers.modules() if isinstance(m, nn.Dropout) and m.p > 0)
-    if next(drops, None) is not None or getattr(config, "attention_dropout", None):
-        return "dropout would have to draw anew at each replay, and lora.dropout or the model's own is above 0"
+        reason = f"not tried on {config.model_type}, it knows {', '.join(MODEL_TYPES)}"
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None):
+        reason = "layers with sliding windows need a mask of their own"
+    elif getattr(config, "attention_dropout", None):
+        reason = "the model's attention_dropout would have to draw anew at each replay"
+    if reason:
+        raise UserError(f"layer_graphs: {reason}: set layer_graphs=false")
+
+
+def _why_not(base: Any) -> str | None:
+    """What else keeps a model's layers from being replayed; None if nothing does."""
+    if base.config._attn_implementation != "varlen":
+        return f"it needs model.attn_implementation=varlen, not {base.config._attn_implementation}"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.base_model.layers.modules()):
+        return "dropout would have to draw anew at each replay, and the adapter's is above 0"
     if not all(any(p.requires_grad for p in layer.parameters()) for layer in base.base_model.layers):
         return "each layer needs an adapter"
     return None
