@@ -269,3 +269,10 @@ def test_the_build_ships_the_scripts_that_the_command_runs(monkeypatch):
     assert built["SCRIPTS"] == tuple(f"{script}.py" for script in places.SCRIPTS.values())
     if (ROOT / ".git").exists():
         assert built["git_state"]() == git_state()
+
+
+def test_the_python_that_the_page_names_is_that_of_the_published_runs():
+    manifests = [json.loads(file.read_text(encoding="utf-8")) for file in (ROOT / "results").glob("*/*/manifest.json")]
+    assert "3.12.3" in {manifest["versions"]["python"] for manifest in manifests}
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert "were on 3.12.3" in page and "All tests run on 3.11" in page

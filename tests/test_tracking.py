@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from scripts import CONFIGS, run, tiny_pipeline, workplace
+from scripts import CONFIGS, ROOT, run, tiny_pipeline, workplace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from posttrain import tracking
 from posttrain.config.load import load
 from posttrain.config.schema import SftConfig, trackers_of
+from posttrain.evaluation import summary
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.tracking import Place, Trackers
@@ -258,3 +259,12 @@ def test_training_and_its_evaluation_arrive(tmp_path, tiny_model_dir, tiny_data_
     assert events.Scalars("test/tiny/lenient")[0].value == pytest.approx(results["accuracy"]["lenient"]["value"])
     assert "| question | completion |" in events.Tensors("test/tiny/text_summary")[0].tensor_proto.string_val[0].decode()
     assert read_manifest(tmp_path / "runs" / "eval_tiny_grpo_tiny").tracked_as == ""  # it is in the training's run
+
+
+def test_the_page_names_what_an_evaluation_tells():
+    at = {"k": 1, "n": 2, "value": 0.5, "wilson": [0.1, 0.9]}
+    results = {"n": 2, "completion_tokens": {"mean": 3.0}, "accuracy": {"lenient": at, "strict": at}, "truncated": at}
+    found = summary.numbers(results | {"format_ok": at, "pass_at_k": {"8": at}, "maj_at_k": {"8": at}})
+    assert found["lenient"] == 0.5 and found["strict_high"] == 0.9
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in found if not name.endswith(("_low", "_high")) and f"`test/NAME/{name}`" not in page] == []
