@@ -90,10 +90,10 @@ class Place:
         return self.end(process, log)
 
     def killed_when(self, command, file):
-        """The command, killed as soon as a file is there."""
+        """The command, killed as soon as there is a file whose path matches."""
         process, log = self.begin(command)
-        while process.exitcode is None and not (self.folder / file).is_file():
-            time.sleep(0.01)
+        while process.exitcode is None and not any(self.folder.glob(file)):
+            time.sleep(0.002)
         if process.exitcode is None:
             process.kill()
         return self.end(process, log)
