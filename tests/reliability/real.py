@@ -5,8 +5,8 @@ from pathlib import Path
 
 from scripts import CONFIGS
 
-from reliability.place import ADAPTER, Place
-from reliability.rows import SAVING, Row, kill_row
+from reliability.place import Place
+from reliability.rows import SAVING, TRAINED, Row, kill_row
 
 VARIABLE = "RELIABILITY_MODEL"  # reaches every process of the harness
 NAME = "smollm2-135m-instruct"  # as the configs of the demo have it
@@ -47,14 +47,12 @@ def prepared(place):
 
 def sft_kills(place, count):
     row = Row("kills, SFT of a real model", f"the same in NF4 ({'; '.join(SFT_WAYS)})")
-    names = [f"runs/x/{name}" for name in ADAPTER]
-    return kill_row(row, prepared(place), SFT_WAYS, SFT, names, ("data",), count, saving=SAVING)
+    return kill_row(row, prepared(place), SFT_WAYS, SFT, TRAINED, ("data",), count, saving=SAVING)
 
 
 def grpo_kills(place, count):
     row = Row("kills, GRPO of a real model", f"the same in NF4 ({'; '.join(GRPO_WAYS)})")
-    names = [f"runs/x/{name}" for name in ADAPTER]
-    return kill_row(row, prepared(place), GRPO_WAYS, GRPO, names, ("data", "runs/sft_demo"), count, saving=SAVING)
+    return kill_row(row, prepared(place), GRPO_WAYS, GRPO, TRAINED, ("data", "runs/sft_demo"), count, saving=SAVING)
 
 
 REAL = {

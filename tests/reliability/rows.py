@@ -17,7 +17,7 @@ from scripts import CONFIGS, ROOT, retell
 
 from posttrain.records import read_rows
 from reliability import inputs
-from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, PREPARED, SFT, Fault
+from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, HERE, PREPARED, SFT, Fault
 
 SLOW = 10  # seconds of CPU for one input
 
@@ -132,20 +132,19 @@ def count_kill(row, before, after):
     row.counted["in a resumed run"] += any(before.values())
 
 
+TRAINED = [f"runs/x/{name}" for name in ADAPTER]
 SAVING = "runs/x/checkpoints/checkpoint-*/adapter_model.safetensors"
 
 
 def sft_kills(place, count):
     row = Row("kills, SFT", f"then resumed: the same adapter, each step recorded once ({', '.join(SFT_WAYS)})")
-    names = [f"runs/x/{name}" for name in ADAPTER]
-    return kill_row(row, place, SFT_WAYS, (*SFT, "run_dir=runs/x"), names, ("data",), count, saving=SAVING)
+    return kill_row(row, place, SFT_WAYS, (*SFT, "run_dir=runs/x"), TRAINED, ("data",), count, saving=SAVING)
 
 
 def grpo_kills(place, count):
     row = Row("kills, GRPO", f"the same ({', '.join(GRPO_WAYS)})")
-    names = [f"runs/x/{name}" for name in ADAPTER]
     kept = ("data", "runs/sft_tiny")
-    return kill_row(row, place, GRPO_WAYS, (*GRPO, "run_dir=runs/x"), names, kept, count, saving=SAVING)
+    return kill_row(row, place, GRPO_WAYS, (*GRPO, "run_dir=runs/x"), TRAINED, kept, count, saving=SAVING)
 
 
 def evaluation_kills(place, count):
@@ -173,13 +172,12 @@ def checkpoint_kills(place, count):
     )
     for way, (line, kept, steps) in list(AT_CHECKPOINTS.items())[:count]:
         line = (*line, "run_dir=runs/x")
-        names = [f"runs/x/{name}" for name in ADAPTER]
-        expected, _ = straight(place, line, names, kept)
+        expected, _ = straight(place, line, TRAINED, kept)
         for step in steps:
             trial = place.copy(*kept)
             trial.killed_when(line, f"runs/x/checkpoints/checkpoint-{step}/commit.json")
             done = trial.run(line)
-            row.check(done.code == 0 and ending(trial, names) == expected, f"{way}, step {step}: {done}, or another ending")
+            row.check(done.code == 0 and ending(trial, TRAINED) == expected, f"{way}, step {step}: {done}, or another ending")
             trial.drop()
     return row
 
@@ -189,7 +187,7 @@ def two_processes(place, count):
     row = Row("signals, two processes", "both stop after the same step with its checkpoint and one line, then end the same")
     straight_run = place.copy("data")
     assert launched(straight_run).returncode == 0
-    expected = ending(straight_run, NAMES_OF_X)
+    expected = ending(straight_run, TRAINED)
     straight_run.drop()
     cases = [(number, to) for to in ("the launcher", "one process") for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     for number, to in row.in_time(cases[:count]):
@@ -200,12 +198,11 @@ def two_processes(place, count):
         row.check(stopped.stderr.count(says) == 1, f"{number.name} to {to}: {stopped.stderr[-300:]!r}")
         done = launched(trial)
         fine = done.returncode == 0 and f"resuming from runs/x/checkpoints/checkpoint-{left}\n" in done.stdout
-        row.check(fine and ending(trial, NAMES_OF_X) == expected, f"{number.name} to {to}, resumed: {done.stderr[-300:]!r}")
+        row.check(fine and ending(trial, TRAINED) == expected, f"{number.name} to {to}, resumed: {done.stderr[-300:]!r}")
         trial.drop()
     return row
 
 
-NAMES_OF_X = [f"runs/x/{name}" for name in ADAPTER]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
             "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # fmt: skip
 UNDER_IT = ("trainer.max_steps=30", "trainer.save_steps=1", "trainer.save_total_limit=2", "trainer.logging_steps=1",
@@ -234,10 +231,9 @@ def workers_of(pid):
 def signals(place, count):
     """SIGTERM, SIGINT and SIGUSR1 to SFT: whatever it says of it, the resumed run ends the same."""
     row = Row("signals, SFT", "sent at random moments, then resumed: the same adapter")
-    names = [f"runs/x/{name}" for name in ADAPTER]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         line = (*SFT, "run_dir=runs/x")
-        kill_row(row, place, {signal.Signals(number).name: ()}, line, names, ("data",), max(1, count // 3), number)
+        kill_row(row, place, {signal.Signals(number).name: ()}, line, TRAINED, ("data",), max(1, count // 3), number)
     return row
 
 
@@ -291,17 +287,18 @@ def spread(total, count):
     return sorted({1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 
-# The trainings are short, because each of their calls costs two of them: three checkpoints of which one is rotated away, and two
-# of which the first lies inside a generation window.
-SHORT_SFT = ("trainer.max_steps=3", "trainer.save_steps=1", "trainer.save_total_limit=2")
-SHORT_GRPO = ("trainer.max_steps=2", "trainer.save_steps=1", "trainer.num_iterations=2", "seed=2")  # some answers are right
+# The trainings are short and their adapters small, because each call costs two of them: three checkpoints of which one is rotated
+# away, and two of which the first lies inside a generation window.
+SMALL = ("trainer.save_steps=1", "lora.target_modules=[q_proj]", "data.num_dev=0", "run_dir=runs/x")
+SMALL_SFT = (*SFT, *SMALL, "trainer.max_steps=3", "trainer.save_total_limit=2", "trainer.per_device_train_batch_size=2")
+SMALL_GRPO = (*GRPO, *SMALL, "trainer.max_steps=2", "trainer.num_iterations=2", "adapter=null",
+              f"rewards={{{HERE / 'reward.py'}:tokens: 1.0}}")  # fmt: skip
 STAGES = {
     "data": (DATA, PREPARED, ()),
     "evaluation": (EVAL, EVALUATED, ("data", "runs/sft_tiny")),
-    "SFT": ((*SFT, *SHORT_SFT, "data.num_dev=0", "run_dir=runs/x"), [f"runs/x/{name}" for name in ADAPTER], ("data",)),
-    "GRPO": ((*GRPO, *SHORT_GRPO, "data.num_dev=0", "run_dir=runs/x"), [f"runs/x/{name}" for name in ADAPTER],
-             ("data", "runs/sft_tiny")),
-}  # fmt: skip
+    "SFT": (SMALL_SFT, TRAINED, ("data",)),
+    "GRPO": (SMALL_GRPO, TRAINED, ("data",)),
+}
 
 
 def crash_points(stage):
