@@ -24,10 +24,12 @@ MODULES = {"report": "posttrain.report", "hub": "posttrain.hub.push"}
 
 @dataclass(frozen=True)
 class Fault:
-    """The call to the file system in front of which the process dies, or the byte at which the disk is full."""
+    """The call to the file system in front of which the process dies, the byte at which the disk is full, or a folder that gets a
+    copy of the user's in front of each call."""
 
     crash_at: int = 0
     full_at: int = -1
+    copies: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,16 @@ class Place:
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def tree_sha256(folder):
+    """One hash over the names and contents below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        is_file = path.is_file() and not path.is_symlink()
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size if is_file else 'no file'}\0".encode())
+        digest.update(path.read_bytes() if is_file else b"")
+    return digest.hexdigest()
+
+
 def _prepare(cwd, off):
     from tqdm import tqdm
 
@@ -146,7 +158,8 @@ def _child(command, cwd, log, fault, off):
     _prepare(cwd, off)
     library = ctypes.CDLL(os.environ["LD_PRELOAD"]) if fault else None
     if library:
-        library.fault_arm(f"{cwd}/".encode(), ctypes.c_long(fault.crash_at), ctypes.c_long(fault.full_at))
+        copies = str(fault.copies or "").encode()
+        library.fault_arm(f"{cwd}/".encode(), ctypes.c_long(fault.crash_at), ctypes.c_long(fault.full_at), copies)
     code = _main(command)
     if library:
         print(f"\nFAULT {library.fault_calls()} {library.fault_bytes()}")

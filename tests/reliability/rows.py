@@ -17,7 +17,7 @@ from scripts import CONFIGS, ROOT, retell
 
 from posttrain.records import read_rows
 from reliability import inputs
-from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, HERE, PREPARED, SFT, Fault
+from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, HERE, PREPARED, SFT, Fault, tree_sha256
 
 SLOW = 10  # seconds of CPU for one input
 
@@ -241,19 +241,26 @@ def signals(place, count):
 
 
 def crash_row(row, place, line, names, kept, count):
-    """The process dies in front of the k-th call, for each k or for `count` of them; then the command runs to its end."""
+    """The command goes on from what it leaves when it dies in front of the k-th call, for each k or for `count` of them.
+
+    What that is, is copied in front of each call of one run: a killed process leaves the same. Equal copies are tried once.
+    """
     expected, _ = straight(place, line, names, kept)
-    counted = place.copy(*kept)
-    calls = counted.run(line, Fault()).calls
-    counted.drop()
-    row.says += f" ({calls} calls)"
+    trial = place.copy(*kept)
+    copies = trial.folder.with_name(f"{trial.folder.name}-copies")
+    copies.mkdir()
+    calls = trial.run(line, Fault(copies=copies)).calls
     assert calls, "fault.so counts nothing: is it laid under the fork server?"
-    for k in row.in_time(spread(calls, count)):
-        trial = place.copy(*kept)
-        trial.run(line, Fault(crash_at=k))
-        done = trial.run(line)
-        row.check(done.code == 0 and ending(trial, names) == expected, f"call {k} of {calls}: {done}, or another ending")
+    states = sorted({tree_sha256(copies / str(k)): k for k in range(calls, 0, -1)}.values())
+    row.says += f" ({calls} calls leave {len(states)} different folders)"
+    for index in row.in_time(spread(len(states), count)):
         trial.drop()
+        shutil.move(copies / str(states[index - 1]), trial.folder)
+        done = trial.run(line)
+        fine = done.code == 0 and ending(trial, names) == expected
+        row.check(fine, f"call {states[index - 1]} of {calls}: {done}, or another ending")
+    trial.drop()
+    shutil.rmtree(copies)
     return row
 
 
@@ -291,7 +298,7 @@ def spread(total, count):
 # away, and two of which the first lies inside a generation window.
 SMALL = ("trainer.save_steps=1", "lora.target_modules=[q_proj]", "data.num_dev=0", "run_dir=runs/x")
 SMALL_SFT = (*SFT, *SMALL, "trainer.max_steps=3", "trainer.save_total_limit=2", "trainer.per_device_train_batch_size=2")
-SMALL_GRPO = (*GRPO, *SMALL, "trainer.max_steps=2", "trainer.num_iterations=2", "adapter=null",
+SMALL_GRPO = (*GRPO, *SMALL, "trainer.max_steps=2", "trainer.num_iterations=2", "adapter=null", "lora.r=16", "lora.alpha=32",
               f"rewards={{{HERE / 'reward.py'}:tokens: 1.0}}")  # fmt: skip
 STAGES = {
     "data": (DATA, PREPARED, ()),
@@ -303,8 +310,8 @@ STAGES = {
 
 def crash_points(stage):
     def row(place, count):
-        return crash_row(Row(f"crash points, {stage}", "dead in front of each call that changes a file, then run again"),
-                         place, *STAGES[stage], count)  # fmt: skip
+        says = "run again from what a death in front of each call that changes a file leaves: the same ending"
+        return crash_row(Row(f"crash points, {stage}", says), place, *STAGES[stage], count)
 
     return row
 
