@@ -18,6 +18,7 @@ from pathlib import Path
 from scripts import CONFIGS, fork_server, run
 
 HERE = Path(__file__).resolve().parent
+SLOW = 10  # seconds of CPU for one input: each takes a fraction of one
 HANGS = 300  # seconds: a tiny run takes two, on a busy machine sixty
 MODULES = {"report": "posttrain.report", "hub": "posttrain.hub.push"}
 
@@ -185,15 +186,26 @@ def _main(command):
 
 def _many(commands, cwd, out, off):
     _prepare(cwd, off)
+    signal.signal(signal.SIGPROF, _too_slow)
     results = []
     for script, *words in commands:
         began = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, SLOW + 1)
         try:
             done = run(MODULES.get(script, script), *words)
             results.append((done.code, done.err or done.out, time.process_time() - began))
         except BaseException:
             results.append((1, traceback.format_exc(), time.process_time() - began))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         Path(out).write_text(json.dumps(results))
+
+
+class TooSlow(BaseException):  # which nothing in the product takes for its own
+    pass
+
+
+def _too_slow(*_):
+    raise TooSlow
 
 
 # --- the folder that all trials begin with ----------------------------------------------------------------------------

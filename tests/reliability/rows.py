@@ -17,9 +17,7 @@ from scripts import CONFIGS, ROOT, retell
 
 from posttrain.records import read_rows
 from reliability import inputs
-from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, HERE, PREPARED, SFT, Fault, tree_sha256
-
-SLOW = 10  # seconds of CPU for one input
+from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, HERE, PREPARED, SFT, SLOW, Fault, tree_sha256
 
 
 @dataclass
