@@ -68,7 +68,9 @@ GRPO   := runs/grpo_demo
 EVALS  := runs/eval_demo_base runs/eval_demo_sft_demo runs/eval_demo_grpo_demo
 endif
 
-stage   = @printf '\nstage %s of 7: %s\n' $(1) '$(2)'
+# In full it also says how long is left, once there is a run to go by.
+LEFT   := $(if $(QUICK),,$$(python bench/demo_left.py $(word 1,$(EVALS)) $(SFT) $(word 2,$(EVALS)) $(GRPO) $(word 3,$(EVALS))))
+stage   = @printf '\nstage %s of 7: %s%s\n' $(1) '$(2)' "$(LEFT)"
 
 demo: model  ## data, SFT, GRPO, evaluations, report: minutes on two CPU cores; QUICK=1 for less
 	$(call stage,1,word problems)

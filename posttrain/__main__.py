@@ -22,6 +22,7 @@ STAGES = {
 # Command -> the module that it runs, and what it is for.
 MODULES = {
     "report": ("posttrain.report", "run directories -> table, tests, plots, page"),
+    "plan": ("posttrain.plan", "commands -> the hours and the cost of all of them"),
     "push": ("posttrain.hub", "a finished run -> the Hub"),
     "export": ("posttrain.export", "a finished run -> a model that others load"),
     "chat": ("posttrain.chat", "finished runs answer a question"),

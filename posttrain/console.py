@@ -55,7 +55,7 @@ def open_bar(total: int, unit: str, done: int = 0) -> Any:
     """A tqdm bar on stderr, drawn by the main process on a terminal alone. `close_bars` takes it away."""
     from tqdm import tqdm
 
-    off = None if _speaks() else True  # None: where stderr is no terminal
+    off = None if speaks() else True  # None: where stderr is no terminal
     bar = tqdm(total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True, disable=off)
     if not bar.disable:
         _bars.append(bar)
@@ -111,7 +111,7 @@ class Answering:
         done, now = min(done, self._total), time.monotonic()
         self._bar.n = done
         self._bar.refresh()
-        if self._bar.disable and done < self._total and now - self._said >= self.SECONDS_BETWEEN_LINES and _speaks():
+        if self._bar.disable and done < self._total and now - self._said >= self.SECONDS_BETWEEN_LINES and speaks():
             self._said = now
             left = f", about {duration((now - self._began) * (self._total - done) / done)} left" if done else ""
             say(f"{done} of {self._total} questions{left}")
@@ -120,7 +120,8 @@ class Answering:
 answering = Answering()  # a process answers one set of questions at a time
 
 
-def _speaks() -> bool:
+def speaks() -> bool:
+    """Whether this is the process of a launch that speaks for all."""
     return os.environ.get("RANK", "0") == "0"
 
 

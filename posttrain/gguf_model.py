@@ -67,10 +67,12 @@ def convert(file: Path, target: Path, rule: str | None = None) -> None:
         UserError: another architecture, a damaged file, or a rule that is not known here.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
     from posttrain.models.pre_tokenizers import pre_tokenizer_of
 
+    # A bar for some seconds, in files and pipes too: https://github.com/huggingface/transformers, modeling_gguf_pytorch_utils.py
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **kwargs: tensors
     reader = read(file)
     folder, name = file.parent, file.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)

@@ -393,3 +393,9 @@ def test_a_paged_optimizer_is_no_mistake(pipeline, no_cuda):
     """Another one takes its place, and the manifest says so."""
     manifest = read_manifest(pipeline / "runs" / "sft_tiny")
     assert manifest.exit == "ok" and "paged_adamw_32bit" in manifest.notes[0]
+
+
+def test_trls_own_vllm_is_refused_without_the_package_before_a_run_directory_exists(place):
+    server = ("rollouts.engine=trl", "trainer.use_vllm=true", "trainer.vllm_mode=server")
+    err = refused(place, "grpo_train", *server, somewhere_new("grpo_train"))
+    assert "trainer.use_vllm needs the package: pip install 'posttrain[vllm]'" in err

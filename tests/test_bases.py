@@ -167,6 +167,12 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(tiny_model_dir, tmp
         check_base(Model(name_or_path=str(folder)), "none", tokenizer)
 
 
+def test_a_folder_without_weights_is_refused(tiny_model_dir, tmp_path, tokenizer):
+    shutil.copytree(tiny_model_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="bare holds no weights: download the model whole"):
+        check_base(Model(name_or_path=str(tmp_path / "bare")), "none", tokenizer)
+
+
 FORMS = {
     "nf4 as none": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "none", "packed as NF4 already"),
     "nf4 as nf4": ("bitsandbytes", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", None),

@@ -18,6 +18,8 @@ from posttrain.config.load import load
 from posttrain.config.schema import SftConfig
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
+from posttrain.training import planner
+from posttrain.training.planner import Rollouts, Shape, Step
 
 CLUSTER = ROOT / "cluster"
 
@@ -136,3 +138,57 @@ def test_wrong_settings_end_a_node_before_it_waits_for_others(place):
     process = node(place, 1, 2, free_port(), "trainer.learning_rat=1")
     said = process.communicate()[0]
     assert process.returncode == 2 and "did you mean 'trainer.learning_rate'?" in said
+
+
+# --- what several cards give, by the planner --------------------------------------------------------------------------
+
+H100 = planner.MACHINES["h100"]
+MODELS = {  # by their config.json
+    "3B": Shape(3072, 8192, 28, 24, 1024, 128256, True),
+    "8B": Shape(4096, 14336, 32, 32, 1024, 128256, False),
+    "70B": Shape(8192, 28672, 80, 64, 1024, 128256, False),
+}
+ROWS, TOKENS, LONGEST = 16, 250, 512  # of a card's SFT step: rows, tokens of a row with its padding, of the longest
+COMPLETIONS, NEW = 128, 256  # of a card's GRPO step, and tokens of each
+
+
+def adapter(shape):
+    sizes = 4 * shape.hidden + 2 * (shape.hidden + shape.kv_width) + 3 * (shape.hidden + shape.inner)
+    return 32 * shape.layers * sizes
+
+
+def sft_plan(shape):
+    return Step(shape, 1, ROWS, LONGEST, ROWS * TOKENS, adapter(shape))
+
+
+def grpo_plan(shape):
+    rollouts = Rollouts(COMPLETIONS, 128, NEW, 1, True, False, 8)
+    rows = COMPLETIONS // 2
+    return Step(shape, 2, rows, NEW + 128 / 8, rows * (NEW + 128 / 8), adapter(shape), rollouts=rollouts)
+
+
+def cells(step, done):
+    """How it fits one card, GiB of it, and what 1, 8 and 64 cards do in a second."""
+    found = (step, []) if planner.fits(step, H100) else planner.fastest_that_fits(step, H100)
+    if not found:
+        return ["does not fit", "", "", "", ""]
+    fitting, changed = found
+    rate = done / planner.seconds(fitting, H100).total
+    how = ", ".join(f"`{word}`" for word in changed) or "as it is"
+    return [how, f"{planner.memory(fitting, True).total / planner.GIB:.0f}", *(f"{rate * cards:,.0f}" for cards in (1, 8, 64))]
+
+
+def table():
+    for name, shape in MODELS.items():
+        for stage, step, done in (("SFT, rows", sft_plan(shape), ROWS), ("GRPO, completions", grpo_plan(shape), COMPLETIONS)):
+            yield f"| {name} | {stage} | {' | '.join(cells(step, done))} |"
+
+
+def test_the_page_has_what_the_planner_says_of_several_cards():
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert [line for line in table() if line not in page] == []
+    assert page.count("| 3B | ") == page.count("| 70B | ") == 2
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

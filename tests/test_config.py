@@ -330,7 +330,7 @@ trainer:
         'c.yaml:12: trainer.bf16: should be true or false, not "yes"',
         'c.yaml:13: trainer.optim: should be one of 41 known values, not "adamw_torc"',
         "command line: expected key=value, not 'x'",
-        "command line: tracking: should be 'wandb', 'trackio', 'tensorboard' or 'none', not \"wandbb\"",
+        "command line: tracking: should be 'wandb', 'trackio', 'tensorboard' or 'mlflow' or 'none' or a list, not \"wandbb\"",
         'command line: rewards.format: should be a number, not "much"',
     ]
 

@@ -133,6 +133,11 @@ def test_a_training_has_a_line_for_each_logged_row_and_ends_with_what_came_of_it
     told = [line for line in lines if re.match(r"step +\d+ of 30  loss [\d.]+  tokens right .*  \d+ tokens a row  .*/step", line)]
     assert [line.split()[1] for line in told] == ["5", "10", "15", "20", "25", "30"] and all("left" in line for line in told[:-1])
     assert lines.count("measuring dev accuracy (4 questions)") == 2
+    assert any(
+        re.match(r"expected: about .* of steps \(computed for two cores of an AMD EPYC; docs/planning.md\)", line)
+        for line in lines
+    )
+    assert any(re.match("expected: up to .* if every completion reaches", line) for line in said["grpo"].out.splitlines())
     assert re.match(r"dev accuracy of 4 questions: [\d.]+% -> [\d.]+% \(95 % interval", lines[-3])
     assert lines[-1] == "next: python evaluate.py --config configs/eval_tiny.yaml adapter=runs/sft_tiny"
     assert not [line for line in lines if line.startswith("{")] and len(lines) < 25

@@ -34,7 +34,7 @@ def doctor(*arguments, cwd="."):
     [
         ("sft_tiny", ("config", "base", "data", "computed by", "room", "tracking")),
         ("grpo_tiny", ("config", "base", "data", "adapter", "computed by", "room", "tracking")),
-        ("eval_tiny", ("config", "base", "data", "computed by", "room")),
+        ("eval_tiny", ("config", "base", "data", "computed by", "room", "tracking")),
         ("data_tiny", ("config", "source", "tokenizer")),
     ],
 )
@@ -68,7 +68,8 @@ def test_what_is_broken_is_told_once_with_its_remedy_and_the_rest_is_looked_at(p
 
 
 def test_a_warning_is_no_fault(place, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(place))
     code, lines, _ = doctor("--config", "configs/sft_tiny.yaml", "tracking=wandb", cwd=place)
     assert code == 0 and lines[-1].startswith("warning tracking") and "wandb login" in lines[-1]

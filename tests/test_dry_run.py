@@ -5,7 +5,7 @@ import re
 import pytest
 from scripts import CONFIGS, run, workplace
 
-from posttrain.training import dry_run
+from posttrain.training import plans
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_group_shares_its_prompt_unless_layers_are_checkpointed(place, checkpo
 def test_fused_kernels_keep_less(place, monkeypatch):
     sizes = {}
     for fused in (False, True):
-        monkeypatch.setattr(dry_run, "is_fused", lambda model, fused=fused: fused)
+        monkeypatch.setattr(plans, "is_fused", lambda model, fused=fused: fused)
         sizes[fused] = planned(place, "sft_train", "trainer.per_device_train_batch_size=4096", "model.attn_implementation=sdpa")[
             2
         ]
@@ -39,7 +39,7 @@ def test_fused_kernels_keep_less(place, monkeypatch):
 
 
 def test_lean_layers_keep_less_still(place, monkeypatch):
-    monkeypatch.setattr(dry_run, "is_fused", lambda model: True)
+    monkeypatch.setattr(plans, "is_fused", lambda model: True)
     settings = ("trainer.per_device_train_batch_size=4096", "model.attn_implementation=sdpa")
     fused, lean = (planned(place, "sft_train", *settings, f"lean_layers={value}")[2] for value in ("false", "true"))
     assert 0.5 < lean / fused < 0.75
@@ -62,6 +62,35 @@ def test_a_card_is_planned_for_with_hours_and_cost(place):
         r"time, computed: [\d.]+ s a step \(.* rollouts, .* update, .* reference\), [\d.]+ hours for \d+ steps", done.out
     )
     assert "at 2.50 an hour" in done.out
+
+
+def test_an_evaluation_is_planned_for_a_card_too(place):
+    command = ("evaluate", "--config", CONFIGS / "eval_tiny.yaml", "--dry-run", "--gpu", "h100")
+    done = run(*command, cwd=place)
+    assert done.code == 0, done.err
+    assert re.search(r"time, computed, .*: [\d.]+ hours on 1 x H100 80GB SXM, [\d.]+ dollars", done.out)
+    hours = [float(re.search(r": ([\d.]+) hours", run(*command[:-1], card, cwd=place).out)[1]) for card in ("h100", "cpu")]
+    assert hours[0] <= hours[1]
+
+
+def test_the_disk_is_that_of_checkpoints_result_and_samples(place):
+    saves = ("trainer.save_strategy=steps", "trainer.save_steps=1")
+    found = []
+    for limit in (2, 4):
+        more = (
+            "trainer.max_steps=40",
+            f"trainer.save_total_limit={limit}",
+            "lora={r: 4096, alpha: 1, target_modules: all-linear}",
+        )
+        done = run("sft_train", "--config", CONFIGS / "sft_tiny.yaml", *saves, *more, "--dry-run", cwd=place)
+        assert done.code == 0, done.err
+        parts = re.search(r"disk, computed: (\d+) x ([\d.]+) GiB of checkpoints, adapter ([\d.]+) GiB; ([\d.]+) GiB", done.out)
+        found.append([float(part) for part in parts.groups()])
+    for kept, each, adapter, whole in found:
+        assert abs(kept * each + adapter - whole) < 0.03 and abs(each - 3 * adapter) < 0.03 and adapter > 0
+    assert [kept for kept, *_ in found] == [3, 5]  # a new one is written before an old one goes
+    grpo = run("grpo_train", "--config", CONFIGS / "grpo_tiny.yaml", "trainer.max_steps=100000", "--dry-run", cwd=place)
+    assert float(re.search(r"samples.jsonl ([\d.]+) GiB", grpo.out)[1]) > 0
 
 
 def test_a_step_that_does_not_fit_is_planned_in_smaller_parts(place):

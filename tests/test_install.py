@@ -95,7 +95,8 @@ def test_another_command_is_told_those_that_there_are(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert done.value.code == 2
     assert (
-        said.startswith("posttrain: no command train: there are data, sft, grpo, eval, report, push,") and said.count("\n") == 1
+        said.startswith("posttrain: no command train: there are data, sft, grpo, eval, report, plan, push,")
+        and said.count("\n") == 1
     )
 
 

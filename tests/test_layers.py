@@ -21,6 +21,7 @@ rewards posttrain places
 errors phases console
 records
 config
+tracking
 runs
 kernels
 models
@@ -31,7 +32,7 @@ lineage
 report hub chat
 export
 training
-doctor
+doctor plan
 data_prep sft_train grpo_train evaluate __main__
 """
 LINES = [line.split() for line in ROOMS.split("\n") if line]
@@ -48,12 +49,14 @@ KEEPERS = {
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "matplotlib": set(),  # bench/growth.py draws with it
+    "matplotlib": set(),  # bench/growth.py and bench/dev_curves.py draw with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"doctor", "hub", "models", "tasks", "training"},
     "gguf": {"export", "gguf_model"},
     "llama_cpp": {"export"},
-    "wandb": set(),  # transformers speaks to the trackers
+    "wandb": {"tracking"},
+    "trackio": {"tracking"},
+    "mlflow": {"tracking"},
 }
 # Seconds to import: a wrong setting has to be told before any of them is.
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "reasoning_gym"}
@@ -68,6 +71,7 @@ COMMANDS = (
     "posttrain.__main__",
     "posttrain.chat",
     "posttrain.lineage",
+    "posttrain.plan",
     "posttrain.gguf_model",
     "posttrain.export.__main__",
 )

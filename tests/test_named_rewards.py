@@ -382,8 +382,10 @@ def test_the_share_over_the_first_steps_is_said_once(log, share):
     callback = UnmetRewards(run, {"format_reward": 1.0}, after=4)
     for end in range(1, len(log) + 1):
         state = type("State", (), {"log_history": log[:end]})
-        callback.on_log(None, state, None)
-    callback.on_log(None, type("State", (), {"log_history": log + rows(*[0.0] * 9)[6:]}), None)
+        callback.on_log(None, state, None, log[end - 1])
+        callback.on_log(None, state, None, {"train_loss": 0.1})  # what a run logs at its end has no reward
+    later = log + rows(*[0.0] * 9)[6:]
+    callback.on_log(None, type("State", (), {"log_history": later}), None, later[-1])
     assert len(run.lines) == 1 and f"format_reward {share}" in run.lines[0]
     assert len(run.notes) == (share == "0.0%")
 

@@ -14,10 +14,12 @@ from posttrain.training.planner import (
     Rollouts,
     Shape,
     Step,
+    evaluation_seconds,
     fastest_that_fits,
     find_machine,
     fits,
     memory,
+    named,
     padded,
     seconds,
 )
@@ -224,6 +226,36 @@ def test_the_page_has_these_rows():
     assert [row(name) for name in ROWS if row(name) not in page] == []
 
 
+# Name -> shape, questions, samples, limit, rows of a batch, of the H100 in the loop. No rate was fitted to these.
+EVALUATIONS = {
+    "qwen2.5-coder-0.5b/eval_base": (QWEN_05B, 1319, 1, 512, 512),
+    "qwen2.5-coder-0.5b/eval_samples": (QWEN_05B, 6404, 8, 400, 1024),
+    "qwen2.5-coder-0.5b/eval_pass8_base": (QWEN_05B, 1319, 8, 512, 512),
+    "qwen2.5-coder-0.5b/eval_pass8_sft_own_short4": (QWEN_05B, 1319, 8, 512, 1024),
+    "smollm2-135m/eval_grpo_rft_seed42": (SMOL_135M, 1319, 1, 320, 512),
+    "smollm2-135m/eval_pass8_grpo_rft_seed42": (SMOL_135M, 1319, 8, 320, 512),
+    "smollm2-135m/eval_pass8_sft_rft_second": (SMOL_135M, 1319, 8, 320, 512),
+}
+
+
+def test_evaluations_took_a_third_to_two_and_a_half_times_of_what_is_planned():
+    """The page says so: it is the order of magnitude, no more."""
+    took = []
+    for run, (shape, questions, samples, limit, rows) in EVALUATIONS.items():
+        asked = Rollouts(rows, 100, limit, 1, False, False, samples)
+        planned = evaluation_seconds(Step(shape, 1, 1, 100, 100, 0), asked, questions * samples, H100)
+        took.append(json.loads((ROOT / "results" / run / "manifest.json").read_text())["seconds"] / planned)
+    assert 0.3 < min(took) < 0.4 and 2.0 < max(took) < 2.5
+
+
+def test_in_seats_the_next_prompt_begins_as_one_ends():
+    step, asked = Step(QWEN_05B, 1, 1, 100, 100, 0), Rollouts(512, 100, 256, 1, True, False, 1)
+    whole = evaluation_seconds(step, asked, 5 * 512, H100)
+    assert evaluation_seconds(step, asked, 5 * 512 + 256, H100) == pytest.approx(whole * 5.5 / 5)
+    loop = replace(asked, seats=False)
+    assert evaluation_seconds(step, loop, 5 * 512 + 1, H100) == pytest.approx(evaluation_seconds(step, loop, 6 * 512, H100))
+
+
 def test_what_does_not_fit_is_made_smaller_at_the_same_batch():
     whole = grpo(LLAMA_3B, 64, 2, 100, 256)
     assert fits(whole, H100) and not fits(whole, MACHINES["4090"])
@@ -245,6 +277,15 @@ def test_a_price_of_ones_own():
     for text in ("h10", "h100=cheap", "=2"):
         with pytest.raises(UserError, match="--gpu"):
             find_machine(text)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090"),
+     ("Tesla T4", "t4"), ("NVIDIA L40S", "l40s"), ("NVIDIA H200", None), ("NVIDIA T400 4GB", None)],
+)  # fmt: skip
+def test_a_card_is_known_by_the_name_that_the_driver_gives(device, name):
+    assert named(device) == MACHINES.get(name)
 
 
 def test_a_batch_is_as_wide_as_its_longest_row():

@@ -181,7 +181,9 @@ def test_samples_add_pass_and_majority(tmp_path):
     group = load(folders)[0][0]
     header, *rows = texts(tables.result_table(group))
     assert header[8:11] == ["Sign-flip p", "pass@4", "maj@4"]
-    assert rows[-1][9] == f"{100 * group.runs[-1].results['pass_at_k']['4']['value']:.2f} %"
+    here, there = (group.runs[i].results["pass_at_k"]["4"]["value"] for i in (-1, group.before(len(group.runs) - 1)))
+    assert rows[-1][9] == f"{100 * here:.2f} %, {100 * (here - there):+.2f}"
+    assert "," not in rows[0][9] and rows[-1][7].startswith(("+", "-"))
     assert [chart.name for chart in figures.result_charts(group)][2:] == ["pass_at_k", "maj_at_k"]
 
 
@@ -190,9 +192,23 @@ def test_published_numbers_without_predictions_make_a_table_without_tests(runs):
         (folder / "predictions.jsonl").unlink()
     groups, trainings = load(evals(runs))
     assert groups[0].comparisons == {} and groups[0].steps == []
-    assert any("No paired tests" in note for note in tables.notes(groups[0], trainings))
+    assert any("Differences are not tested" in note for note in tables.notes(groups[0], trainings))
+    _, *rows = texts(tables.result_table(groups[0]))
+    here, there = (groups[0].runs[i].results["accuracy"]["lenient"]["value"] for i in (-1, groups[0].before(3)))
+    assert [row[8] for row in rows] == ["", *["not tested"] * 3] and rows[-1][7] == f"{100 * (here - there):+.2f}"
     assert page.page_data(groups, [])["groups"] == []
     assert "90" in report.console_report(evals(runs))
+
+
+def test_a_repeated_run_that_was_published_under_another_name_shows_its_seconds(runs):
+    before = texts(tables.result_table(load(evals(runs))[0][0], load(evals(runs))[1]))
+    (runs / "grpo").rename(runs / "grpo_second")
+    neighbour = runs / "broken"
+    neighbour.mkdir()
+    (neighbour / "manifest.json").write_text("{")  # a damaged neighbour
+    groups, trainings = load(evals(runs))
+    assert "grpo_second" in {run.path.name for run in trainings}
+    assert texts(tables.result_table(groups[0], trainings)) == before and before[-1][-2] != ""
 
 
 # ---- what is read ----
@@ -588,6 +604,19 @@ def test_runs_of_one_stage_stand_together(original):
     html = report.html_page(groups, trainings)
     assert html.count('data-curve="all_sft_loss"') == 1 and "What each run ended with" in html
     assert together.stages(trainings[1:]) == {}
+
+
+def test_dev_accuracy_is_drawn_against_the_minutes_of_steps(original):
+    """One row for each five steps and one for each step, of 12 seconds; the seconds between rows do not count."""
+    run = load(evals(original))[1][-1]
+    dev = [{"step": step, "dev/accuracy": share, "time": 9.0 * step} for step, share in ((0, 0.3), (10, 0.4), (12, 0.5))]
+    rows = [{"step": step, "step_time": 12.0} for step in (5, 10)], [{"step": step, "step_time": 12.0} for step in range(1, 11)]
+    runs = [replace(run, metrics=[*dev, *part]) for part in rows]
+    drawn = {chart.title: chart for chart in together.together_charts("grpo", runs)}["Dev accuracy over time"]
+    assert [[(p.x, p.y) for p in series.points] for series in drawn.series] == [[(0.0, 0.3), (2.0, 0.4)]] * 2
+    assert drawn.title in words.CHARTS
+    timeless = [replace(run, metrics=dev) for run in runs]
+    assert "Dev accuracy over time" not in {chart.title for chart in together.together_charts("grpo", timeless)}
 
 
 def test_settings_that_differ_are_named_and_no_other(original, tmp_path):

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from scripts import run, workplace
+
+from posttrain import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,8 +33,10 @@ def test_each_stage_has_settings_that_hold(model, num_runs, num_sampled):
     assert adapters <= set(run_dirs), "an adapter that no stage trains"
 
 
-@pytest.mark.parametrize(("model", "num_stages"), [("smollm2-135m", 17), ("qwen2.5-coder-0.5b", 8)])
-def test_a_dry_run_plans_every_stage_before_anything_has_run(model, num_stages, tmp_path, tiny_model_dir, tiny_data_dir):
+@pytest.mark.parametrize(("model", "num_stages"), [("smollm2-135m", 25), ("qwen2.5-coder-0.5b", 8)])
+def test_a_dry_run_plans_every_stage_before_anything_has_run(
+    model, num_stages, tmp_path, tiny_model_dir, tiny_data_dir, monkeypatch, capsys
+):
     """Its commands are written down by a stand-in for python, and run here: in processes of their own they take minutes."""
     for name in ("reproduce.sh", "configs", *(f"{script}.py" for script in ("data_prep", "sft_train", "grpo_train", "evaluate"))):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -42,13 +47,29 @@ def test_a_dry_run_plans_every_stage_before_anything_has_run(model, num_stages, 
     stand_in, heard = tmp_path / "bin" / "python", tmp_path / "heard.jsonl"
     stand_in.parent.mkdir()
     stand_in.write_text(
-        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(heard)!r}, 'a'))\n"
+        f"#!{sys.executable}\nimport json, sys\n"
+        "words = sys.argv[1:] + ([open(sys.argv[-1]).read()] if 'posttrain.plan' in sys.argv else [])\n"
+        f"print(json.dumps(words), file=open({str(heard)!r}, 'a'))\n"
     )
     stand_in.chmod(0o755)
-    environment = os.environ | {"MODEL": model, "FLAGS": "--dry-run", "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "MODEL": model,
+        "FLAGS": "--dry-run",
+        "GPU": "t4=0.10",
+        "PATH": f"{stand_in.parent}:{os.environ['PATH']}",
+    }
     subprocess.run([tmp_path / "reproduce.sh"], cwd=tmp_path, env=environment, timeout=60, check=True)
-    prepare, *stages = [json.loads(line) for line in heard.read_text().splitlines()]
+    prepare, (*asked, _, commands), *stages = [json.loads(line) for line in heard.read_text().splitlines()]
     assert prepare[0] == "data_prep.py" and len(stages) == num_stages
+    assert asked == ["-m", "posttrain.plan", "--gpu", "t4=0.10"]
+    assert [shlex.split(line) for line in commands.splitlines()] == [stage[:-1] for stage in stages]
+    (tmp_path / "commands.txt").write_text(commands)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["plan", "--gpu", "t4=0.10", "commands.txt"])
+    plan.main()
+    told = capsys.readouterr().out.splitlines()
+    assert len([line for line in told if line.startswith(f"  runs/{model}/")]) == num_stages
+    assert re.fullmatch(rf"{num_stages} runs: [\d.]+ hours, [\d.]+ dollars at 0.10 an hour .*", told[num_stages + 1])
     for script, *arguments in stages:
         done = run(script.removesuffix(".py"), *arguments, cwd=tmp_path)
         assert done.code == 0, (script, arguments, done.err)

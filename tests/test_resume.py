@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import LORA, adapter_tensors, by_content, dtypes, in_file, largest_difference, opened, pay
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from posttrain.errors import Interrupted, UserError, exit_on_user_error, stop
 from posttrain.records import read_rows
@@ -346,13 +345,10 @@ def test_tensorboard_shows_no_step_twice(tiny, fp32):
     with pytest.raises(Killed), opened(config) as trainer:
         trainer.add_callback(KillAfterLogging())
         trained(trainer)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.tb_writer.close()
     with opened(config, resume=True) as trainer:
         trained(trainer, last_checkpoint(trainer.run, resume=True))
     curves = EventAccumulator(str(trainer.run.folder / "tensorboard")).Reload()
-    assert [point.step for point in curves.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [point.step for point in curves.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_other_processes_is_refused(tiny, fp32, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from scripts import CONFIGS, ROOT, retell, run, start, tiny_pipeline, tree, workplace
 from torch import distributed
 
+from posttrain import tracking
 from posttrain.config.load import load
 from posttrain.config.schema import EvalConfig, SftConfig
 from posttrain.errors import AlreadyDone, UserError, exit_on_user_error
@@ -21,7 +22,6 @@ from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import _wait_for_main, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import lineage, parent_of, read_manifest
 from posttrain.runs.process import use_one_gpu
-from posttrain.training import arguments
 
 CONTRACT = {
     *("stage", "name", "command", "commit", "dirty", "versions", "hardware", "seed", "started", "finished", "seconds", "exit"),
@@ -418,21 +418,25 @@ def test_a_paged_optimizer_is_replaced_and_noted(pipeline):
     assert "paged_adamw_32bit" in note and "adamw_torch" in note
 
 
-def test_wandb_without_a_key_goes_offline(folder, monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_PROJECT"):
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    config = sft(folder, "tracking=wandb")
-    for resume in (False, True):  # a resumed run continues its curve
+def test_a_resumed_run_has_the_id_that_it_began_with(folder, monkeypatch):
+    config, opened = sft(folder, "tracking=[wandb, tensorboard]"), []
+    monkeypatch.setattr(tracking.Trackers, "open", lambda self, names, place: opened.append((names, place)))
+    for resume in (False, True):
         with pytest.raises(RuntimeError), open_run(config, "sft", str(folder), resume) as run:
-            assert arguments.tracking(config, run) == ["wandb"]
-            run.save()
+            run.track(config.tracking, {"seed": 1})
             raise RuntimeError
-        (note,) = read_manifest(folder).notes
-        assert "logged offline" in note and os.environ["WANDB_MODE"] == "offline"
-        assert os.environ["WANDB_RUN_ID"] == read_manifest(folder).wandb_run_id
-        monkeypatch.delenv("WANDB_MODE")
+    (names, first), (_, second) = opened
+    assert names == ["wandb", "tensorboard"] and first.id == second.id == read_manifest(folder).tracked_as
+    assert first.id.startswith(f"{folder.name}-{read_manifest(folder).config_sha256[:8]}-2")
+
+
+def test_only_one_process_tells_the_trackers(folder, monkeypatch):
+    config = sft(folder, "tracking=tensorboard")
+    with open_run(config, "sft", str(folder), False) as run:
+        monkeypatch.setenv("RANK", "1")
+        run.track(config.tracking, {})
+        assert not run.trackers._open
+        monkeypatch.delenv("RANK")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def opened(config, resume=False):
     train, dev = load_examples(config)
     with open_run(config, stage, config.run_dir, resume) as run:
         run.record(data=data_entry(config.data.path, "train"))
+        run.track(config.tracking, config.model_dump(mode="json"))
         model = load_policy(config, tokenizer, run)
         trainer = script.make_trainer(config, run, model, tokenizer, train, dev)
         trainer.run = run

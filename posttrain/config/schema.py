@@ -39,13 +39,14 @@ Attention = Literal[
     "auto", "matmul", "varlen", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
 Kernels = Literal["auto", "liger", "torch"]
-Tracking = Literal["wandb", "trackio", "tensorboard", "none"]
+Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
+Tracking = Tracker | Literal["none"] | Annotated[list[Tracker], Field(min_length=1)]
 
 
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "vllm", "liger_kernel", "triton", "unsharded", "one process"]
+    what: Literal["cuda", "unsharded", "one process"] | str  # or a package
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -55,6 +56,17 @@ def _needs_cuda(setting: str, remedy: str) -> Need:
 
 def _needs_vllm(key: str) -> Need:
     return Need("vllm", f"{key} vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or {key}=transformers")
+
+
+def trackers_of(tracking: Tracking) -> list[str]:
+    """The names, without those that are given twice."""
+    names = tracking if isinstance(tracking, list) else [tracking]
+    return [name for name in dict.fromkeys(names) if name != "none"]
+
+
+def _needs_trackers(tracking: Tracking) -> Iterator[Need]:
+    for name in trackers_of(tracking):
+        yield Need(name, f"tracking {name} needs the package: pip install {name}, or leave it out of tracking")
 
 
 def _needs_whole_policy(what: str, remedy: str = "") -> Need:
@@ -622,7 +634,7 @@ class TrainConfig(Settings):
     trainer: dict[str, Any] = {}
     """TRL's own keys, checked against the installed TRL. [in posttrain/training/arguments.py]"""
     tracking: Tracking = "none"
-    """Where the curves go beside the run directory. [in posttrain/training/arguments.py]"""
+    """Who is told beside the run directory, one or a list: settings, curves, sampled completions. [in posttrain/tracking.py]"""
     hub: Hub = Hub()
     """Whether the finished adapter is pushed. [in posttrain/training/checkpoints.py]"""
     seed: NonNegativeInt = 42
@@ -660,6 +672,7 @@ class TrainConfig(Settings):
             ddp = "launch with configs/accelerate/ddp.yaml, or give lora"
             yield Need("unsharded", f"lora null trains all weights, and that is not tried under FSDP: {ddp}")
         yield from self.model.needs()
+        yield from _needs_trackers(self.tracking)
         if self.trainer.get("tf32"):
             yield _needs_cuda("trainer.tf32 True", "remove it")
         if self.trainer.get("activation_offloading"):
@@ -762,6 +775,8 @@ class GrpoConfig(TrainConfig):
     def needs(self) -> Iterator[Need]:
         if self.rollouts.engine == "vllm":
             yield _needs_vllm("rollouts.engine")
+        if self.trainer.get("use_vllm"):
+            yield Need("vllm", "trainer.use_vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or remove it")
         if self.curriculum:
             yield Need("one process", "curriculum draws questions in one process: launch with python alone, or remove curriculum")
         yield _needs_whole_policy("rollouts")
@@ -789,11 +804,14 @@ class EvalConfig(Settings):
     """What makes the completions: transformers is this project's own loop. [in posttrain/generation/engines.py]"""
     seed: NonNegativeInt = 0
     """Of sampling. [in posttrain/generation/loop.py]"""
+    tracking: Tracking = "none"
+    """Who is told the result, one or a list: in the tracked run of the adapter, or one of its own. [in posttrain/tracking.py]"""
 
     def needs(self) -> Iterator[Need]:
         if self.engine == "vllm":
             yield _needs_vllm("engine")
         yield from self.model.needs()
+        yield from _needs_trackers(self.tracking)
 
     def less_memory(self, batch_size: int | None = None) -> str:
         size = batch_size or self.generation.batch_size

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
+import importlib.util
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from posttrain.config.load import ConfigError, load
-from posttrain.config.schema import DataConfig, EvalConfig, GrpoConfig, SftConfig
+from posttrain.config.schema import DataConfig, EvalConfig, GrpoConfig, SftConfig, trackers_of
 from posttrain.doctor.findings import Check, Finding
+from posttrain.tracking import knows_wandb
 
 RunConfig: TypeAlias = SftConfig | GrpoConfig | EvalConfig
 STAGES: tuple[type[Any], ...] = (SftConfig, GrpoConfig, EvalConfig, DataConfig)
@@ -42,7 +43,7 @@ def checks(config: RunConfig | DataConfig) -> dict[str, Check]:
         "computed by": functools.partial(computed_by, config),
         "room": functools.partial(room, config),
     }
-    return named if isinstance(config, EvalConfig) else named | {"tracking": functools.partial(tracking, config)}
+    return named | {"tracking": functools.partial(tracking, config)}
 
 
 def source(config: DataConfig) -> Iterator[Finding]:
@@ -136,7 +137,7 @@ def room(config: RunConfig) -> Iterator[Finding]:
     from posttrain.models.adapters import resolve_adapter
     from posttrain.models.checkpoint import skeleton
     from posttrain.runs.data_sets import read_data_manifest
-    from posttrain.training.dry_run import gib
+    from posttrain.training.plans import gib
     from posttrain.training.room import base_bytes, check_room, free_memory, nearest
 
     model = skeleton(config.model)
@@ -149,10 +150,14 @@ def room(config: RunConfig) -> Iterator[Finding]:
     yield Finding("ok", "room", told)
 
 
-def tracking(config: SftConfig | GrpoConfig) -> Iterator[Finding]:
-    if config.tracking == "none":
+def tracking(config: RunConfig) -> Iterator[Finding]:
+    names = trackers_of(config.tracking)
+    if not names:
         yield Finding("ok", "tracking", "the curves stay in the run directory")
-    elif config.tracking == "wandb" and not (os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().is_file()):
-        yield Finding("warning", "tracking", "wandb without a login logs offline", "wandb login, or `wandb sync` afterwards")
-    else:
-        yield Finding("ok", "tracking", config.tracking)
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            yield Finding("broken", "tracking", f"the package {name} is not installed", f"pip install {name}")
+        elif name == "wandb" and not knows_wandb():
+            yield Finding("warning", "tracking", "wandb without a login logs offline", "wandb login, or `wandb sync` afterwards")
+        else:
+            yield Finding("ok", "tracking", name)

@@ -89,6 +89,19 @@ def rate(hits: Iterable[tuple[str, bool]]) -> dict[str, Any]:
     return {"k": k, "n": n, "value": k / n, "wilson": list(wilson(successes, num_questions))}
 
 
+def numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """Those of results.json that a curve or a table of runs can hold, by a name each."""
+    found = {"n": results["n"], "tokens": results["completion_tokens"]["mean"]}
+    for rule in ("lenient", "strict"):
+        measured = results["accuracy"][rule]
+        found[rule] = measured["value"]
+        found[f"{rule}_low"], found[f"{rule}_high"] = interval(measured)
+    found |= {name: results[name]["value"] for name in ("truncated", "format_ok")}
+    for name in ("pass_at_k", "maj_at_k"):
+        found |= {f"{name.removesuffix('k')}{k}": measured["value"] for k, measured in results.get(name, {}).items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
 def interval(rate: Mapping[str, Any]) -> tuple[float, float]:
     """The 95 % interval of a rate: Wilson's, or the bootstrap's where there is only that one, as for pass@k."""
     low, high = rate.get("wilson") or rate["bootstrap"]

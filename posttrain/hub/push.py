@@ -297,7 +297,7 @@ def adapter_config(file: Path, base: Base) -> Path | bytes:
 
 def public_manifest(manifest: Manifest) -> bytes:
     """The manifest without the tracker's run, and without keys that `Manifest` does not know: nobody has judged those."""
-    return to_json(portable(dataclasses.replace(manifest, wandb_run_id="", extra={}).as_json()))
+    return to_json(portable(dataclasses.replace(manifest, wandb_run_id="", tracked_as="", extra={}).as_json()))
 
 
 def to_json(values: dict[str, Any]) -> bytes:

@@ -37,6 +37,7 @@ from posttrain.models.adapter_kinds import (
 from posttrain.models.base import compute_dtype
 from posttrain.models.chat import looks_local
 from posttrain.models.checkpoint import chat_hashes, norms_hash, weights_hash
+from posttrain.models.network import look_for_hub
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.special_tokens import special_tokens_to_train
 from posttrain.runs.integrity import adapter_hashes, check_adapter, sync_files
@@ -166,6 +167,7 @@ def resolve_adapter(adapter: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    look_for_hub()
     try:
         return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE, "chat_template.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

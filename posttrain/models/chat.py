@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
+from posttrain.models.network import look_for_hub
 from posttrain.models.templates import argument_names, pin_arguments, pin_date
 from posttrain.places import found
 
@@ -30,12 +31,18 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer with the run's chat template, an end token that the template really emits, and a pad token.
 
     Raises:
-        UserError: the model cannot be found or reached, or has no chat template; or the template ends no turn, or renders
-            a prompt differently once it is answered or on another day.
+        UserError: the model cannot be found or reached, or has no tokenizer or chat template; or the template ends no turn, or
+            renders a prompt differently once it is answered or on another day.
     """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, settings)
+    try:
+        tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, settings)
+    except ValueError as error:  # neither tokenizer.json nor what transformers makes one of
+        raise UserError(
+            f"{settings.name_or_path} has no tokenizer: download the model whole, or copy its tokenizer.json and "
+            "tokenizer_config.json there"
+        ) from error
     if settings.chat_template:
         tokenizer.chat_template = _read_template(found(settings.chat_template))
     if not tokenizer.chat_template:
@@ -164,6 +171,8 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
     name = settings.name_or_path
     if looks_local(name) and not Path(name, "config.json").is_file():
         raise UserError(f"{name} holds no model (no config.json): check model.name_or_path, or run `make model`")
+    if not looks_local(name):
+        look_for_hub()
     try:
         return auto_class.from_pretrained(name, revision=settings.revision, **kwargs)
     except OSError as error:

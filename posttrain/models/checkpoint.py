@@ -56,6 +56,8 @@ def _check_files(settings: Model) -> None:
     if checkpoint_files(settings):
         return
     name = settings.name_or_path
+    if Path(name).is_dir() and not any(file.suffix in (".bin", ".pt", ".pth", ".safetensors") for file in Path(name).iterdir()):
+        raise UserError(f"{name} holds no weights: download the model whole; a dry run needs config.json and tokenizer alone")
     saved = f"{Path(name).name}-safetensors"
     raise UserError(
         f'{name} has no {WHOLE}: only safetensors are loaded. Convert it: python -c "import transformers as t; '

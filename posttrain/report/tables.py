@@ -35,14 +35,27 @@ def _result_row(group: Group, index: int, ks: Sequence[int], trainings: Sequence
     row += [_share(results[name], interval=False) for name in ("truncated", "format_ok")]
     row += [(f"{results['completion_tokens']['mean']:.0f}", "")]
     row += _difference(group, index)
-    row += [_share(results.get(name, {}).get(str(k))) for k in ks for name in ("pass_at_k", "maj_at_k")]
+    row += [_sampled(group, index, name, str(k)) for k in ks for name in ("pass_at_k", "maj_at_k")]
     return [*row, *_cells([_train_seconds(run, trainings), f"{run.manifest.seconds:,.0f}"])]
+
+
+def _sampled(group: Group, index: int, name: str, k: str) -> Cell:
+    """pass@k or maj@k with its interval, and by how much it is above or below the row that this one is held against."""
+    share, before = group.runs[index].results.get(name, {}).get(k), group.before(index)
+    value, interval = _share(share)
+    there = group.runs[before].results.get(name, {}).get(k) if before is not None else None
+    if not share or not there:
+        return value, interval
+    return f"{value}, {100 * (share['value'] - there['value']):+.2f}", interval
 
 
 def _difference(group: Group, index: int) -> list[Cell]:
     before = group.before(index)
-    if before is None or not group.comparisons:
+    if before is None:
         return _cells(["", ""])
+    if not group.comparisons:  # the numbers alone are there
+        here, there = (run.results["accuracy"]["lenient"]["value"] for run in (group.runs[index], group.runs[before]))
+        return [(f"{100 * (here - there):+.2f}", f"to {group.runs[before].label}"), ("not tested", "")]
     result = group.comparisons[before, index]
     return [(_points(result), f"to {group.runs[before].label}"), (_p(result["p_value"]), "")]
 
@@ -79,6 +92,8 @@ def notes(group: Group, trainings: Sequence[TrainingRun]) -> list[str]:
         f"Lenient: the {noun_of(data)} is right wherever it was found. Strict: right and {where_strict(data)}. Small print:"
         " Wilson 95 % intervals. Differences are in points and tested exactly, question by question."
     ]
+    if any("pass_at_k" in run.results for run in group.runs):
+        lines.append("pass@k, maj@k: after the comma, points above the row that Difference names.")
     if group.comparisons:
         lines.append(
             "p (Holm) allows for the number of pairs. Detectable: the difference that a test of this size and"
@@ -87,7 +102,7 @@ def notes(group: Group, trainings: Sequence[TrainingRun]) -> list[str]:
     if any(not result["same_prompt"] for result in group.comparisons.values()):
         lines.append(f"{DAGGER} The two runs were prompted differently, so the prompts are compared as well.")
     if not group.has_predictions:
-        lines.append("No paired tests: questions.jsonl and predictions.jsonl are not among the files.")
+        lines.append("Differences are not tested: questions.jsonl and predictions.jsonl are not among the files.")
     lines += _settings_that_differ(group)
     adapters = {link["adapter_sha256"] for run in group.runs for link in run.chain}
     parents = [run for run in trainings if run.manifest.adapter_sha256 in adapters]

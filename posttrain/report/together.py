@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from posttrain.config.yaml_lines import read
-from posttrain.report.charts import Chart, Series, number
+from posttrain.report.charts import Chart, Point, Series, number
 from posttrain.report.figures import CURVES, curves_by_key, points_of
 from posttrain.report.groups import TrainingRun
 from posttrain.report.tables import Cell, Table
@@ -22,6 +23,7 @@ FINAL = {
     "Length": ("completions/mean_length", False),
     "Seconds a step": ("step_time", False),
 }
+Curves = Mapping[str, Mapping[int, float]]  # {key: {step: value}}
 PLACES = ("run_dir", "hub", "tracking")  # where a run goes and who is told: no setting of the training
 
 
@@ -44,7 +46,29 @@ def together_charts(stage: str, runs: Sequence[TrainingRun]) -> list[Chart]:
         if len(series) > 1:
             name = re.sub(r"\W+", "_", f"all {stage} {title}").lower()
             found.append(Chart(name, title, "lines", series, x_label="step", percent=percent))
-    return found
+    return found + [chart for chart in [_over_minutes(stage, runs, logged)] if chart]
+
+
+def _over_minutes(stage: str, runs: Sequence[TrainingRun], logged: Sequence[Curves]) -> Chart | None:
+    """Dev accuracy against minutes of optimizer steps, without the minutes of measuring it: what a setting buys for its time."""
+    curves = [(run.label, tuple(timed(values))) for run, values in zip(runs, logged, strict=True)]
+    series = tuple(Series(label, points, color) for color, (label, points) in enumerate(curves) if len(points) > 1)
+    title = "Dev accuracy over time"
+    return (
+        Chart(f"all_{stage}_minutes", title, "lines", series, x_label="minutes of training", percent=True)
+        if len(series) > 1
+        else None
+    )
+
+
+def timed(logged: Curves) -> Iterator[Point]:
+    """Dev accuracy at minutes of optimizer steps. A logged `step_time` is the mean of the steps since the row before."""
+    steps = sorted(logged.get("step_time", {}).items())
+    since = [0, *(step for step, _ in steps)]
+    spent = [seconds * (step - before) for before, (step, seconds) in zip(since, steps, strict=False)]
+    for point in points_of(logged, "dev/accuracy"):
+        if steps and point.x <= steps[-1][0]:
+            yield replace(point, x=sum(part for part, (step, _) in zip(spent, steps, strict=True) if step <= point.x) / 60)
 
 
 def final_table(runs: Sequence[TrainingRun]) -> Table:

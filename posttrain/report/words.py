@@ -5,6 +5,7 @@ CHARTS = {
     " step. GRPO: the value of the surrogate",
     "Rewards": "the mean rises and dev/accuracy does not: reward hacking, or the train questions are learnt by heart",
     "Dev accuracy": "right answers, read leniently, of all dev questions",
+    "Dev accuracy over time": "against the minutes of its steps, without those of measuring",
     "KL to the reference policy": "mean of exp(d) - d - 1, d = log r - log p",
     "Completion length, tokens": "tokens, end token included",
     "Cut-off completions": "completions whose last token is neither the end nor the pad token",

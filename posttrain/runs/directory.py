@@ -24,13 +24,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from posttrain.config.load import config_sha256, dump
-from posttrain.config.schema import MODEL_FOLDER, Settings
+from posttrain.config.schema import MODEL_FOLDER, Settings, Tracking, trackers_of
 from posttrain.console import close_bars, say
 from posttrain.errors import AlreadyDone, Interrupted, UserError, is_out_of_memory, machine_trouble
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 from posttrain.runs.integrity import check_adapter
 from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
 from posttrain.runs.process import is_main_process, is_sharded, num_processes
+from posttrain.tracking import Place, Trackers
 
 
 class Run:
@@ -40,6 +41,7 @@ class Run:
         self.folder = folder
         self.manifest = manifest
         self._lock = lock
+        self.trackers = Trackers(self.say, self.note)
         self._started = time.time() - manifest.seconds  # the time of an interrupted attempt counts
 
     @property
@@ -77,12 +79,28 @@ class Run:
             with open(self.folder / file, "a", encoding="utf-8") as lines:
                 lines.write(to_json(row) + "\n")
 
+    def track(self, tracking: Tracking, settings: dict[str, Any], made: Manifest | None = None) -> None:
+        """Open the trackers of this run, or in an evaluation those of the run that made what it measures.
+
+        The id is written down: a resumed run goes on in the same curves.
+        """
+        names = trackers_of(tracking)
+        if not names or not self.is_main:
+            return
+        if made and made.tracked_as:
+            return self.trackers.open(names, Place(self.folder, made.name, made.tracked_as, {}))
+        began = "".join(filter(str.isdigit, self.manifest.started))
+        own = f"{self.manifest.name}-{self.manifest.config_sha256[:8]}-{began}"
+        self.record(tracked_as=self.manifest.tracked_as or self.manifest.wandb_run_id or own)
+        self.trackers.open(names, Place(self.folder, self.manifest.name, self.manifest.tracked_as, settings))
+
     def save(self) -> None:
         if self.is_main:
             write_atomic(self.folder / "manifest.json", json.dumps(self.manifest.as_json(), indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, status: str = "ok") -> None:
         close_bars()
+        self.trackers.close(status == "ok")
         try:
             self.record(exit=status, finished=utc())
         finally:

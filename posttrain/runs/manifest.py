@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Manifest:
     start_sha256: str = ""  # the adapter before the first step
     global_batch: int | None = None  # rows of SFT, completions of GRPO, in an optimizer step of all processes
     rows_cut: int = 0  # rows of SFT that trainer.max_length cut
-    wandb_run_id: str = ""
+    wandb_run_id: str = ""  # of runs from before there was `tracked_as`
+    tracked_as: str = ""  # the id of this run with its trackers
     peak_gib: float | None = None
     steps: int | None = None
     train_seconds: float | None = None  # in the training loop, those of interrupted attempts included
@@ -234,17 +236,27 @@ def refuse_unfinished(adapter_folder: Path) -> str | None:
 def lineage(run_dir: Path) -> Iterator[tuple[Path, Manifest]]:
     """Folder and manifest of every run from the first training run to this one, as far back as their folders are there.
 
-    A folder is looked for where `parent` says, then beside this run: run directories are moved together. A run whose
-    adapter has become another one since is not where this run comes from.
+    A run whose adapter has become another one since is not where this run comes from.
     """
     manifest = read_manifest(run_dir)
-    if parent := manifest.parent:
-        named = Path(parent["run_dir"])
-        places = (place for place in (named, run_dir.parent / named.name) if (place / "manifest.json").is_file())
-        found = next(places, None)
-        if found and read_manifest(found).adapter_sha256 == parent["adapter_sha256"]:
-            yield from lineage(found)
+    if manifest.parent and (found := _made(manifest.parent, run_dir)):
+        yield from lineage(found)
     yield run_dir, manifest
+
+
+def _made(parent: Entry, run_dir: Path) -> Path | None:
+    """The folder of the training that made an adapter: where `parent` says, then beside this run, for run directories are moved
+    together; of that name, or of another one, for a repeated run is published beside the first.
+    """
+    named = Path(parent["run_dir"])
+    beside = (folder for folder in sorted(run_dir.absolute().parent.iterdir()) if folder.name != named.name)
+    for folder in (named, run_dir.parent / named.name, *beside):
+        with suppress(UserError):  # a damaged neighbour says nothing of this run
+            if (folder / MANIFEST).is_file():
+                manifest = read_manifest(folder)
+                if manifest.stage != "eval" and manifest.adapter_sha256 == parent["adapter_sha256"]:
+                    return folder
+    return None
 
 
 # --- what a run runs on -----------------------------------------------------------------------------------------------

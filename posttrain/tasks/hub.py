@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.config.schema import HubSource
 from posttrain.errors import UserError
+from posttrain.models.network import look_for_hub
 from posttrain.tasks.files import arrow_table, is_saved
 from posttrain.tasks.rows import Table
 
@@ -35,6 +36,8 @@ def load_hub(source: HubSource) -> Mapping[str, Any]:
 
     if is_saved(Path(source.repo_id)):
         raise UserError(f"{source.repo_id} is a folder of save_to_disk: use `source: {{kind: files, path: {source.repo_id}}}`")
+    if not Path(source.repo_id).exists():
+        look_for_hub()
     try:
         splits: Mapping[str, Any] = load_dataset(source.repo_id, source.config_name, revision=source.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:

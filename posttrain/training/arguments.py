@@ -1,9 +1,8 @@
-"""Arguments for TRL's trainers: the config's `trainer` block, what posttrain sets itself, and the trackers."""
+"""Arguments for TRL's trainers: the config's `trainer` block, and what posttrain sets itself."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from posttrain.runs.directory import Run
 
 
 def trainer_arguments(config: TrainConfig, run: Run) -> dict[str, Any]:
-    """Keyword arguments of SFTConfig or GRPOConfig, with the trackers of this run."""
+    """Keyword arguments of SFTConfig or GRPOConfig. What could not be honoured is noted."""
     if asks_for_pages(config):
         run.note(f"trainer.optim {config.trainer['optim']} pages to the host from CUDA; without CUDA adamw_torch is used instead")
-    return plain_arguments(config, run.folder) | {"report_to": tracking(config, run)}
+    return plain_arguments(config, run.folder)
 
 
 def plain_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -73,18 +72,3 @@ def asks_for_pages(config: TrainConfig) -> bool:
 def global_batch(args: TrainingArguments) -> int:
     """Rows of SFT, or completions of GRPO, that one optimizer step is made of, over all processes."""
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
-
-
-def tracking(config: TrainConfig, run: Run) -> list[str]:
-    """The trackers for TRL, set up so that a resumed run continues its curve."""
-    if config.tracking == "wandb":
-        if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or Path("~/.netrc").expanduser().is_file()):
-            os.environ["WANDB_MODE"] = "offline"
-            run.note(
-                "tracking wandb: no WANDB_API_KEY and no login, so this run is logged offline; `wandb sync` uploads it later"
-            )
-        run.record(wandb_run_id=run.manifest.wandb_run_id or f"{run.folder.name}-{run.manifest.config_sha256[:8]}")
-        os.environ |= {"WANDB_RUN_ID": run.manifest.wandb_run_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.folder)}
-        os.environ.setdefault("WANDB_PROJECT", "posttrain")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
-    return [] if config.tracking == "none" else [config.tracking]

@@ -20,6 +20,7 @@ from posttrain.records import Example
 from posttrain.runs.directory import Run
 from posttrain.training.arguments import plain_arguments
 from posttrain.training.named_rewards import NamedReward, keep_files
+from posttrain.training.plans import expected
 
 DEV_TOKENS = 512  # of a dev completion, where trainer.max_length says nothing
 
@@ -36,11 +37,13 @@ class Ready(NamedTuple):
     rows_cut: int = 0
     rewards: Sequence[NamedReward] = ()
 
-    def tell(self, run: Run) -> None:
+    def tell(self, run: Run, config: SftConfig | GrpoConfig) -> None:
         """Say and record what a user should know of these."""
         name, what = run.manifest.data.get("name", "the data set"), "questions" if run.manifest.stage == "grpo" else "rows"
         dev = f", {len(self.dev)} dev questions" if self.dev else ""
         run.say(f"{run.manifest.stage.upper()} into {run.folder}: {len(self.train):,} {what} of {name}{dev}")
+        if said := expected(config, self.tokenizer, self.train):
+            run.say(said)
         if self.rows_cut:
             run.note(
                 f"{self.rows_cut} of {len(self.train)} rows are cut at trainer.max_length: they are trained on without their end"

@@ -46,7 +46,9 @@ class Metrics(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, "time": round(time.time(), 3)}
-            self.run.append("metrics.jsonl", row | {key: value for key, value in logs.items() if key != "total_flos"})
+            values = {key: value for key, value in logs.items() if key != "total_flos"}
+            self.run.append("metrics.jsonl", row | values)
+            self.run.trackers.row(state.global_step, values)
 
 
 class Heartbeat(TrainerCallback):
@@ -147,9 +149,13 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """The latest completions with extracted answer and rewards: all into samples.jsonl, the best of some steps to the console."""
+    """The latest completions with extracted answer and rewards: all into samples.jsonl.
+
+    Of some steps the best goes to the console, and a table of them to the trackers.
+    """
 
     SHOWN = 8  # steps of a run
+    IN_A_TABLE = 32  # completions
 
     def __init__(self, run: Run, latest: Callable[[], Iterator[dict[str, Any]]]) -> None:
         self.run, self.latest = run, latest
@@ -162,6 +168,7 @@ class Samples(TrainerCallback):
             self.run.append("samples.jsonl", row)
         every = max(1, state.max_steps // self.SHOWN)
         if rows and (state.global_step - 1) % every < state.logging_steps:
+            self.run.trackers.table("samples", state.global_step, [flat_sample(row) for row in rows[: self.IN_A_TABLE]])
             best = max(rows, key=lambda row: row["advantage"])
             rewards = " ".join(f"{name} {value:g}" for name, value in best["rewards"].items())
             self.run.say(f"        {rewards}, read {best['value']}, gold {best['gold']}: {best['completion'][-160:]!r}")
@@ -178,7 +185,7 @@ class UnmetRewards(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         rows = [row for row in state.log_history if "reward" in row]
-        if not rows or rows[-1]["step"] < self.after or (len(rows) > 1 and rows[-2]["step"] >= self.after):
+        if "reward" not in (logs or {}) or rows[-1]["step"] < self.after or (len(rows) > 1 and rows[-2]["step"] >= self.after):
             return
         step = rows[-1]["step"]
         shares = {name: self._share(rows, name) for name in self.weights if f"rewards/{name}/groups_paid" in rows[0]}
@@ -215,6 +222,11 @@ def _sample(step: int, latest: dict[str, Any]) -> dict[str, Any]:
         "rewards": latest["rewards"],
         "advantage": round(latest["advantage"], 4),
     }
+
+
+def flat_sample(row: dict[str, Any]) -> dict[str, Any]:
+    """With a column for each reward."""
+    return {key: value for key, value in row.items() if key != "rewards"} | row["rewards"]
 
 
 def _trained_entries(optimizer: Optimizer) -> torch.Tensor:

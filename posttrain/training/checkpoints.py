@@ -22,8 +22,8 @@ from posttrain.runs.directory import Run
 from posttrain.runs.integrity import WEIGHTS, commit, damage, numbered, read_commit, weights_sha256, written_hashes
 from posttrain.runs.manifest import model_sha256
 from posttrain.runs.process import num_processes
+from posttrain.training.plans import LEAST_KEPT
 
-LEAST_KEPT = 2  # one is left if the disk damages the other
 ARITHMETIC = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")  # with others a run may round otherwise
 
 

@@ -5,32 +5,26 @@ A dry run needs the data set and the tokenizer, never the weights. If it cannot 
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig, TrainConfig
-from posttrain.config.trl_fields import trl_fields
+from posttrain.config.schema import EvalConfig, GrpoConfig, Model, SftConfig
 from posttrain.console import dimmed
 from posttrain.errors import UserError
 from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
 from posttrain.tasks.answers import NUMBERS, Grader
-from posttrain.training import examples, planner
+from posttrain.training import examples, planner, plans
 from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
 from posttrain.training.planner import Machine, Memory, Shape, Step
+from posttrain.training.plans import gib
 
 
 def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
     train, dev = examples.load_examples(config)
-    value = trainer_values(config, "SFTConfig")
-    batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
+    value = plans.trainer_values(config)
+    batch = plans.batch_of(value)
     tokenizer = tokenizer_or_none(config.model, train + dev)
-    rows = num_packed(tokenizer, train, value["max_length"]) if value["packing"] and tokenizer else len(train)
-    steps = num_steps(value, rows, batch)
+    steps = plans.sft_steps(value, train, tokenizer)
     kind = f"rows of {value['max_length']} packed tokens" if value["packing"] else "rows"
     known = tokenizer or not value["packing"]
     what = "SFT of all weights" if config.trains_all_weights else "SFT"
@@ -38,40 +32,22 @@ def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS, machine: Machi
     print(f"; {steps} steps" if known else "; how many steps, the tokenizer would tell")
     print(grader_line(grader))
     if tokenizer:
+        rows = plans.num_packed(tokenizer, train, value["max_length"]) if value["packing"] else len(train)
         show_tokens(tokenizer, train, value["max_length"] or 0, steps * batch / rows, batch * len(train) / rows)
         for example in train[:2]:
             print(with_prompt_dimmed(tokenizer, example))
         show_stop_token(tokenizer)
-    if shape := model_shape(config.model):
-        show_plan(sft_step(config, shape, value, token_lengths(tokenizer, train), planned_on_gpu(machine)), steps, machine)
-
-
-def sft_step(config: SftConfig, shape: Shape, value: dict[str, Any], lengths: list[int], on_gpu: bool) -> Step:
-    """By the rows' tokens where they are known, else by rows of `trainer.max_length`."""
-    rows, limit = value["per_device_train_batch_size"], value["max_length"] or 1024
-    if value["packing"]:
-        return step_of(config, shape, value, limit, rows * limit, on_gpu)
-    cut = [min(length, limit) for length in lengths] or [limit]
-    positions = planner.padded(cut, rows, value["train_sampling_strategy"] == "group_by_length")
-    return step_of(config, shape, value, max(cut), positions, on_gpu)
-
-
-def token_lengths(tokenizer: Any, examples: list[Example]) -> list[int]:
-    """Tokens of the first thousand rows, none where the tokenizer is not at hand."""
-    from posttrain.models.chat import chat_ids
-
-    return [len(chat_ids(tokenizer, row.prompt + row.completion)) for row in examples[:1000]] if tokenizer else []
+    if shape := shape_or_none(config.model):
+        lengths = plans.token_lengths(tokenizer, train)
+        step = plans.sft_step(config, shape, value, lengths, plans.planned_on_gpu(machine))
+        show_plan(config, step, steps, machine, len(train))
 
 
 def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
     train, dev = examples.load_examples(config)
-    value = trainer_values(config, "GRPOConfig")
-    group, accumulation = value["num_generations"], value["gradient_accumulation_steps"]
-    batch = value["per_device_train_batch_size"] * accumulation * num_processes()
-    window = value["generation_batch_size"] or value["per_device_train_batch_size"] * num_processes() * (
-        value["steps_per_generation"] or accumulation
-    )
-    steps = num_steps(value, len(train) * group, batch)
+    value = plans.trainer_values(config)
+    group, batch, window = value["num_generations"], plans.batch_of(value), plans.window_of(value)
+    steps = plans.grpo_steps(value, train)
     print(f"GRPO from {start_line(config)}: {len(train)} questions, {len(dev)} dev rows")
     print(
         f"{batch_line(value)} = {batch} completions a step, {batch // group} questions x {group}; "
@@ -102,33 +78,9 @@ def show_grpo_dry_run(config: GrpoConfig, grader: Grader = NUMBERS, machine: Mac
         for trial in try_rewards([*graded, *(reward.function for reward in named)], train, tokenizer, grader):
             print(trial)
         show_stop_token(tokenizer)
-    if shape := model_shape(config.model):
-        step = grpo_step(config, shape, value, window, machine)
+    if shape := shape_or_none(config.model):
         print("memory and time are those of completions that all reach their limit")
-        show_plan(step, steps, machine, config.trainer.get("steps_per_generation"))
-
-
-def grpo_step(config: GrpoConfig, shape: Shape, value: dict[str, Any], window: int, machine: Machine | None) -> Step:
-    """For prompts of 256 tokens and completions as long as they may be."""
-    prompt, new, group = 256, value["max_completion_length"], value["num_generations"]
-    rows = value["per_device_train_batch_size"]
-    # Without checkpointing, a group shares its prompt (posttrain/training/shared_prompts.py).
-    row = new + (prompt if value["gradient_checkpointing"] else prompt // group)
-    own, on_gpu = window // num_processes(), planned_on_gpu(machine)
-    at_once = min(own, config.rollouts.batch_size or own)
-    rollouts = planner.Rollouts(
-        rows=at_once,
-        prompt=prompt,
-        new=new,
-        steps=at_once / (rows * value["gradient_accumulation_steps"]),
-        seats=config.model.decoding != "loop" and on_gpu and (machine is None or machine.has_bf16),
-        reference=bool(value["beta"]),
-        group=group,
-    )
-    step = step_of(config, shape, value, row, rows * row, on_gpu)
-    learnt = min(rows, max(1, config.update_tokens // row)) if config.update_tokens else rows
-    parts = math.ceil(rows / learnt)
-    return replace(step, rows=learnt, micro_batches=step.micro_batches * parts, positions=learnt * row, rollouts=rollouts)
+        show_plan(config, plans.grpo_step(config, shape, value, machine), steps, machine, len(train))
 
 
 def grader_line(grader: Grader) -> str:
@@ -147,7 +99,7 @@ def start_line(config: GrpoConfig) -> str:
     return f"{config.model.name_or_path} as it is ({'all weights' if config.trains_all_weights else 'a new adapter'})"
 
 
-def show_eval_dry_run(config: EvalConfig, asked: list[Example], grader: Grader = NUMBERS) -> None:
+def show_eval_dry_run(config: EvalConfig, asked: list[Example], grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
     generation = config.generation
     how = "greedy" if generation.temperature == 0 else f"temperature {generation.temperature}, {generation.samples} samples"
     subset = " (a subset)" if config.data.limit else ""
@@ -159,20 +111,9 @@ def show_eval_dry_run(config: EvalConfig, asked: list[Example], grader: Grader =
     if tokenizer and asked:
         print(tokenizer.apply_chat_template(asked[0].prompt, add_generation_prompt=True, tokenize=False))
         show_stop_token(tokenizer)
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def trainer_values(config: SftConfig | GrpoConfig, name: str) -> dict[str, Any]:
-    """The trainer's fields with TRL's defaults filled in."""
-    return {key: config.trainer.get(key, field.default) for key, field in trl_fields(name).items()}
-
-
-def num_steps(value: dict[str, Any], num_rows: int, batch: int) -> int:
-    if value["max_steps"] > 0:
-        return value["max_steps"]
-    return math.ceil(num_rows / batch) * math.ceil(value["num_train_epochs"])
+    if machine and (shape := shape_or_none(config.model)):
+        seconds = plans.evaluation(config, shape, machine)[1]
+        print(f"time, computed, of completions that all reach their limit: {hours_and_cost(seconds, machine)}")
 
 
 def batch_line(value: dict[str, Any]) -> str:
@@ -181,6 +122,13 @@ def batch_line(value: dict[str, Any]) -> str:
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def shape_or_none(model: Model) -> Shape | None:
+    shape = plans.model_shape(model)
+    if shape is None:
+        print("memory and time are not computed: the model's config.json is not on this machine yet")
+    return shape
 
 
 def tokenizer_or_none(model: Model, examples: list[Example]) -> Any:
@@ -194,16 +142,6 @@ def tokenizer_or_none(model: Model, examples: list[Example]) -> Any:
         return None
     check_template(tokenizer, examples)
     return tokenizer
-
-
-def num_packed(tokenizer: Any, train: list[Example], size: int) -> int:
-    """How many rows of `size` tokens TRL packs the training rows into, by the first thousand: it packs a thousand at once."""
-    from posttrain.models.chat import chat_ids
-    from posttrain.training.packing import num_bins
-
-    sample = train[:1000]
-    lengths = [len(chat_ids(tokenizer, example.prompt + example.completion)) for example in sample]
-    return math.ceil(num_bins(lengths, size) * len(train) / len(sample))
 
 
 def show_tokens(tokenizer: Any, train: list[Example], max_length: int, epochs: float, rows_a_step: float) -> None:
@@ -241,34 +179,6 @@ def show_stop_token(tokenizer: Any) -> None:
 
 # --- memory and time ---------------------------------------------------------------------------------------------------
 
-BYTES = {
-    "nf4": planner.NF4_BYTES,
-    "nf4_unpacked": 2.0,
-    "none": 2.0,
-}  # a weight of a linear layer
-
-
-def step_of(config: TrainConfig, shape: Shape, value: dict[str, Any], length: float, positions: float, on_gpu: bool) -> Step:
-    """One optimizer step as the config has it. `length` is of the longest row, `positions` of a micro-batch on average."""
-    model = config.model
-    return Step(
-        shape,
-        micro_batches=value["gradient_accumulation_steps"],
-        rows=value["per_device_train_batch_size"],
-        length=length,
-        positions=positions,
-        trained=shape.linear + shape.embedding if config.trains_all_weights else lora_parameters(config, shape),
-        rank=config.lora.r if config.lora else 32,
-        width=4 if model.dtype == "float32" else 2,
-        all_weights=config.trains_all_weights,
-        nf4=config.quantization == "nf4",
-        checkpointing=value["gradient_checkpointing"],
-        lean=config.lean_layers,
-        fused=model.kernels != "torch" if on_gpu else is_fused(model),
-        fast_adapter=config.fast_adapter,
-        probabilities=not on_gpu and keeps_probabilities(model),
-    )
-
 
 def show_memory(step: Step, on_gpu: bool) -> Memory:
     need = planner.memory(step, on_gpu)
@@ -289,85 +199,45 @@ def show_memory(step: Step, on_gpu: bool) -> Memory:
     return need
 
 
-def show_plan(step: Step, steps: int, machine: Machine | None, window: int | None = None) -> None:
-    """Memory, and for a card that was named whether the step fits it, how long the run takes and what that costs.
-
-    `window` is `trainer.steps_per_generation` where the config sets it: it counts micro-batches.
-    """
-    show_memory(step, planned_on_gpu(machine))
+def show_plan(config: SftConfig | GrpoConfig, step: Step, steps: int, machine: Machine | None, num_rows: int) -> None:
+    """Memory and disk, and for a card that was named whether the step fits it, how long the run takes and what that costs."""
+    show_memory(step, plans.planned_on_gpu(machine))
+    show_disk(config, step, steps, num_rows)
     if machine is None:
         return
     card = f"{machine.title} ({gib(machine.memory)})"
     if not machine.has_bf16:
         print(f"{machine.title} has no bf16: set model.dtype=float16")
-    if planner.fits(step, machine):
-        print(f"fits {card}")
-    elif found := planner.fastest_that_fits(step, machine):
-        smaller, changed = found
-        if window and smaller.rows != step.rows:
-            changed = [*changed, f"trainer.steps_per_generation={window * step.rows // smaller.rows}"]
-        print(f"does not fit {card}; the same batch does, and is planned, with: {' '.join(changed)}")
-        step = smaller
-    else:
+    if not (found := plans.fitted(step, machine, plans.trainer_values(config))):
         print(f"does not fit {card}, nor would any smaller part of the batch: take a smaller model or another card")
         return
+    step, changed = found
+    same = f"the same batch does, and is planned, with: {' '.join(changed)}"
+    print(f"does not fit {card}; {same}" if changed else f"fits {card}")
     show_time(step, steps, machine)
 
 
+def show_disk(config: SftConfig | GrpoConfig, step: Step, steps: int, num_rows: int) -> None:
+    """What the run directory comes to. A result in 16 bits is half of a checkpoint's fp32 weights or less."""
+    each, kept = plans.checkpoint_bytes(config, step.trained), plans.num_checkpoints(config, num_rows)
+    result = step.trained * (step.width if step.all_weights else 4)
+    value = plans.trainer_values(config)
+    samples = plans.samples_bytes(value, steps) if isinstance(config, GrpoConfig) else 0.0
+    more = f", samples.jsonl {gib(samples)}" if samples else ""
+    name, whole = "model" if step.all_weights else "adapter", each * kept + result + samples
+    print(f"disk, computed: {kept} x {gib(each)} of checkpoints, {name} {gib(result)}{more}; {gib(whole)}")
+
+
 def show_time(step: Step, steps: int, machine: Machine) -> None:
-    took, cards, price = planner.seconds(step, machine), num_processes(), machine.dollars
-    hours = took.total * steps / 3600
+    took = planner.seconds(step, machine)
     parts = f" ({took.rollouts:.2f} rollouts, {took.update:.2f} update, {took.reference:.2f} reference)" if step.rollouts else ""
-    cost = f", {hours * cards * price:,.2f} dollars at {price:.2f} an hour ({planner.PRICED})" if price else ""
     print(
-        f"time, computed: {took.total:.2f} s a step{parts}, {hours:.2f} hours for {steps} steps on {cards} x {machine.title}"
-        f"{cost}; loading, dev questions and checkpoints come on top"
+        f"time, computed: {took.total:.2f} s a step{parts}, {hours_and_cost(took.total * steps, machine, f' for {steps} steps')}"
+        "; loading, dev questions and checkpoints come on top"
     )
 
 
-def planned_on_gpu(machine: Machine | None) -> bool:
-    from posttrain.models.base import device
-
-    return machine.is_gpu if machine else device().type == "cuda"
-
-
-def keeps_probabilities(model: Model) -> bool:
-    """Whether attention keeps its probabilities, half a square for each head, until the backward pass."""
-    from posttrain.models.base import device
-
-    return model.attn_implementation == "matmul" or (model.attn_implementation == "auto" and device().type == "cpu")
-
-
-def is_fused(model: Model) -> bool:
-    """Whether norms and MLP keep only their inputs for the backward pass (posttrain/kernels/liger.py)."""
-    from posttrain.models.base import device
-
-    return model.kernels != "torch" and device().type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-
-
-def lora_parameters(config: TrainConfig, shape: Shape) -> float:
-    """Parameters of the adapter. For one that is continued: rank 32 on every linear layer."""
-    rank = config.lora.r if config.lora else 32
-    hidden, inner, kv = shape.hidden, shape.inner, shape.kv_width
-    sizes = {"q_proj": 2 * hidden, "o_proj": 2 * hidden, "k_proj": hidden + kv, "v_proj": hidden + kv}
-    sizes |= {name: hidden + inner for name in ("gate_proj", "up_proj", "down_proj")}
-    targets = config.lora.target_modules if config.lora and config.lora.target_modules != ["all-linear"] else list(sizes)
-    return rank * shape.layers * sum(sizes.get(target, 2 * hidden) for target in targets)
-
-
-def model_shape(model: Model) -> Shape | None:
-    """Sizes from the config.json of a local folder or of the local Hub cache."""
-    file = Path(model.name_or_path, "config.json")
-    if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model.name_or_path, "config.json", revision=model.revision)
-        if not isinstance(cached, str):
-            print("memory and time are not computed: the model's config.json is not on this machine yet")
-            return None
-        file = Path(cached)
-    return planner.shape_of(json.loads(file.read_text(encoding="utf-8")))
-
-
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def hours_and_cost(seconds: float, machine: Machine, what: str = "") -> str:
+    hours, cards, price = seconds / 3600, num_processes(), machine.dollars
+    cost = f", {hours * cards * price:,.2f} dollars at {price:.2f} an hour ({planner.PRICED})" if price else ""
+    return f"{hours:.2f} hours{what} on {cards} x {machine.title}{cost}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +134,11 @@ def find_machine(text: str) -> Machine:
     if not price.replace(".", "", 1).isdigit():
         raise UserError(f"--gpu {text}: dollars an hour are a number, as in --gpu {name}=2.50")
     return replace(machine, dollars=float(price))
+
+
+def named(device: str) -> Machine | None:
+    """By the driver's name of a card, as `NVIDIA H100 80GB HBM3`; None of one that is not planned for."""
+    return next((machine for name, machine in MACHINES.items() if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -262,6 +268,17 @@ def rollout_seconds(step: Step, rollouts: Rollouts, machine: Machine) -> float:
     chosen = 0.0 if rollouts.seats else rollouts.rows * shape.vocab * LOOP_LOGIT
     around = shape.layers * LAYER_STEP + chosen if machine.is_gpu else 0.0
     return prompts + rollouts.new * (max(read, products) + cached + around)
+
+
+def evaluation_seconds(step: Step, asked: Rollouts, total: int, machine: Machine) -> float:
+    """To answer `total` prompts, `asked.rows` at a time: the next takes a seat as one falls free; a loop ends its batch first."""
+    rounds = total / asked.rows if asked.seats and total > asked.rows else math.ceil(total / asked.rows)
+    return rounds * rollout_seconds(step, replace(asked, rows=min(asked.rows, total)), machine)
+
+
+def rows_at_once(shape: Shape, tokens: float, machine: Machine) -> int:
+    """As generation/engines.py counts them: rows whose keys and values, `tokens` long, fill a third of the memory."""
+    return min(512 if machine.is_gpu else 128, max(1, int(machine.memory / 3 / (cache_bytes(shape) * tokens))))
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

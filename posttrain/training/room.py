@@ -14,13 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import EvalConfig, GrpoConfig, SftConfig
-from posttrain.config.trl_fields import trl_fields
 from posttrain.errors import UserError
 from posttrain.models.adapters import targets_met
 from posttrain.models.base import device
-from posttrain.runs.process import is_sharded, num_processes
-from posttrain.training.checkpoints import LEAST_KEPT
-from posttrain.training.dry_run import BYTES, gib, num_steps
+from posttrain.runs.process import is_sharded
+from posttrain.training.planner import NF4_BYTES
+from posttrain.training.plans import checkpoint_bytes, gib, num_checkpoints
 
 MEMORY = Path("/proc/meminfo")
 
@@ -62,7 +61,7 @@ def base_bytes(config: SftConfig | GrpoConfig | EvalConfig, base: PreTrainedMode
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m not in ends)
     width = 4 if config.model.dtype == "float32" else 2
-    packed = BYTES["nf4"] if config.quantization == "nf4" else width
+    packed = NF4_BYTES if config.quantization == "nf4" else width
     return linear * packed + (base.num_parameters() - linear) * width
 
 
@@ -88,26 +87,6 @@ def adapter_parameters(config: SftConfig | GrpoConfig, base: PreTrainedModel, ad
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     met = [m for name, m in base.named_modules() if name.rpartition(".")[2] in last_parts and m not in ends]
     return config.lora.r * sum(sum(m.weight.shape) for m in met if isinstance(m.weight, torch.Tensor))
-
-
-def checkpoint_bytes(config: SftConfig | GrpoConfig, trains: float) -> float:
-    """fp32 weights, and Adam's two moments: a byte each in 8 bits, none of other optimizers."""
-    optimizer = str(config.trainer.get("optim", "adamw"))
-    moments = 0 if "adam" not in optimizer else 2 if "8bit" in optimizer else 8
-    return trains * (4 + moments)
-
-
-def num_checkpoints(config: SftConfig | GrpoConfig, num_rows: int) -> int:
-    """The most that lie on the disk at a time: a new one is written before an old one goes."""
-    value = {key: config.trainer.get(key, field.default) for key, field in trl_fields(config.trl_class).items()}
-    if value["save_strategy"] == "no":
-        return 0
-    group = value.get("num_generations", 1)
-    batch = value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * num_processes()
-    steps = num_steps(value, num_rows * group, batch)
-    every = steps if value["save_strategy"] != "steps" else value["save_steps"]
-    made = max(1, int(steps // every if every >= 1 else 1 / every))  # below 1 it is a share of the steps
-    return min(made, max(value["save_total_limit"], LEAST_KEPT) + 1) if value["save_total_limit"] else made
 
 
 def merged_bytes(config: SftConfig | GrpoConfig, base: PreTrainedModel) -> float:
