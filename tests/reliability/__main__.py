@@ -32,7 +32,7 @@ def main():
             if args.out:  # what was tried is kept, should this be stopped
                 args.out.write_text(text, encoding="utf-8")
     print(text)
-    sys.exit(any(bool(row.failed) != bool(off) for off, row in rows))
+    sys.exit(any(row.broken or bool(row.failed) != bool(off) for off, row in rows))
 
 
 def arguments():
@@ -113,7 +113,7 @@ def report(rows, planned, seconds, here):
         lines += [
             "## Each protection switched off", "",
             "| Without this | Faults | Tried | Failed, of them |", "| --- | --- | ---: | ---: |",
-            *(f"| {off} | {row.name} | {row.tried} | {len(row.failed)} |" for off, row in switched), "",
+            *(f"| {off} | {row.name} | {row.broken or row.tried} | {len(row.failed)} |" for off, row in switched), "",
         ]  # fmt: skip
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,7 +63,8 @@ class Place:
         self.count += 1
         if any(not (self.folder / name).exists() for name in kept):
             make(Place(self.folder))
-        new = Place(self.folder.parent / f"{self.folder.name}-{'_'.join(self.off) or 'on'}-{self.count}", self.off)
+        off = re.sub(r"\W+", "_", "_".join(self.off)) or "on"  # a shell reads it: see fault.c
+        new = Place(self.folder.parent / f"{self.folder.name}-{off}-{self.count}", self.off)
         shutil.rmtree(new.folder, ignore_errors=True)
         new.folder.mkdir(parents=True)
         (new.folder / "models").symlink_to((self.folder / "models").resolve())

@@ -29,6 +29,7 @@ class Row:
     tried: int = 0
     failed: list = field(default_factory=list)
     counted: Counter = field(default_factory=Counter)  # where the faults fell, for the table
+    broken: str = ""  # why the row itself could not be tried
     seconds: float = 0.0
     minutes: ClassVar[float] = float("inf")
 
@@ -49,6 +50,8 @@ class Row:
     @property
     def told(self):
         """What holds, and where the faults fell."""
+        if self.broken:
+            return f"could not be tried: {self.broken}"
         fell = ", ".join(f"{n} {what}" for what, n in self.counted.items())
         return f"{self.says}; {fell}" if fell else self.says
 
