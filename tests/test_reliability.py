@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from reliability import workers
 from reliability.rows import ROWS, spread
 from reliability.switches import SWITCHES
 
@@ -37,3 +39,10 @@ def test_every_switch_has_a_row():
 def test_a_few_of_many_are_the_first_the_last_and_some_between():
     assert list(spread(5, None)) == list(spread(5, 9)) == [1, 2, 3, 4, 5]
     assert spread(101, 5) == [1, 26, 51, 76, 101] and spread(100, 1) == [1]
+
+
+def test_a_row_that_falls_over_shows_nothing(monkeypatch):
+    monkeypatch.setitem(workers.ROWS, "x", (lambda place, count: 1 / 0, None, None))
+    monkeypatch.setattr(workers, "place", SimpleNamespace(folder="nowhere"))
+    row = workers.timed("x", None)
+    assert row.told.startswith("could not be tried: ZeroDivisionError") and not row.tried and not row.failed
