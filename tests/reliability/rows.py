@@ -280,13 +280,18 @@ def crash_row(row, place, line, names, kept, count):
 
 
 def full_row(row, place, line, names, kept, count):
-    """The disk is full at the n-th byte: one line. Then there is room, and the command ends as it would have."""
+    """The disk is full at the n-th byte: one line. Then there is room, and the command ends as it would have.
+
+    `count` places, or one at each tenth of the bytes of a checkpoint.
+    """
     expected, _ = straight(place, line, names, kept)
     counted = place.copy(*kept)
     total = counted.run(line, Fault()).bytes
-    row.says += f" (places {total * 0.95 / count:,.0f} bytes apart{checkpoint_size(counted)})"
+    size, upto = checkpoint_size(counted), total * 19 // 20  # two runs differ by some bytes: their rows have the time
     counted.drop()
-    for n in row.in_time(spread(total * 19 // 20, count)):  # two runs differ by some bytes: their rows have the time
+    places = spread(upto, count or 1 + 10 * upto // size)
+    row.says += f" (places {upto / len(places):,.0f} bytes apart{f', a checkpoint has {size:,}' if size else ''})"
+    for n in row.in_time(places):
         trial = place.copy(*kept)
         full = trial.run(line, Fault(full_at=n - 1))
         row.check(full.is_one_line, f"byte {n} of {total}: {full}")
@@ -297,9 +302,9 @@ def full_row(row, place, line, names, kept, count):
 
 
 def checkpoint_size(trial):
-    """How many bytes the newest checkpoint has, for the table; nothing for a stage without one."""
-    folders = sorted(trial.folder.glob("runs/x/checkpoints/checkpoint-*"))
-    return f", a checkpoint has {sum(file.stat().st_size for file in folders[-1].rglob('*')):,}" if folders else ""
+    """How many bytes the newest checkpoint has; 0 for a stage without one."""
+    newest = max(trial.folder.glob("runs/x/checkpoints/checkpoint-*"), default=None)
+    return sum(file.stat().st_size for file in newest.rglob("*")) if newest else 0
 
 
 def spread(total, count):
@@ -672,8 +677,8 @@ ROWS = {
     "crash points, GRPO": (crash_points("GRPO"), None, 2),
     "full disk, data": (full_disk("data"), 10, 4),
     "full disk, evaluation": (full_disk("evaluation"), 10, 4),
-    "full disk, SFT": (full_disk("SFT"), 30, 4),
-    "full disk, GRPO": (full_disk("GRPO"), 20, 2),
+    "full disk, SFT": (full_disk("SFT"), None, 4),
+    "full disk, GRPO": (full_disk("GRPO"), None, 2),
     "damaged data sets": (damaged_data, None, 6),
     "damaged runs": (damaged_runs, None, 6),
     "damaged adapters": (damaged_adapters, None, None),
