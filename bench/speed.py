@@ -39,7 +39,7 @@ from bench.parties import parties  # noqa: E402
 from bench.random_llama import LLAMA_3B, make  # noqa: E402
 from posttrain.config.schema import Model  # noqa: E402
 from posttrain.runs.manifest import git_state, hardware  # noqa: E402
-from posttrain.training.dry_run import model_shape  # noqa: E402
+from posttrain.training.plans import model_shape  # noqa: E402
 
 STAGES = ("sft", "large", "compiled", "packed", "grpo", "eval", "seats", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
