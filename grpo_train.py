@@ -186,6 +186,7 @@ def make_trainer(
             rollout_func=rollouts,
             fast_adapter=config.fast_adapter,
             lean_layers=config.lean_layers,
+            layer_graphs=config.layer_graphs,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
             reference_is_base=config.adapter is None,

@@ -100,24 +100,21 @@ publish() {  # what proves a row: settings, manifest, curves, every prediction (
     python -m posttrain.report --update-readme "$page" "${ROWS[@]}"
 }
 
-own_solutions() {  # SFT on the untouched model's own right solutions, GRPO from there twice, every stage scored
+own_solutions() {  # SFT on the untouched model's own right solutions, GRPO from there, every stage scored
     local eval=$RECOMMENDED/eval_$MODEL.yaml own=configs/data_gsm8k_own_$MODEL.yaml name model=() data=data.path=data/gsm8k_own_$MODEL
     [ "${#TOKENIZER[@]}" = 0 ] || model=("model.name_or_path=$FOLDER" model.revision=null)
     score "$eval" base null "${model[@]}"
     run evaluate.py --config "$eval" run_dir="$RUNS/pass_rate" adapter=null data.split=train generation.max_new_tokens=400 \
         generation.samples=8 generation.temperature=0.8 generation.batch_size=128 "${model[@]}"
-    # A dry run samples nothing: it plans SFT with the gold solutions, and GRPO with every question.
-    local questions=(data.pass_rate.run_dir="$RUNS/pass_rate" data.pass_rate.low=0.0 data.pass_rate.high=0.9)
+    # A dry run samples nothing: it plans SFT with the gold solutions.
     if [ "$FLAGS" != --dry-run ]; then
         run data_prep.py --config "$own" source.run_dir="$RUNS/pass_rate" "${TOKENIZER[@]}"
     elif [ ! -f "$RUNS/pass_rate/predictions.jsonl" ]; then
-        data=data.path=data/gsm8k questions=()
+        data=data.path=data/gsm8k
     fi
     train sft_train.py "$RECOMMENDED/sft_$MODEL.yaml" sft "$data" "${model[@]}"
     train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" grpo adapter="$RUNS/sft" "${model[@]}"
-    train grpo_train.py "$RECOMMENDED/grpo_$MODEL.yaml" grpo_more adapter="$RUNS/grpo" trainer.max_steps=110 seed=44 \
-        "${questions[@]}" "${model[@]}"
-    for name in sft grpo grpo_more; do
+    for name in sft grpo; do
         score "$eval" "$name" "$RUNS/$name" "${model[@]}"
     done
 }

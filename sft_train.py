@@ -160,6 +160,7 @@ def make_trainer(
             score_labels_only=config.fast_loss,
             fast_adapter=config.fast_adapter,
             lean_layers=config.lean_layers,
+            layer_graphs=config.layer_graphs,
         )
     limit = dev_tokens(config, model, tokenizer, dev)
     guard = EngineGuard(NO_DEV, run.record)

@@ -19,12 +19,15 @@ SIXTEEN = ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulat
 THIRTY_TWO = ["trainer.per_device_train_batch_size=32", "trainer.gradient_accumulation_steps=1"]
 EIGHT_TWOS = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=8"]
 FOUR_FOURS = ["trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=4"]
+TWO_EIGHTS = ["trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=2"]
 BY_LENGTH = "trainer.train_sampling_strategy=group_by_length"
 # Packed NF4 in lean layers: what trains where memory counts, with the small mode's checkpoints or without.
 LEAN = ["quantization=nf4", "trainer.optim=adamw_torch_fused", "lean_layers=true"]
+UNPACKED = "quantization=nf4_unpacked"
 KEPT, CHECKPOINTED = "trainer.gradient_checkpointing=false", "trainer.gradient_checkpointing=true"
 PACKED = ["trainer.packing=true", "trainer.max_length=512"]
 SEATS = "model.decoding=seats"
+GRAPHS = "layer_graphs=true"
 
 # What each lever sets. The first entry is the start: TRL's defaults and TRL's own generation, through our scripts.
 SFT_LEVERS = {
@@ -74,11 +77,15 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "ours-large-sft": sft(args, 0.0, *FAST, BY_LENGTH, *THIRTY_TWO),
         "ours-packed-sft": sft(args, 0.0, *LEAN, KEPT, *PACKED, *SIXTEEN),
         "ours-packed-small-sft": sft(args, 0.0, *LEAN, CHECKPOINTED, *PACKED, *SIXTEEN),
+        "ours-graphs-sft": sft(args, 0.0, *LEAN, KEPT, *PACKED, *SIXTEEN, GRAPHS),
+        "ours-graphs-unpacked-sft": sft(args, 0.0, *LEAN, UNPACKED, KEPT, *PACKED, *TWO_EIGHTS, GRAPHS),
+        "ours-graphs-small-sft": sft(args, 0.0, *LEAN, "trainer.optim=adamw_8bit", CHECKPOINTED, *PACKED, *FOUR_FOURS, GRAPHS),
         "trl-sft": peer(args, "sft", args.steps),
         "ours-grpo": grpo(args, *FAST),
         "ours-seats-grpo": grpo(args, *FAST, SEATS),
         "ours-seats-lean-grpo": grpo(args, *LEAN, KEPT, SEATS, "update_tokens=8192"),
         "ours-seats-small-grpo": grpo(args, *LEAN, CHECKPOINTED, SEATS, "update_tokens=8192"),
+        "ours-graphs-grpo": grpo(args, *LEAN, KEPT, SEATS, GRAPHS, "update_tokens=4096"),
         "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),
         "ours-eval": answer(args, "quantization=nf4", f"adapter={adapter(args)}"),
         "ours-seats-eval": answer(args, "quantization=nf4", f"adapter={adapter(args)}", SEATS),

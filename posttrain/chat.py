@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -113,13 +114,20 @@ def from_command_line() -> argparse.Namespace:
 
 
 def told_apart(words: list[str]) -> tuple[list[Path], str | None]:
-    """The runs, and the question: the last argument, where it is no path and has more than one word."""
+    """The runs, and the question: the last argument, where it is no path and has more than one word.
+
+    Raises:
+        UserError: there is no run; or the last argument is one word and no path, so that it may be either.
+    """
     *runs, last = words
-    if len(last.split()) > 1 and not Path(last).exists():
-        if not runs:
-            raise UserError("no run to ask: python -m posttrain.chat RUN QUESTION")
-        return [*map(Path, runs)], last
-    return [*map(Path, words)], None
+    if last and Path(last).exists():
+        return [*map(Path, words)], None
+    if not runs and len(last.split()) != 1:
+        raise UserError("no run to ask: python -m posttrain.chat RUN QUESTION")
+    if runs and len(last.split()) == 1:
+        asked = shlex.join(["python", "-m", "posttrain.chat", *runs])
+        raise UserError(f"{last} holds no run; a question of one word goes to standard input: echo {shlex.quote(last)} | {asked}")
+    return [*map(Path, runs or words)], last if runs else None
 
 
 def generation_of(args: argparse.Namespace) -> Generation:

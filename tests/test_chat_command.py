@@ -169,8 +169,9 @@ def test_without_a_gold_the_answer_is_read_all_the_same(spec, text, value):
 
 def test_a_question_on_standard_input(ask, questions, monkeypatch):
     said = ask(SFT, questions[0].question, *NEW).out
-    monkeypatch.setattr("sys.stdin", io.StringIO(questions[0].question + "\n"))
-    assert ask(SFT, *NEW).out == said
+    for text, wanted in ((questions[0].question, said), ("1+1?", f"== {SFT}\n")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text + "\n"))
+        assert ask(SFT, *NEW).out.startswith(wanted)
 
 
 def test_at_a_terminal_each_question_stands_alone(ask, questions, monkeypatch):
@@ -196,9 +197,10 @@ def test_a_reader_that_leaves_early_is_no_fault(place, questions):
 WRONG = {
     "no run": (["no/such/run", "How many?"], "no/such/run holds no run"),
     "a question alone": (["How many are there?"], "no run to ask"),
-    "a word alone": (["{sft}", "four?"], "four? holds no run"),
+    "a word alone": (["four?"], "four? holds no run: give the run_dir"),
+    "a question of one word": (["{sft}", "1+1?"], "standard input: echo '1+1?' | python -m posttrain.chat runs/sft_tiny"),
     "a data set": (["{data}", "How many?"], "is not that of a run"),
-    "an empty question": (["{sft}", ""], "holds no run"),
+    "an empty question": (["{sft}", ""], "the question is empty"),
     "no gold of this kind": (["{sft}", "How many?", "--gold", "many"], "--gold 'many' is no number"),
     "no samples": (["{sft}", "How many?", "--samples", "0"], "--samples: Input should be greater than 0"),
     "greedy samples": (["{sft}", "How many?", "--samples", "2", "--temperature", "0"], "would be equal"),

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -16,6 +19,8 @@ from posttrain.export import command, fidelity
 from posttrain.export.command import Request, Target, export, main
 from posttrain.export.fidelity import divergence
 from posttrain.export.merged import in_parts, write_merged
+from posttrain.hub.push import Request as PushRequest
+from posttrain.hub.push import read_release
 from posttrain.models.adapters import load_adapter
 from posttrain.models.chat import stop_token
 from posttrain.models.folded import FoldedWeights, Tensor
@@ -87,6 +92,15 @@ def test_an_export_says_what_it_is(merged, sft_with_tokens):
     assert json.loads((folder / "fidelity.json").read_text()) == json.loads(json.dumps(found.as_json()))
     card = (folder / "README.md").read_text()
     assert found.line() in card and found.accuracy["sentence"] in card and "PeftModel" not in card
+    assert f"\n{said['command']}\n```\n\nCommit" in card and "`export.json` has the rest." in card
+
+
+@pytest.mark.slow
+def test_the_cards_python_loads_the_folder_that_it_lies_in(merged):
+    folder, _ = merged
+    [code] = re.findall(r"(?s)```python\n(.*?)```", (folder / "README.md").read_text())
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_merged_folder_is_a_base_whose_ancestry_is_known(merged, sft_with_tokens, tmp_path):
@@ -196,6 +210,32 @@ def test_what_counts_as_another_model(changes, fault):
     assert len(found) == (fault is not None) and (fault is None or fault in found[0])
 
 
+EXPORTS = ROOT / "results" / "exports"
+
+
+def published_row(folder):
+    lost = json.loads((folder / "fidelity.json").read_text())
+    both, low, high = lost["accuracy"], *lost["accuracy"]["interval"]
+    cells = [
+        f"`{lost['artefact']}`",
+        f"{lost['size_bytes'] / 1e6:.1f}",
+        f"{lost['num_questions']:,}",
+        f"{lost['top1_agreement']:.2%}",
+        f"{lost['kl_mean']:.2g} ({lost['kl_max']:.2g})",
+        f"{lost['greedy_equal']:.1%}",
+        ", ".join(f"{share:.2%}" for share in both["accuracy"]),
+        f"{100 * both['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+        f"{both['p_value']:.2g}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_published_rows_are_those_of_their_files():
+    page = (EXPORTS / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = sorted(published_row(file.parent) for file in EXPORTS.glob("*/*/fidelity.json"))
+    assert rows and sorted(line for line in page if line.startswith("| `")) == rows
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +290,15 @@ def test_into_original_needs_another_original(tiny, tmp_path):
         export(request(run, tmp_path / "out", into="original"))
 
 
+@pytest.mark.parametrize("kind", command.BY_LLM_COMPRESSOR)
+def test_a_format_of_another_library_is_refused_with_the_way_to_it(kind, sft, tmp_path):
+    from scripts import run
+
+    done = run("posttrain.export.command", sft, "--format", "merged", kind, "--out", tmp_path / "out")
+    assert (done.code, done.out, (tmp_path / "out").exists()) == (2, "", False)
+    assert f"--format {kind} is written by llm-compressor" in done.err and "export --format merged, and" in done.err
+
+
 @pytest.mark.parametrize("package", ["gguf", "llama_cpp"])
 def test_a_package_that_is_missing_is_told_with_its_remedy(package, sft, tmp_path, monkeypatch):
     import importlib.util
@@ -286,3 +335,5 @@ def test_a_merged_folder_answers_as_the_adapter_did(pipeline, tmp_path):
     wanted, found = (read_jsonl(folder / "predictions.jsonl", Prediction) for folder in (adapters, tmp_path / "eval"))
     assert [row.completion for row in found] == [row.completion for row in wanted]
     assert [link["stage"] for link in read_manifest(tmp_path / "eval").chain] == ["sft", "grpo"]
+    release = read_release(PushRequest(pipeline / "runs/grpo_tiny", "me/x", evals=(adapters, tmp_path / "eval")))
+    assert [one.label for one in release.evaluations] == ["this adapter", "this adapter, as the folder merged"]

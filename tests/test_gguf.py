@@ -1,6 +1,7 @@
 """GGUF files, written and read: what llama.cpp computes of them is what transformers computes of the model."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -228,6 +229,27 @@ def test_a_default_system_prompt_is_kept():
     assert 'SYSTEM """Be good."""' in modelfile(tokenizer, "model.gguf")
 
 
+@pytest.mark.parametrize(
+    ("template", "system", "said", "turn"),
+    [
+        (DEFAULT + CHATML, None, "Be good.", False),
+        (DEFAULT + CHATML, "Be brief.", "Be brief.", False),
+        (DEFAULT + CHATML, "", None, True),  # an empty turn is what the policy was measured with, and not the template's default
+        (CHATML, "", None, True),
+        (CHATML, None, None, False),
+    ],
+)
+def test_the_system_prompt_is_that_of_the_runs_own_prompts(template, system, said, turn):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    text = modelfile(tokenizer, "model.gguf", system)
+    assert re.findall(r'SYSTEM """(.*?)"""', text) == ([said] if said else [])
+    empty = '{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\n<|im_end|>\n{{ end }}{{ range .Messages }}'
+    assert (empty in text) is turn
+    with pytest.raises(UserError, match="use --format gguf"):
+        modelfile(tokenizer, "model.gguf", 'Say """.')
+
+
 @pytest.mark.parametrize(("name", "joined"), [("llama3", False), ("gemma", True), ("mistral", True), ("plain", False)])
 def test_our_templates_are_said(name, joined):
     """What is said renders as the template does: `pieces_of` compares."""
@@ -365,3 +387,21 @@ def test_an_export_for_ollama_is_a_file_and_its_modelfile(sft, tmp_path):
         "Modelfile", "README.md", "export.json", "fidelity.json", "run-f16.gguf",
     ]  # fmt: skip
     assert "ollama create" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_one_file_in_two_folders_is_asked_once(sft, tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[gguf]")
+    from test_export import request, with_data
+
+    from posttrain.export.command import Target, export
+    from posttrain.export.runtimes import LlamaCpp
+
+    opened, begin = [], LlamaCpp.__init__
+    monkeypatch.setattr(LlamaCpp, "__init__", lambda self, file, *rest: (opened.append(file.name), begin(self, file, *rest))[1])
+    run = with_data(shutil.copytree(sft, tmp_path / "run"))
+    kinds = [("gguf", "f16"), ("ollama", "f16"), ("gguf", "q8_0")]
+    targets = tuple(Target(kind, quant, "trained", tmp_path / f"{kind}-{quant}") for kind, quant in kinds)
+    one, same, other = export(request(run, tmp_path / "out", targets=targets))
+    assert opened == ["run-f16.gguf", "run-q8_0.gguf"]
+    assert (one.kl_mean, one.greedy_equal, one.tokens_per_second) == (same.kl_mean, same.greedy_equal, same.tokens_per_second)
+    assert same.artefact == "ollama-f16" and same.accuracy["sentence"].startswith("ollama-f16") and other.kl_mean != one.kl_mean

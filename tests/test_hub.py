@@ -505,6 +505,26 @@ def test_evaluations_along_the_chain_are_rows_of_one_table(runs, server, tmp_pat
     assert "first" not in readme(server)
 
 
+def test_an_evaluation_of_a_merged_folder_is_called_one(runs, server, tmp_path):
+    """evaluate.py gives it the folder's own hash, and the adapter as its parent."""
+    grpo, questions = runs / "grpo_run", [f"{i}+{i}?" for i in range(50)]
+
+    def of_folder(name, made_of):
+        sha256 = json.loads((runs / made_of / "manifest.json").read_text())["adapter_sha256"]
+        model = {"name_or_path": f"/x/{name}", "quantization": "none"}
+        said = {"adapter_sha256": "e" * 64, "parent": {"run_dir": made_of, "adapter_sha256": sha256}, "model": model}
+        return evaluation(tmp_path / name, grpo, questions, right=20, **said)
+
+    done = push(grpo, server, tmp_path, "--eval", of_folder("merged-original", "grpo_run"), of_folder("merged", "sft_run"))
+    assert done.returncode == 0, done.stderr
+    assert "| this adapter, as the folder merged-original |" in readme(server)
+    assert "| sft (sft_run), as the folder merged |" in readme(server)
+    stranger = evaluation(
+        tmp_path / "other", grpo, questions, right=1, adapter_sha256="e" * 64, parent={"adapter_sha256": "d" * 64}
+    )
+    assert "neither this adapter nor one it grew from" in push(grpo, server, tmp_path, "--eval", stranger).stderr
+
+
 def test_a_subset_is_called_one(runs, server, tmp_path):
     folder = evaluation(tmp_path / "eval", runs / "sft_run", [f"{i}?" for i in range(20)], right=5)
     results = json.loads((folder / "results.json").read_text()) | {"subset": "first 20 of 1,319"}
@@ -530,39 +550,6 @@ def test_variants_are_folders_of_one_repository_in_one_commit(runs, artefacts, s
     # A push that does not name them is of no variant: theirs may be of another adapter.
     done = push(runs / "grpo_run", server, tmp_path)
     assert (set(repo.files), done.stderr.count("takes it away")) == (PUBLISHED, 2)
-
-
-ASK = """
-import json, sys, torch
-from huggingface_hub import snapshot_download
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-repo, base, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(repo)
-plain = AutoModelForCausalLM.from_pretrained(snapshot_download(repo, allow_patterns="merged/*") + "/merged", dtype=torch.float32)
-adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), repo)
-
-def answer(model, prompt):
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    made = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    return made[0, ids["input_ids"].shape[1]:].tolist()
-
-print(json.dumps([[answer(model, prompt) for prompt in prompts] for model in (plain, adapted)]))
-"""
-
-
-@pytest.mark.slow
-def test_adapter_and_merged_variant_answer_the_same_by_id_alone(runs, artefacts, server, tmp_path, tiny_model_dir, tiny_data_dir):
-    from posttrain.records import Example, read_jsonl
-
-    server.create(BASE, files={file.name: file.read_bytes() for file in tiny_model_dir.iterdir()})
-    push(runs / "grpo_run", server, tmp_path, "--with", *artefacts)
-    prompts = json.dumps([row.prompt for row in read_jsonl(tiny_data_dir / "test.jsonl", Example)])
-    done = execute([sys.executable, "-c", ASK, REPO, BASE, prompts], server, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    merged, adapted = json.loads(done.stdout)
-    assert len(merged) == 20 and sum(a == b for a, b in zip(merged, adapted, strict=True)) >= 19, done.stderr  # bf16 rounds once
 
 
 def drop(name):
@@ -654,6 +641,12 @@ def test_predictions_are_a_data_set_of_their_own(runs, server, tmp_path, fault):
 def test_predictions_without_an_evaluation_are_refused(run_dir, server, tmp_path):
     done = push(run_dir, server, tmp_path, "--predictions")
     assert (done.returncode, "name them with --eval" in done.stderr, server.log) == (2, True, [])
+
+
+def test_two_evaluations_of_one_name_are_no_data_set(runs, server, tmp_path):
+    twice = [evaluation(tmp_path / place / "eval", runs / "grpo_run", ["1?"], right=1) for place in ("one", "two")]
+    done = push(runs / "grpo_run", server, tmp_path, "--predictions", "--eval", *twice)
+    assert (done.returncode, server.log) == (2, []) and "two evaluations are called eval" in done.stderr
 
 
 def test_the_card_has_paired_tests_limits_and_the_whole_chain(runs, tmp_path):

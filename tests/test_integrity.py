@@ -220,6 +220,15 @@ def test_an_adapter_outside_a_run_is_its_owners(finished, tmp_path):
     check_adapter(mine)
 
 
+def test_a_run_that_lost_its_manifest_is_no_owner(finished):
+    """An evaluation of its adapter would say nothing of where it comes from."""
+    (finished / "manifest.json").unlink()
+    checkpoint(finished / "checkpoints/checkpoint-5")
+    for folder in (finished / "adapter", finished / "checkpoints/checkpoint-5"):
+        with pytest.raises(UserError, match=rf"sft is a run without its manifest.json, which says what {folder} is: restore it"):
+            check_adapter(folder)
+
+
 def test_of_an_earlier_version_the_weights_are_compared(finished):
     retell(finished, adapter_files={})
     check_adapter(finished / "adapter")

@@ -49,7 +49,7 @@ KEEPERS = {
     "datasets": {"records", "tasks"},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "matplotlib": set(),  # bench/growth.py draws with it
+    "matplotlib": set(),  # bench/growth.py and bench/dev_curves.py draw with it
     "jinja2": {"hub", "models"},
     "huggingface_hub": {"doctor", "hub", "models", "tasks", "training"},
     "gguf": {"export", "gguf_model"},

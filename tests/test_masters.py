@@ -79,3 +79,17 @@ def test_a_frozen_adapter_is_refused(tiny, load, sft, tokenizer, tmp_path):
 def test_upstream_says_nothing_about_a_frozen_adapter(tiny, load, sft, tokenizer, tmp_path):
     trainer = plain_grpo(load_adapter(load("nf4"), sft / "adapter", trainable=False), tokenizer, tiny, tmp_path)
     assert count_trainable(trainer.model) == 0
+
+
+def test_a_model_is_brought_into_a_mode_when_its_layers_are_not_in_it(tiny, monkeypatch):
+    """As it is loaded, the base evaluates below an adapter that trains."""
+    with tiny.sft() as trainer:
+        model = trainer.model
+        visits = []
+        train = type(model).train
+        monkeypatch.setattr(type(model), "train", lambda self, mode=True: visits.append(mode) or train(self, mode))
+        model.get_base_model().eval()
+        for mode in (True, True, False, False, True):
+            assert model.train(mode) is model
+            assert {module.training for module in model.modules()} == {mode}
+    assert visits == [True, False, True]

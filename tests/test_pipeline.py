@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 from scripts import CONFIGS, EVALUATIONS, ROOT, launched, retell, run, tiny_pipeline, tree
 
+from posttrain.config.schema import Model
+from posttrain.models.base import load_base
+from posttrain.models.chat import load_tokenizer
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
 
@@ -173,6 +176,25 @@ def test_every_stage_runs_with_two_processes(place, monkeypatch):
     assert Path(two).read_bytes() == alone.read_bytes()
 
 
+def exported(place, name):
+    """The tensors of a run's merged folder. The export holds them to the policy that one process makes of the run's files."""
+    few = ("--format", "merged", "--questions", 2, "--max-new-tokens", 8)
+    done = run("posttrain.export.command", f"runs/{name}", *few, cwd=place)
+    assert done.code == 0, done
+    assert read_manifest(place / "runs" / name).num_processes == (1 if name == "alone" else 2)
+    return load_file(place / "runs" / name / "export" / "merged" / "model.safetensors")
+
+
+def unpacked_base(place):
+    settings = Model(name_or_path=str(place / "models" / "tiny"))
+    return load_base(settings, "nf4_unpacked", load_tokenizer(settings)).state_dict()
+
+
+def apart(one, other):
+    """The norm of the difference, over the tensors of the first."""
+    return torch.stack([(one[name].float() - other[name].float()).norm() for name in one]).norm()
+
+
 @pytest.mark.slow
 def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     """They agree to the last bits of a sum. The bits of NF4 weights must survive the way between processes."""
@@ -187,6 +209,12 @@ def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     ddp, fsdp = (load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys()
     assert all(torch.allclose(fsdp[name], ddp[name], atol=1e-4) for name in ddp)
+
+    # What others load of such a run is what they would load of the same run in one process, up to the order of its sums.
+    assert run("sft_train", *sft, "run_dir=runs/alone", "trainer.per_device_train_batch_size=8", cwd=place).code == 0
+    alone, ddp, fsdp = (exported(place, name) for name in ("alone", "ddp", "fsdp"))
+    moved = apart(alone, unpacked_base(place))
+    assert moved > 0 and apart(ddp, fsdp) < 1e-3 * moved and apart(alone, fsdp) < 0.05 * moved
 
     whole = interrupt(place / "runs" / "fsdp", 3)
     said = launched(*sharded, "--resume", cwd=place)

@@ -51,13 +51,14 @@ def grpo(shape, rows, micro_batches, prompt, new, group=8, longest=None, seats=T
 
 
 PACKING = json.loads((ROOT / "results/h100-3b/packing.json").read_text())["runs"]
+REPLAYED = json.loads((ROOT / "results/h100-3b/layer-graphs.json").read_text())["runs"]
 LEVERS = json.loads((ROOT / "results/h100-3b/levers.json").read_text())
 FUSED = json.loads((ROOT / "results/h100-3b/speed-fused.json").read_text())
 STEPS = json.loads((ROOT / "results/qwen2.5-coder-0.5b/steps.json").read_text())["runs"]
 
 
-def packing(name):
-    return {"gib": PACKING[name][0]["peak_gib"], "s": fmean(run["step_seconds"] for run in PACKING[name])}
+def packing(name, runs=PACKING):
+    return {"gib": runs[name][0]["peak_gib"], "s": fmean(run["step_seconds"] for run in runs[name])}
 
 
 def runs(entries):
@@ -112,6 +113,21 @@ ROWS = {
     "3B SFT, packed, lean, NF4, checkpointed": (
         sft(16, 1, PACKED, length=FULL, lean=True, nf4=True, checkpointing=True),
         packing("packed-lean-nf4-checkpointed"),
+        H100,
+    ),
+    "3B SFT, packed, lean, NF4, replayed": (
+        sft(16, 1, 7841, length=512, lean=True, nf4=True, replayed=True),
+        packing("packed-lean-nf4-graphs", REPLAYED),
+        H100,
+    ),
+    "3B SFT, packed, lean, 8 x 2, replayed": (
+        sft(8, 2, 7841, length=512, lean=True, replayed=True),
+        packing("packed-lean-nf4-unpacked-graphs-2x8", REPLAYED),
+        H100,
+    ),
+    "3B SFT, packed, lean, NF4, 4 x 4, checkpointed, replayed": (
+        sft(4, 4, 7841, length=512, lean=True, nf4=True, checkpointing=True, replayed=True),
+        packing("packed-lean-nf4-checkpointed-graphs-4x4", REPLAYED),
         H100,
     ),
     "3B SFT, 16 rows, lean, NF4": (sft(16, 1, 3145, lean=True, nf4=True), packing("16-rows-lean-nf4"), H100),

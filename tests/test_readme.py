@@ -27,7 +27,7 @@ PAGES = [
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = ("data_prep.py", "sft_train.py", "grpo_train.py", "evaluate.py")
 WRITTEN = ("data/", "models/", "runs/", "report/", "downloads/", ".venv/")  # by the commands themselves
-NOT_HERE = ("vllm", "llama-server", "ollama")  # programs of others, which the page names as not run
+NOT_HERE = ("vllm", "llama-server", "ollama")  # programs of others: what stands above their block says so, and why
 PROGRAMS = r"make|python|pip|uv|posttrain|accelerate|torchrun|pre-commit|bash|\./\w+\.sh|[A-Z_]+=\S+ \./\w+\.sh"
 
 
@@ -44,6 +44,13 @@ def commands(page: str) -> list[list[str]]:
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     spans = [" ".join(span.split()) for span in re.findall(rf"`((?:{PROGRAMS})(?: [^`]+|(?=`)))`", prose(page))]
     return [words for line in (*lines, *spans) if (words := shlex.split(line, comments=True))]
+
+
+def above(command: str) -> str:
+    """The text between a command's block and the block before it, in whichever page has it."""
+    [whole] = [text for text in TEXT.values() if f"\n{command}\n" in text]
+    before = whole[: whole.index(f"\n{command}\n")].rpartition("```bash")[0]
+    return " ".join(before.rpartition("```")[2].split())
 
 
 COMMANDS = sorted({(page, shlex.join(words)) for page in TEXT for words in commands(page)})
@@ -96,8 +103,7 @@ def check(words: list[str]) -> None:
         case ["hf", "download", *arguments]:
             check_help(str(Path(sys.executable).with_name("hf")), "download", arguments=arguments)
         case [program, *_] if program in NOT_HERE:
-            [sentence] = re.findall(r"[^.]* were not run here: [^.]*\.", " ".join(TEXT["docs/use.md"].split()))
-            assert f"`{program}`" in sentence
+            assert f"Not run here: `{program}`" in above(shlex.join(words))
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
         case ["source", ".venv/bin/activate"] | ["hf", "auth", "login"]:
@@ -224,7 +230,7 @@ def test_paths_in_the_text_exist(page):
 def is_other(path: str) -> bool:
     """A key of a metric (`time/data`), or a file of TRL."""
     is_metric = "." not in path and f"`{path}`" in TEXT["docs/metrics.md"]
-    return is_metric or bool(re.fullmatch(r"(sft|grpo)_trainer\.py|rewards/NAME\S*", path))
+    return is_metric or path.startswith("RUN/") or bool(re.fullmatch(r"(sft|grpo)_trainer\.py|(rewards|test)/NAME\S*", path))
 
 
 @pytest.mark.parametrize("page", TEXT)

@@ -7,7 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, run
+
+from posttrain import chat
+from posttrain.evaluation.predictions import grade_completion
+from posttrain.records import Example
+from posttrain.tasks.prompts import PromptForm
 
 QUESTION = 'Tom has 3 pens and buys 4. How many has he?\nEnd with "#### " and the number.'
 
@@ -21,7 +26,8 @@ def place(pipeline, tmp_path_factory):
     from posttrain.models.chat import load_tokenizer
 
     folder = tmp_path_factory.mktemp("use")
-    shutil.copytree(pipeline / "models", folder / "models", symlinks=True)
+    for name in ("models", "data"):
+        shutil.copytree(pipeline / name, folder / name, symlinks=True)
     shutil.copytree(pipeline / "runs/grpo_tiny", folder / "runs/grpo")
     settings = Model(name_or_path=str(folder / "models/tiny"))
     tokenizer = load_tokenizer(settings)
@@ -40,15 +46,44 @@ def test_a_base_in_a_folder_is_found_from_any_working_directory(place):
     assert config["base_model_name_or_path"].startswith("/")
 
 
-def test_both_ways_to_load_it_are_run():
-    assert ["peft" in block for block in blocks()] == [True, False]
+def test_every_way_to_load_it_is_run():
+    ways = ("from peft", "from transformers", "from llama_cpp")
+    assert [next(way for way in ways if way in block) for block in blocks()] == list(ways)
+
+
+def test_the_recording_is_read_as_it_says():
+    """What stands after `->` is what the grader makes of the answer above it, and the line is the command's own."""
+    [recording] = re.findall(r"(?ms)^```text\n(\$ QUESTION=.*?)^```", (ROOT / "docs/use.md").read_text(encoding="utf-8"))
+    voice = chat.Voice("", None, "none", None, None, PromptForm(None, "", "{question}"), {})
+    read = []
+    for command, said in re.findall(r"(?ms)^\$ (.*?posttrain\.chat[^\n]*)\n(.*?)(?=^\$ |\Z)", recording):
+        gold = match[1] if (match := re.search(r"--gold (\S+)", command)) else None
+        for answer, verdict in re.findall(r"(?ms)^== (?!vote)[^\n]*\n(.*?)^-> ([^\n]*)$", said):
+            example = Example("asked", "test", "", [], [], gold or "0", 0)
+            prediction = grade_completion(example, 0, answer.removesuffix("\n"), "stop", 9, voice.grader)
+            assert chat.verdict(prediction, gold, voice) == verdict
+            read.append(verdict)
+    assert len(read) == 4 and read[2].endswith(": right")
+
+
+def said_by(block, place):
+    done = subprocess.run([sys.executable, "-c", block], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_each_block_runs_as_it_stands_and_both_answer_the_same(place):
-    said = []
-    for block in blocks():
-        done = subprocess.run([sys.executable, "-c", block], cwd=place, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert said[0] == said[1] != "\n"
+def test_adapter_and_merged_folder_answer_the_same(place):
+    adapter, merged, _ = blocks()
+    assert said_by(adapter, place) == said_by(merged, place) != "\n"
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_the_same(place):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[gguf]")
+    pytest.importorskip("gguf", reason="gguf is not installed: make setup")
+    few = ("--split", "test", "--questions", 2, "--max-new-tokens", 8)
+    done = run("posttrain.export.command", "runs/grpo", "--format", "gguf", "--quant", "q8_0", *few, cwd=place)
+    assert done.code in (0, 3), done
+    _, merged, file = blocks()
+    assert said_by(file, place) == said_by(merged, place) != "\n"

@@ -141,6 +141,7 @@ LATER: dict[str, Any] = {
     "decoding": "auto",
     "curriculum": None,
     "lean_layers": False,
+    "layer_graphs": False,
     "update_tokens": None,
 }
 

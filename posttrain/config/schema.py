@@ -643,6 +643,8 @@ class TrainConfig(Settings):
     """Compute a layer and its LoRA adapter as one operation, in place of PEFT's dozen. [in posttrain/training/masters.py]"""
     lean_layers: bool = False
     """Compute norms and gated products again in the backward pass instead of keeping them. [in posttrain/training/masters.py]"""
+    layer_graphs: bool = False
+    """Replay each decoder layer of a training step as a CUDA graph; it needs packed rows. [in posttrain/training/masters.py]"""
     dev_every_steps: PositiveInt | None = None
     """Dev accuracy every so many steps; null: before and after training alone. [steps, in sft_train.py and grpo_train.py]"""
     trl_class: ClassVar[str]
@@ -666,6 +668,10 @@ class TrainConfig(Settings):
             yield ("lean_layers",), "runs each adapted layer as one operation: set fast_adapter to true, or this to false"
         if self.lean_layers and self.trains_all_weights:
             yield ("lean_layers",), "runs layers that have an adapter: set false, or give lora"
+        if self.layer_graphs and self.trains_all_weights:
+            yield ("layer_graphs",), "replays layers that have an adapter: set false, or give lora"
+        if self.layer_graphs and self.trainer.get("activation_offloading"):
+            yield ("layer_graphs",), "keeps activations where they are: set false, or remove trainer.activation_offloading"
 
     def needs(self) -> Iterator[Need]:
         if self.trains_all_weights:
@@ -679,6 +685,9 @@ class TrainConfig(Settings):
             yield _needs_cuda("trainer.activation_offloading", "remove it")
         if self.trainer.get("use_liger_kernel"):
             yield Need("liger_kernel", "trainer.use_liger_kernel needs the package: pip install 'posttrain[liger]', or remove it")
+        if self.layer_graphs:
+            yield _needs_cuda("layer_graphs", "set it to false")
+            yield Need("one process", "layer_graphs is tried in one process alone: launch with python, or set it to false")
         if self.data.num_dev:
             yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
@@ -707,6 +716,12 @@ class SftConfig(TrainConfig):
             yield ("lora",), "an adapter that is continued keeps its shape: remove lora or adapter"
         if self.compile and self.lean_layers:
             yield ("lean_layers",), "compile chooses itself what a layer keeps: set one of the two to false"
+        if self.compile and self.layer_graphs:
+            yield ("layer_graphs",), "compile runs the layers itself: set one of the two to false"
+        if self.layer_graphs and self.lora and self.lora.dropout:
+            yield ("layer_graphs",), "would drop the same values in every step: set false, or lora.dropout to 0"
+        if self.layer_graphs and not self.trainer.get("packing"):
+            yield ("layer_graphs",), "replays packed rows alone: set trainer.packing to true, or this to false"
         if self.compile and self.model.kernels == "liger":
             yield ("model", "kernels"), "compile fuses these operations itself: set auto or torch, or compile to false"
         if self.trainer.get("eval_strategy", "no") != "no" and not self.data.num_dev:
@@ -760,6 +775,8 @@ class GrpoConfig(TrainConfig):
         if self.curriculum and self.rollouts.engine != "transformers":
             why = f"{self.rollouts.engine} does not draw the same completions again after an interruption"
             yield ("curriculum",), f"needs rollouts.engine transformers: {why}; set that, or remove curriculum"
+        if self.layer_graphs and not self.update_tokens:
+            yield ("layer_graphs",), "replays packed rows of a known size: set update_tokens, or this to false"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
             yield ("rollouts", "skip_zero_signal"), "needs trainer.beta 0: a KL term reaches every completion"
         if self.trainer.get("eval_strategy", "no") != "no" or self.trainer.get("eval_on_start"):

@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    from posttrain.export.fidelity import Fidelity, Measured
+    from posttrain.export.fidelity import Fidelity, Measured, Said
     from posttrain.models.folded import FoldedWeights
 
 INTO = ("trained", "original")
 CHANGED = 3  # the artefact was written, and it is not the model that training measured
 FORMATS, QUANTS = ("merged", "gguf", "ollama"), ("f16", "q8_0", "q4_k_m")
+BY_LLM_COMPRESSOR = ("awq", "gptq", "fp8")  # llm-compressor 0.14 takes transformers up to 5.17: not the one that runs here
 LONGEST_ANSWER = 512  # as evaluate.py's, where the run's own settings do not say
 
 
@@ -105,7 +106,9 @@ def from_command_line() -> Request:
         prog="python -m posttrain.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a finished run of sft_train.py or grpo_train.py")
-    parser.add_argument("--format", choices=FORMATS, nargs="+", required=True)
+    parser.add_argument(
+        "--format", choices=(*FORMATS, *BY_LLM_COMPRESSOR), nargs="+", required=True, metavar=f"{{{','.join(FORMATS)}}}"
+    )
     parser.add_argument("--into", choices=INTO, default="trained", help="which base the adapter is folded into")
     parser.add_argument("--quant", choices=QUANTS, nargs="+", help="of gguf and ollama; q8_0 if nothing is said")
     parser.add_argument(
@@ -116,6 +119,11 @@ def from_command_line() -> Request:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; the run's own limit if nothing is said")
     parser.add_argument("--eval", type=Path, nargs="+", default=[], metavar="DIR", help="evaluation runs, for the card")
     args = parser.parse_args()
+    if elsewhere := sorted(set(args.format) & set(BY_LLM_COMPRESSOR)):
+        raise UserError(
+            f"--format {elsewhere[0]} is written by llm-compressor, which does not run beside this project's transformers: "
+            "export --format merged, and give it that folder in an environment of its own (docs/export.md)"
+        )
     if args.quant and args.format == ["merged"]:
         parser.error("--quant is of --format gguf and ollama: a merged folder has the run's own dtype")
     if args.questions < 1:
@@ -141,11 +149,11 @@ def export(request: Request) -> list[Fidelity]:
     source = read_source(request)
     weights, tokenizer = check(request, source)
     measured, hashes = ask_policy(source, tokenizer)
-    found = []
+    found, asked = [], dict[str, "Said"]()
     for target in request.targets:
         with appearing(target.folder) as folder:
             write(target, source, weights, tokenizer, folder)
-            fidelity = ask_artefact(target, source, folder, measured, hashes, tokenizer)
+            fidelity = ask_artefact(target, source, folder, measured, hashes, tokenizer, asked)
             write_report(target, source, folder, fidelity)
         print(f"wrote {target.folder}\n  {fidelity.line()}\n  {fidelity.accuracy['sentence']}")
         found.append(fidelity)
@@ -262,42 +270,41 @@ def ask_artefact(
     measured: Measured,
     hashes: dict[str, str],
     tokenizer: PreTrainedTokenizerBase,
+    asked: dict[str, Said],
 ) -> Fidelity:
-    """Run the artefact in its own runtime."""
+    """Run the artefact in its own runtime. `asked` keeps what a GGUF file said, by its hash: that of Ollama is the same."""
     import torch
 
-    from posttrain.export.fidelity import compare_with, size_of
+    from posttrain.export.fidelity import ask, compare_with, size_of
     from posttrain.export.merged import load_merged
     from posttrain.export.runtimes import LlamaCpp, Transformers
     from posttrain.models.base import device
 
     grader = grader_of(source.data.get("answer"))
     exact = target.into == "trained"
+    same_weights, rounds_to = None, None
     if target.is_gguf:
-        longest = max(map(len, measured.prompts)) + source.max_new_tokens
+        file = next(folder.glob("*.gguf"))
+        if (sha256 := sha256_file(file)) not in asked:
+            longest = max(map(len, measured.prompts)) + source.max_new_tokens
+            with LlamaCpp(file, tokenizer.eos_token_id, longest) as runtime:
+                asked[sha256] = ask(runtime, measured, tokenizer)
+        said = asked[sha256]
         rounds_to = torch.float16 if exact and target.quant == "f16" else None
-        with LlamaCpp(next(folder.glob("*.gguf")), tokenizer.eos_token_id, longest) as runtime:
-            return compare_with(
-                target.folder.name,
-                measured,
-                runtime,
-                tokenizer,
-                grader,
-                size_bytes=size_of(folder),
-                same_weights=None,
-                rounds_to=rounds_to,
-            )
-    model = load_merged(folder, device())
-    same_weights = tensor_hashes(model) == hashes if exact else None
+    else:
+        model = load_merged(folder, device())
+        same_weights = tensor_hashes(model) == hashes if exact else None
+        said = ask(Transformers(model, tokenizer), measured, tokenizer)
+        rounds_to = model.dtype if exact else None
     return compare_with(
         target.folder.name,
         measured,
-        Transformers(model, tokenizer),
+        said,
         tokenizer,
         grader,
         size_bytes=size_of(folder),
         same_weights=same_weights,
-        rounds_to=model.dtype if exact else None,
+        rounds_to=rounds_to,
     )
 
 
@@ -339,7 +346,9 @@ def write(target: Target, source: Source, weights: FoldedWeights, tokenizer: Pre
         quantize(unrounded, file, target.quant)
         unrounded.unlink()
     if target.format == "ollama":
-        (folder / "Modelfile").write_text(modelfile(tokenizer, file.name), encoding="utf-8")
+        first = source.examples[0].prompt[0]
+        system = first["content"] if first["role"] == "system" else None
+        (folder / "Modelfile").write_text(modelfile(tokenizer, file.name, system), encoding="utf-8")
 
 
 def write_report(target: Target, source: Source, folder: Path, fidelity: Fidelity) -> None:
@@ -365,7 +374,7 @@ def provenance(target: Target, source: Source, folder: Path) -> dict[str, Any]:
         "chain": [*manifest.chain, link],
         "base": manifest.model,
         **weights,
-        "command": shlex.join(["python", "-m", "posttrain.export", *sys.argv[1:]]),
+        "command": command_line(),
         **git_state(),
         "versions": versions(),
         "hardware": hardware(),
@@ -386,5 +395,9 @@ def artefact(target: Target, source: Source, folder: Path, fidelity: Fidelity) -
     }[target.format]
     return Artefact(
         target.format, f"{names[target.format]}{folded}", load, fidelity.line(),
-        fidelity.accuracy["sentence"], tuple(fidelity.faults),
+        fidelity.accuracy["sentence"], tuple(fidelity.faults), command_line(),
     )  # fmt: skip
+
+
+def command_line() -> str:
+    return shlex.join(["python", "-m", "posttrain.export", *sys.argv[1:]])

@@ -83,10 +83,28 @@ class Fidelity:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What an artefact made of the same questions, whatever it is called."""
+
+    runtime: str
+    same_prompts: bool
+    answers: Answers
+    numbers: dict[str, Any]  # of the tokens that are compared one by one
+
+
+def ask(artefact: Runtime, measured: Measured, tokenizer: PreTrainedTokenizerBase) -> Said:
+    """Ask an artefact what the policy was asked."""
+    texts = [chat_text(tokenizer, example.prompt, add_generation_prompt=True) for example in measured.examples]
+    same_prompts = all(artefact.tokenize(text) == ids for text, ids in zip(texts, measured.prompts, strict=True))
+    answers = artefact.answer(measured.prompts, measured.max_new_tokens)
+    return Said(artefact.name, same_prompts, answers, _token_by_token(measured, artefact))
+
+
 def compare_with(
     name: str,
     measured: Measured,
-    artefact: Runtime,
+    said: Said,
     tokenizer: PreTrainedTokenizerBase,
     grader: Grader,
     *,
@@ -94,30 +112,26 @@ def compare_with(
     same_weights: bool | None,
     rounds_to: torch.dtype | None,
 ) -> Fidelity:
-    """Ask the artefact of this name what the policy was asked.
+    """The artefact of this name beside the policy.
 
     `rounds_to` is set where it may differ from the policy by that rounding alone.
     """
-    texts = [chat_text(tokenizer, example.prompt, add_generation_prompt=True) for example in measured.examples]
-    same_prompts = all(artefact.tokenize(text) == ids for text, ids in zip(texts, measured.prompts, strict=True))
-    answers = artefact.answer(measured.prompts, measured.max_new_tokens)
-    numbers = _token_by_token(measured, artefact)
-    accuracy = _accuracy(name, measured, answers, tokenizer, grader)
-    faults = _faults(same_prompts, same_weights, numbers["logit_difference"], rounds_to, accuracy)
-    equal = [one == other for one, other in zip(measured.answers.tokens, answers.tokens, strict=True)]
+    accuracy = _accuracy(name, measured, said.answers, tokenizer, grader)
+    faults = _faults(said.same_prompts, same_weights, said.numbers["logit_difference"], rounds_to, accuracy)
+    equal = [one == other for one, other in zip(measured.answers.tokens, said.answers.tokens, strict=True)]
     return Fidelity(
         artefact=name,
-        runtime=artefact.name,
+        runtime=said.runtime,
         split=measured.examples[0].split,
         num_questions=len(measured.examples),
         max_new_tokens=measured.max_new_tokens,
-        **numbers,
+        **said.numbers,
         greedy_equal=sum(equal) / len(equal),
-        same_prompts=same_prompts,
+        same_prompts=said.same_prompts,
         same_weights=same_weights,
         accuracy=accuracy,
         size_bytes=size_bytes,
-        tokens_per_second=answers.tokens_per_second,
+        tokens_per_second=said.answers.tokens_per_second,
         policy_tokens_per_second=measured.answers.tokens_per_second,
         faults=faults,
     )

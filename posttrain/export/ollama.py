@@ -103,9 +103,12 @@ def _check(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, takes_system: boo
             raise UserError(TOO_MUCH)
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:
-    """The text of a Modelfile beside a GGUF file."""
+def modelfile(tokenizer: PreTrainedTokenizerBase, file_name: str, system: str | None = None) -> str:
+    """The text of a Modelfile beside a GGUF file. `system` is the system prompt of the run's own prompts, where they have one."""
     pieces = pieces_of(tokenizer)
+    system = pieces.default_system if system is None else system
+    if '"""' in (system or ""):
+        raise UserError('the system prompt holds """, which ends a text in a Modelfile: use --format gguf')
     roles = [role for role in ROLES if role in pieces.around]
     cases = []
     for number, role in enumerate(roles):
@@ -117,9 +120,19 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, file_name: str) -> str:
     begin = pieces.begin
     if tokenizer.bos_token and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         begin = begin.removeprefix(tokenizer.bos_token)  # the file says that the runtime adds it
+    begin += _empty_turn(pieces, tokenizer) if system == "" else ""
     template = f"{begin}{{{{ range {each} }}}}{''.join(cases)}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
     lines = [f"FROM ./{file_name}", f'TEMPLATE """{template}"""']
-    if pieces.default_system is not None:
-        lines += [f'SYSTEM """{pieces.default_system}"""']
+    if system:
+        lines += [f'SYSTEM """{system}"""']
     stop = stop_token(tokenizer)
     return "\n".join([*lines, f'PARAMETER stop "{stop}"', "PARAMETER temperature 0", ""])
+
+
+def _empty_turn(pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What our template makes of an empty system prompt, for chats without one: Ollama takes an empty SYSTEM for none."""
+    chat = [_message("system", ""), _message("user")]
+    text, (before, after) = chat_text(tokenizer, chat, add_generation_prompt=True), pieces.around.get("system", ("", ""))
+    if pieces.joined or text != pieces.render(chat):
+        return ""  # the template leaves it out, or it is no turn of its own
+    return f'{{{{ if ne (index .Messages 0).Role "system" }}}}{before}{after}{{{{ end }}}}'

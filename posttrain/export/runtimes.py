@@ -163,9 +163,10 @@ class LlamaCpp:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.library.llama_batch_free(self.batch)
-        self.library.llama_free(self.context)
-        self.library.llama_model_free(self.model)
+        with _silent():
+            self.library.llama_batch_free(self.batch)
+            self.library.llama_free(self.context)
+            self.library.llama_model_free(self.model)
 
 
 QUANTS = {"f16": "LLAMA_FTYPE_MOSTLY_F16", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M"}

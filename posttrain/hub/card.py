@@ -23,7 +23,7 @@ from posttrain.evaluation.recorded import check_results
 from posttrain.hub.variants import Variant
 from posttrain.records import Prediction, holds_rows, read_jsonl, read_object, read_rows
 from posttrain.runs.contents import check_contents
-from posttrain.runs.manifest import Manifest, lineage, read_manifest
+from posttrain.runs.manifest import EXPORT, MANIFEST, PUBLIC_MANIFEST, Manifest, lineage, read_manifest
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import noun_of, where_strict
 
@@ -99,6 +99,7 @@ class Artefact:
     fidelity: str
     accuracy: str
     faults: tuple[str, ...]
+    command: str  # that made it
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +181,7 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     manifest, results = read_manifest(folder), read_object(folder / "results.json", "evaluate.py --regrade writes it anew")
     if manifest.exit != "ok":
         raise UserError(f"{folder} is not finished ({manifest.exit}): the same evaluate.py command goes on with it")
-    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
-    labels[run.adapter_sha256] = "this model" if run.all_weights else "this adapter"
-    label = labels.get(manifest.adapter_sha256)
-    if manifest.adapter_sha256 is None and manifest.model["name_or_path"] == base_name:
-        label = "base"
+    label = label_of(manifest, run, base_name)
     if label is None:
         trained, remedy = ("model", "model.name_or_path=RUN_DIR/model") if run.all_weights else ("adapter", "adapter=RUN_DIR")
         raise UserError(f"{folder} evaluates neither this {trained} nor one it grew from: run evaluate.py with {remedy}")
@@ -197,6 +194,20 @@ def read_evaluation(folder: Path, run: Manifest, base_name: str) -> Evaluation:
     is_gsm8k = gsm8k.is_whole_test_set(row["question"] for row in rows)
     dataset_id = gsm8k.HUB_ID if is_gsm8k else data.get("source", {}).get("repo_id")
     return Evaluation(label, folder, manifest, results, dataset_id, is_gsm8k)
+
+
+def label_of(evaluated: Manifest, run: Manifest, base_name: str) -> str | None:
+    """What an evaluation is of, seen from a run; None: of neither it nor what it grew from."""
+    labels = {link["adapter_sha256"]: f"{link['stage']} ({link['name']})" for link in run.chain}
+    labels[run.adapter_sha256] = "this model" if run.all_weights else "this adapter"
+    name = evaluated.model["name_or_path"]
+    if evaluated.adapter_sha256 in labels:
+        return labels[evaluated.adapter_sha256]
+    if evaluated.adapter_sha256 is None:
+        return "base" if name == base_name else None
+    # A merged folder has a hash of its own, and the adapter in it as its parent. Which base that was folded into, its name says.
+    folded = labels.get((evaluated.parent or {}).get("adapter_sha256"))
+    return folded and f"{folded}, as the folder {PurePath(name).name}"
 
 
 def datasets(release: Release) -> list[str]:
@@ -235,6 +246,7 @@ def model_card(release: Release) -> str:
         rows=[[cell.replace("|", "/") for cell in result_row(evaluation)] for evaluation in release.evaluations],
         prompt=example_prompt(release),
         commands=commands(release),
+        record=EXPORT if release.artefact else MANIFEST if release.is_local else PUBLIC_MANIFEST,
         machine=machine(release.manifest),
         links=portable(links(release)),
         settings=settings(release),
@@ -366,10 +378,11 @@ def example_prompt(release: Release) -> str:
 
 
 def commands(release: Release) -> list[str]:
-    """From the first training run to this one and its evaluations."""
+    """From the first training run to this one, its evaluations, and the export."""
     trained = [manifest for _, manifest in lineage(release.run_dir)]
     evaluated = [evaluation.manifest for evaluation in release.evaluations if evaluation.is_of_this_adapter]
-    return [portable(manifest.command) for manifest in (*trained, *evaluated)]
+    exported = [release.artefact.command] if release.artefact else []
+    return [portable(command) for command in (*(manifest.command for manifest in (*trained, *evaluated)), *exported)]
 
 
 def links(release: Release) -> list[dict[str, Any]]:

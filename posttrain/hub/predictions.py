@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from posttrain.errors import UserError
 from posttrain.evaluation.summary import with_interval
 from posttrain.hub.card import Evaluation, Release, decoding, portable
 from posttrain.records import Prediction, read_jsonl, read_rows, to_json
@@ -21,9 +22,11 @@ def prediction_files(release: Release) -> dict[str, Path | bytes]:
     """A file of rows for each evaluation, and the data card.
 
     Raises:
-        UserError: an evaluation's answers are not those that it ended with.
+        UserError: an evaluation's answers are not those that it ended with, or two evaluations have one name.
     """
     names = [name_of(evaluation) for evaluation in release.evaluations]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two evaluations are called {twice}, and each is a file of the data set: rename one")
     files: dict[str, Path | bytes] = {
         f"{name}.jsonl": rows(evaluation) for name, evaluation in zip(names, release.evaluations, strict=True)
     }

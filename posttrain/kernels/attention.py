@@ -164,6 +164,31 @@ class Packed:
         return same.tril()[:, None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared(Packed):
+    """Packed rows in which sequences see tokens of others, too, as completions see the prompt that they share.
+
+    `take` lists what each sequence sees, one after the other, by a token's place: (keys,). A sequence is the end of what it sees.
+    Keys that are of no sequence have the number of tokens for their place.
+    """
+
+    take: torch.Tensor
+    key_ends: torch.Tensor  # 0, then where each list ends; int32 (sequences + 1,)
+
+    def mask(self, queries: int, keys: int) -> torch.Tensor:
+        """The same of the keys that are taken, (1, 1, queries, keys)."""
+        of_query, query = self._from_the_end(self.ends, queries)
+        of_key, key = self._from_the_end(self.key_ends, keys)
+        return ((of_query[:, None] == of_key) & (query[:, None] <= key))[None, None]
+
+    @staticmethod
+    def _from_the_end(ends: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sequence of each place, and how far it is from that sequence's end; (size,) each."""
+        place = torch.arange(size, device=ends.device)
+        of = torch.bucketize(place, ends, right=True)
+        return of, ends[of.clamp(max=len(ends) - 1)] - place
+
+
 def packed(sequence: torch.Tensor) -> Packed:
     row = torch.arange(len(sequence), device=sequence.device)[:, None]
     lengths = (row * sequence.shape[1] + sequence).flatten().unique_consecutive(return_counts=True)[1]
@@ -226,6 +251,8 @@ def varlen_attention(
     """Attention, (rows, queries, heads, head_dim), by SDPA where flash attention cannot. The outputs of padding mean nothing."""
     query, key, value = _as_autocast_would(query, key, value)
     rows, heads, queries, dim = query.shape
+    if isinstance(attention_mask, Shared):
+        key, value = (_TakeTokens.apply(x, attention_mask.take) for x in (key, value))
     keys = key.shape[2]
     if isinstance(attention_mask, LeftPadded | Packed):
         more = any(kwargs.get(name) for name in ("dropout", "softcap"))
@@ -234,13 +261,14 @@ def varlen_attention(
             if isinstance(attention_mask, Packed):
                 k, v = (x.transpose(1, 2).reshape(rows * keys, -1, dim) for x in (key, value))
                 starts, longest = attention_mask.ends, (attention_mask.longest, attention_mask.longest)
+                ends = attention_mask.key_ends if isinstance(attention_mask, Shared) else attention_mask.ends
             else:
                 k, v = (_TakeKeys.apply(x, attention_mask.row, attention_mask.place) for x in (key, value))
                 starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=q.device)
-                longest = queries, keys
+                longest, ends = (queries, keys), attention_mask.ends
             # The causal window counts from the end of a row, also in rows with more keys than queries.
             out = varlen_attn(
-                q, k, v, starts, attention_mask.ends, *longest,
+                q, k, v, starts, ends, *longest,
                 scale=scaling, window_size=(-1, 0), enable_gqa=heads != key.shape[1],
             )  # fmt: skip
             return out.view(rows, queries, heads, dim), None
@@ -268,3 +296,24 @@ class _TakeKeys(torch.autograd.Function):
         to_x = grad.new_zeros(ctx.shape)
         to_x[row, :, place] = grad
         return to_x, None, None
+
+
+class _TakeTokens(torch.autograd.Function):
+    """x[:, :, take], (1, heads, taken, head_dim) of (1, heads, tokens, head_dim). Tokens are taken several times.
+
+    What is taken for the place after the last token is any token, its gradient, which flash attention never writes, is left.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, take: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(take)
+        ctx.shape = x.shape
+        return x[:, :, take.clamp(max=x.shape[2] - 1)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (take,) = ctx.saved_tensors
+        _, heads, tokens, dim = ctx.shape
+        to_x = grad.new_zeros(tokens + 1, heads, dim, dtype=torch.float32)
+        to_x.index_add_(0, take, grad[0].transpose(0, 1).float())
+        return to_x[:tokens].transpose(0, 1)[None].to(grad.dtype), None

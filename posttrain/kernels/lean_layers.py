@@ -180,8 +180,12 @@ class _LoraLinears(torch.autograd.Function):
             weight = base_weight(base).to(plan.dtype)
             if plan.runs_again and weight.data_ptr() != base.weight.data_ptr():
                 base.unpacked = weight  # for the gradient, which follows at once
-            y = flat @ weight.T if base.bias is None else torch.addmm(base.bias.to(plan.dtype), flat, weight.T)
-            outputs.append(y.addmm_(part, b.T, alpha=scaling).view(*x.shape[:-1], -1))
+            # The small product first: it is a pass over memory, and the large one reads what it adds to while it computes.
+            if base.bias is None:
+                y = flat.new_empty(len(flat), len(b)).addmm_(part, b.T, beta=0, alpha=scaling)
+            else:
+                y = torch.addmm(base.bias.to(plan.dtype), part, b.T, alpha=scaling)
+            outputs.append(y.addmm_(flat, weight.T).view(*x.shape[:-1], -1))
         kept = plan.made.of if plan.made else (x if x.dtype == plan.dtype else flat,)
         ctx.save_for_backward(down, a, *bs, *kept)
         ctx.plan, ctx.shape, ctx.x_dtype = plan._replace(made=plan.made and Made(plan.made.by, ())), x.shape, x.dtype

@@ -51,7 +51,7 @@ def together_charts(stage: str, runs: Sequence[TrainingRun]) -> list[Chart]:
 
 def _over_minutes(stage: str, runs: Sequence[TrainingRun], logged: Sequence[Curves]) -> Chart | None:
     """Dev accuracy against minutes of optimizer steps, without the minutes of measuring it: what a setting buys for its time."""
-    curves = [(run.label, tuple(_timed(values))) for run, values in zip(runs, logged, strict=True)]
+    curves = [(run.label, tuple(timed(values))) for run, values in zip(runs, logged, strict=True)]
     series = tuple(Series(label, points, color) for color, (label, points) in enumerate(curves) if len(points) > 1)
     title = "Dev accuracy over time"
     return (
@@ -61,8 +61,8 @@ def _over_minutes(stage: str, runs: Sequence[TrainingRun], logged: Sequence[Curv
     )
 
 
-def _timed(logged: Curves) -> Iterator[Point]:
-    """A logged `step_time` is the mean of the steps since the row before."""
+def timed(logged: Curves) -> Iterator[Point]:
+    """Dev accuracy at minutes of optimizer steps. A logged `step_time` is the mean of the steps since the row before."""
     steps = sorted(logged.get("step_time", {}).items())
     since = [0, *(step for step, _ in steps)]
     spent = [seconds * (step - before) for before, (step, seconds) in zip(since, steps, strict=False)]

@@ -129,10 +129,12 @@ def check_adapter(folder: Path) -> None:
     An adapter outside a run has nobody who says what it was.
 
     Raises:
-        UserError: a file was changed, damaged or lost since; the text names it.
+        UserError: a file was changed, damaged or lost since, or the run's manifest; the text names it.
     """
     run_dir = run_of(folder)
     if run_dir is None:
+        if lost := next((above for above in (folder.parent, folder.parent.parent) if _lost_its_manifest(above)), None):
+            raise UserError(f"{lost} is a run without its manifest.json, which says what {folder} is: restore it, or {COPY}")
         return
     if folder.name.startswith("checkpoint-"):
         if why := damage(folder):
@@ -146,6 +148,11 @@ def check_adapter(folder: Path) -> None:
 
 
 COPY = "copy the folder out of the run to use it as an adapter of your own"
+
+
+def _lost_its_manifest(folder: Path) -> bool:
+    """Whether a folder, which has no manifest, is a run all the same: by two other files that every training writes."""
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
 
 
 def _changed(folder: Path, files: Entry, tensors_sha256: str | None) -> str | None:

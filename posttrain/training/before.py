@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.config.schema import EvalConfig, GrpoConfig, SftConfig, TrainConfig
 from posttrain.config.trl_fields import trl_fields
 from posttrain.errors import UserError
+from posttrain.kernels.layer_graphs import check_family
 from posttrain.models.checkpoint import check_context, check_rows_for, context_length
 from posttrain.records import Example
 from posttrain.runs.directory import Run
@@ -67,6 +68,8 @@ def check_sft(
     Raises:
         UserError: it cuts all of them, or a row is longer than the model's context or has a token that the model lacks.
     """
+    if config.layer_graphs:
+        check_family(base.config)
     rows = token_ids(tokenizer, [example.prompt + example.completion for example in train])
     check_rows_for(base, tokenizer, [*rows, *prompt_ids(tokenizer, dev)])
     limit, context = max_length(config), context_length(base)
@@ -112,17 +115,25 @@ def dev_tokens(config: SftConfig, base: PreTrainedModel, tokenizer: PreTrainedTo
 def check_grpo(
     config: GrpoConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], dev: list[Example]
 ) -> None:
-    _check_prompts(base, tokenizer, [*train, *dev], max_completion_length(config), "trainer.max_completion_length")
+    new = max_completion_length(config)
+    longest = _check_prompts(base, tokenizer, [*train, *dev], new, "trainer.max_completion_length") + new
+    if config.layer_graphs:
+        check_family(base.config)
+        if config.update_tokens is not None and config.update_tokens < longest:
+            raise UserError(f"layer_graphs: a row may have {longest} tokens: set update_tokens to as many, or to several rows'")
 
 
 def check_questions(config: EvalConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Example]) -> None:
     _check_prompts(base, tokenizer, asked, config.generation.max_new_tokens, "generation.max_new_tokens")
 
 
-def _check_prompts(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Example], new: int, key: str) -> None:
+def _check_prompts(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Example], new: int, key: str) -> int:
+    """Returns the tokens of the longest prompt."""
     prompts = prompt_ids(tokenizer, asked)
     check_rows_for(base, tokenizer, prompts)
-    check_context(base, max(map(len, prompts)), new, key)
+    longest = max(map(len, prompts))
+    check_context(base, longest, new, key)
+    return longest
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:

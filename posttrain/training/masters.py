@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trl import GRPOTrainer
 
 from posttrain.errors import UserError, stop
 from posttrain.kernels import lora_linear
+from posttrain.kernels.layer_graphs import use_layer_graphs
 from posttrain.kernels.lean_layers import use_lean_layers
 from posttrain.kernels.nf4 import packed_linears
 from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
@@ -49,6 +51,7 @@ class MasterWeights(Trainer):
         score_labels_only: bool = True,
         fast_adapter: bool = True,
         lean_layers: bool = False,
+        layer_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         # A copy of all weights would be another model, and TRL casts adapters alone.
@@ -57,6 +60,7 @@ class MasterWeights(Trainer):
         assert masters, "the model has no trainable parameter: load the adapter with trainable=True (trl#6700)"
         leave_experts_alone(model, kwargs["args"])
         super().__init__(*args, model=model, **kwargs)
+        model.train = functools.partial(train_once, model)
         shard_as_stored(self.accelerator.state, model)
         for name, parameter in model.named_parameters():
             if name in masters:
@@ -67,11 +71,17 @@ class MasterWeights(Trainer):
         self.add_callback(self.steps)
         if lean_layers:
             use_lean_layers(model)
+        if layer_graphs:
+            use_layer_graphs(model, *self.packed_sizes())
         self._head_checked = False
         self.label_head: LabelHead | None = None
         if score_labels_only and (not next(model.parameters()).is_cuda or trains_tokens(model)):
             logged = ("entropy",) if isinstance(self, GRPOTrainer) else ("is_top1",)
             self.label_head = LabelHead(base_of(model), getattr(self, "temperature", 1.0), logged)
+
+    def packed_sizes(self) -> tuple[int, int]:
+        """Tokens of the largest packed row that the model is given in training, and of the longest sequence in one."""
+        raise NotImplementedError
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with phase("data"):
@@ -229,6 +239,13 @@ class Steps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.done += 1
+
+
+def train_once(model: nn.Module, mode: bool = True) -> nn.Module:
+    """`model.train(mode)`, but for a model whose layers are in that mode: transformers calls it before each micro-batch, and the
+    parts of 28 adapted layers are thousands. In those 8 ms a GPU has nothing to do."""
+    there = all(part.training == mode for part in (model, *base_of(model).base_model.layers))
+    return model if there else type(model).train(model, mode)
 
 
 def _carried_file() -> str:

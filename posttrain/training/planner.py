@@ -48,6 +48,9 @@ MACHINES = {
 # Seconds to launch the kernels of one layer in one direction. Work of the host's CPU, so taken for every card (EXPERIMENTS.md,
 # 2026-11-27: every step waits for Python). PEFT's layers launch half as many again, lean ones a seventh.
 LAUNCH, PEFT_LAUNCHES, LEAN_LAUNCHES = 2.7e-3, 1.5, 1.15
+# Replayed layers wait for nothing: the seconds of a GPU to unpack a layer, the share of a card's rate that is left when it never
+# waits, and what Python does around the layers of a micro-batch (EXPERIMENTS.md, 2026-11-28).
+REPLAYED_UNPACK, REPLAYED_AT, REPLAYED_AROUND = 0.14e-3, 0.47, 0.03
 UNPACK = 2.0e-3  # seconds to unpack the seven NF4 matrices of a layer, each time that they are needed
 # Decoding: shares of the bandwidth at which weights, and keys and values, are read; a layer's kernels in a CUDA graph; and what
 # the loop's choice of a token takes a logit (EXPERIMENTS.md, 2026-11-27, where the time of a decoding step goes).
@@ -113,6 +116,7 @@ class Step:
     nf4: bool = False  # packed in memory
     checkpointing: bool = False
     lean: bool = False
+    replayed: bool = False  # layers as CUDA graphs
     fused: bool = True  # Liger's norm, rotary embedding and MLP
     fast_adapter: bool = True
     probabilities: bool = False  # attention keeps them, as by matrix products on a CPU
@@ -236,12 +240,15 @@ def seconds(step: Step, machine: Machine) -> Seconds:
     passes = 3 if step.checkpointing else 2
     launches = (LEAN_LAUNCHES if step.lean else 1.0) * (1.0 if step.fast_adapter or step.all_weights else PEFT_LAUNCHES)
     waits = passes * step.shape.layers * (LAUNCH * launches + UNPACK * step.nf4) if machine.is_gpu else 0.0
+    share = machine.trains_at
+    if step.replayed:
+        waits, share = passes * step.shape.layers * REPLAYED_UNPACK * step.nf4 + REPLAYED_AROUND, min(share, REPLAYED_AT)
     # Forward 2 a weight and position; back 2 for the input's gradient, and 2 more for a weight that is trained.
     weight_flops = (6 if step.all_weights else 4) + 2 * step.checkpointing
     adapters = 0.0 if step.all_weights else 6 * step.trained
     scored = step.rows * step.rollouts.new if step.rollouts else 0.0  # SFT's labels are few
     flops = step.positions * (weight_flops * step.shape.linear + adapters) + scored * 4 * step.shape.head
-    update = step.micro_batches * (waits + flops / (machine.flops * machine.trains_at))
+    update = step.micro_batches * (waits + flops / (machine.flops * share))
     if step.rollouts is None:
         return Seconds(update)
     sampled = rollout_seconds(step, step.rollouts, machine) / step.rollouts.steps

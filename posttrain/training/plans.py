@@ -130,6 +130,7 @@ def step_of(config: TrainConfig, shape: Shape, value: dict[str, Any], length: fl
         nf4=config.quantization == "nf4",
         checkpointing=value["gradient_checkpointing"],
         lean=config.lean_layers,
+        replayed=config.layer_graphs,
         fused=model.kernels != "torch" if on_gpu else is_fused(model),
         fast_adapter=config.fast_adapter,
         probabilities=not on_gpu and keeps_probabilities(model),

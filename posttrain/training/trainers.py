@@ -52,10 +52,11 @@ from posttrain.training.batches import (
     share_kept,
     trim,
 )
+from posttrain.training.before import token_ids
 from posttrain.training.curriculum import Curriculum, Group, Window
 from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
-from posttrain.training.packing import check_packing, num_rows
+from posttrain.training.packing import as_packed, check_packing, num_rows, parts_of_groups, prompt_groups
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -79,6 +80,9 @@ class SFT(MasterWeights, SFTTrainer):
     def carry_on(self, carried: dict[str, Any]) -> None:
         super().carry_on(carried)
         self._rows, self._logged = carried["rows"], carried["logged"]
+
+    def packed_sizes(self) -> tuple[int, int]:
+        return self.args.per_device_train_batch_size * self.args.max_length, self.args.max_length
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -127,6 +131,7 @@ class GRPO(MasterWeights, GRPOTrainer):
     engine that does not compute exactly what the trainer does.
     `update_tokens` cuts a micro-batch into parts of rows of like length, of at most so many positions each. Each part has its
     gradient before the next begins, so that no more is ever kept; the update is the same.
+    With `layer_graphs` the rows of a part are packed, and those of a prompt share it.
     """
 
     _buffered_inputs: Any  # TRL's: the micro-batches of a generation window
@@ -142,9 +147,11 @@ class GRPO(MasterWeights, GRPOTrainer):
         gates: Mapping[int, int] | None = None,
         curriculum: Curriculum | None = None,
         update_tokens: int | None = None,
+        layer_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        self.update_tokens, self.layer_graphs = update_tokens, layer_graphs
+        super().__init__(*args, layer_graphs=layer_graphs, **kwargs)
         self.gates, self.curriculum = gates or {}, curriculum
         self._window: Window | None = None  # of the curriculum, while TRL works on it
         if curriculum:
@@ -153,7 +160,7 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.add_callback(curriculum)
         if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
             LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
-        self.skip_zero_signal, self.correct_mismatch, self.update_tokens = skip_zero_signal, correct_mismatch, update_tokens
+        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
@@ -166,6 +173,12 @@ class GRPO(MasterWeights, GRPOTrainer):
         if update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("update_tokens: entropy terms are of a whole micro-batch and not of its parts: remove one of the two")
         copy_to_reference(self.model, reference_is_base)
+
+    def packed_sizes(self) -> tuple[int, int]:
+        prompts = token_ids(self.processing_class, list(self.train_dataset["prompt"]), add_generation_prompt=True)
+        longest = max(map(len, prompts)) + self.max_completion_length
+        assert self.update_tokens is not None and self.update_tokens >= longest, "check_grpo has let it pass"
+        return self.update_tokens, longest
 
     def carried(self) -> dict[str, Any]:
         """What the window holds, if it has not ended: its completions were drawn from a policy that is gone."""
@@ -220,6 +233,11 @@ class GRPO(MasterWeights, GRPOTrainer):
         """The rows of a micro-batch, in parts of at most `update_tokens` positions if that is set."""
         if not self.update_tokens or not torch.is_grad_enabled():
             return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
+        if self.layer_graphs:
+            prompts, completions = (kept[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
+            groups = prompt_groups(kept["prompt_ids"], kept["prompt_mask"])
+            parts = parts_of_groups(prompts, completions, groups, self.update_tokens)
+            return [torch.tensor(rows, device=kept["advantages"].device) for rows in parts]
         prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
         return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
 
@@ -242,7 +260,8 @@ class GRPO(MasterWeights, GRPOTrainer):
         self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
-        self.log_useful_slots(inputs["completion_mask"])
+        if not self.layer_graphs:  # packed rows have no padding
+            self.log_useful_slots(inputs["completion_mask"])
         return loss * share_kept(self.loss_type, inputs, whole)
 
     def _kept(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +284,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         """
         args = self.args
         undivided = args.gradient_accumulation_steps == 1 and not self.update_tokens
-        alone = undivided or args.gradient_checkpointing or self.accelerator.num_processes > 1
+        alone = undivided or args.gradient_checkpointing or self.layer_graphs or self.accelerator.num_processes > 1
         number = next((i for i, buffered in enumerate(self._buffered_inputs or []) if buffered is batch), None)
         if alone or number is None or not torch.is_grad_enabled():
             return None
@@ -340,7 +359,9 @@ class GRPO(MasterWeights, GRPOTrainer):
         width = input_ids.shape[1] - logits_to_keep
         if self.label_head:  # nobody reads the reference's entropy, which costs passes over all of its logits
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
-        if self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
+        if self.layer_graphs and torch.is_grad_enabled():
+            result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
+        elif self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
             shared, rows = self._shared

@@ -1,5 +1,6 @@
-/* Laid under a process by LD_PRELOAD, for tests alone. Once armed, it counts what is done to files below one folder, kills the
- * process in front of the k-th such call, and lets no byte beyond the n-th be written: ENOSPC, as a full disk says.
+/* Laid under a process by LD_PRELOAD, for tests alone. Once armed, it counts the calls that change files below one folder, kills the
+ * process in front of the k-th, copies the folder in front of each, and lets no byte beyond the n-th be written: ENOSPC, as a full disk
+ * says. fsync is not counted: what a process leaves that dies in front of it is what it leaves in front of the next call.
  *
  *     cc -shared -fPIC -O1 -o fault.so fault.c -ldl
  */
@@ -10,16 +11,18 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-static char root[4096];
+static char root[4096], copies[4096];
 static long crash_at, full_at = -1, calls, bytes;
 
-void fault_arm(const char *folder, long crash, long full) {
+void fault_arm(const char *folder, long crash, long full, const char *kept) {
     snprintf(root, sizeof root, "%s", folder);
+    snprintf(copies, sizeof copies, "%s", kept);
     crash_at = crash; full_at = full; calls = bytes = 0;
 }
 long fault_calls(void) { return calls; }
@@ -40,7 +43,12 @@ static int below_fd(int fd) {
     return path[0] == '/' && below(path);
 }
 static void step(void) {
-    if (++calls == crash_at) kill(getpid(), SIGKILL);
+    char command[9000];
+    long call = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
+    if (call == crash_at) kill(getpid(), SIGKILL);
+    if (!copies[0]) return;
+    snprintf(command, sizeof command, "env -u LD_PRELOAD cp -a '%s' '%s/%ld'", root, copies, call);
+    if (system(command) != 0) abort();
 }
 static long room(long wanted) {  /* how many of these bytes the disk still takes */
     long left = full_at < 0 ? wanted : full_at - bytes;
@@ -107,9 +115,6 @@ PATH(mkdir, (const char *a, mode_t m), (a, m), a)
 PATH(mkdirat, (int x, const char *a, mode_t m), (x, a, m), a)
 PATH(truncate, (const char *a, off_t n), (a, n), a)
 PATH(truncate64, (const char *a, off64_t n), (a, n), a)
-#define FD(name, ARGS, PASS) int name ARGS { if (below_fd(fd)) step(); return REAL(name) PASS; }
-FD(fsync, (int fd), (fd))
-FD(fdatasync, (int fd), (fd))
 #define GROW(name, off)                                                    \
     int name(int fd, off n) {                                              \
         struct stat now;                                                   \

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,16 +19,19 @@ from pathlib import Path
 from scripts import CONFIGS, fork_server, run
 
 HERE = Path(__file__).resolve().parent
+SLOW = 10  # seconds of CPU for one input: each takes a fraction of one
 HANGS = 300  # seconds: a tiny run takes two, on a busy machine sixty
 MODULES = {"report": "posttrain.report", "hub": "posttrain.hub.push"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The call to the file system in front of which the process dies, or the byte at which the disk is full."""
+    """The call to the file system in front of which the process dies, the byte at which the disk is full, or a folder that gets a
+    copy of the user's in front of each call."""
 
     crash_at: int = 0
     full_at: int = -1
+    copies: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,12 @@ class Place:
         self.count = 0
 
     def copy(self, *kept):
-        """A new folder with the model, and with what of this one is named."""
+        """A new folder with the model, and with what of this one is named: the product makes it when it is first asked for."""
         self.count += 1
-        new = Place(self.folder.parent / f"{self.folder.name}-{'_'.join(self.off) or 'on'}-{self.count}", self.off)
+        if any(not (self.folder / name).exists() for name in kept):
+            make(Place(self.folder))
+        off = re.sub(r"\W+", "_", "_".join(self.off)) or "on"  # a shell reads it: see fault.c
+        new = Place(self.folder.parent / f"{self.folder.name}-{off}-{self.count}", self.off)
         shutil.rmtree(new.folder, ignore_errors=True)
         new.folder.mkdir(parents=True)
         (new.folder / "models").symlink_to((self.folder / "models").resolve())
@@ -90,10 +97,10 @@ class Place:
         return self.end(process, log)
 
     def killed_when(self, command, file):
-        """The command, killed as soon as a file is there."""
+        """The command, killed as soon as there is a file whose path matches."""
         process, log = self.begin(command)
-        while process.exitcode is None and not (self.folder / file).is_file():
-            time.sleep(0.01)
+        while process.exitcode is None and not any(self.folder.glob(file)):
+            time.sleep(0.002)
         if process.exitcode is None:
             process.kill()
         return self.end(process, log)
@@ -127,6 +134,16 @@ class Place:
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def tree_sha256(folder):
+    """One hash over the names and contents below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        is_file = path.is_file() and not path.is_symlink()
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size if is_file else 'no file'}\0".encode())
+        digest.update(path.read_bytes() if is_file else b"")
+    return digest.hexdigest()
+
+
 def _prepare(cwd, off):
     from tqdm import tqdm
 
@@ -146,7 +163,8 @@ def _child(command, cwd, log, fault, off):
     _prepare(cwd, off)
     library = ctypes.CDLL(os.environ["LD_PRELOAD"]) if fault else None
     if library:
-        library.fault_arm(f"{cwd}/".encode(), ctypes.c_long(fault.crash_at), ctypes.c_long(fault.full_at))
+        copies = str(fault.copies or "").encode()
+        library.fault_arm(f"{cwd}/".encode(), ctypes.c_long(fault.crash_at), ctypes.c_long(fault.full_at), copies)
     code = _main(command)
     if library:
         print(f"\nFAULT {library.fault_calls()} {library.fault_bytes()}")
@@ -172,30 +190,45 @@ def _main(command):
 
 def _many(commands, cwd, out, off):
     _prepare(cwd, off)
+    signal.signal(signal.SIGPROF, _too_slow)
     results = []
     for script, *words in commands:
         began = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, SLOW + 1)
         try:
             done = run(MODULES.get(script, script), *words)
             results.append((done.code, done.err or done.out, time.process_time() - began))
         except BaseException:
             results.append((1, traceback.format_exc(), time.process_time() - began))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         Path(out).write_text(json.dumps(results))
+
+
+class TooSlow(BaseException):  # which nothing in the product takes for its own
+    pass
+
+
+def _too_slow(*_):
+    raise TooSlow
 
 
 # --- the folder that all trials begin with ----------------------------------------------------------------------------
 
 
 def prepared(folder):
-    """models/tiny, data/tiny, runs/sft_tiny and an evaluation of it, made by the product."""
+    """A user's folder with models/tiny."""
     from conftest import make_tiny_model
 
     place = Place(folder / "first")
     make_tiny_model(place.folder / "models" / "tiny")
-    for command in (DATA, SFT, EVAL):
-        done = place.run(command)
-        assert done.code == 0, done.said
     return place
+
+
+def make(place):
+    """data/tiny, and runs/sft_tiny, a training of it."""
+    for line in (DATA, SFT):
+        done = place.run(line)
+        assert done.code == 0, done.said
 
 
 def command(script, config, *overrides):

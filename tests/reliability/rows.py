@@ -1,23 +1,23 @@
 """The rows of the table: each injects faults of one kind, `count` of them, and says how many were met as they should be."""
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from faults import DAMAGES, empty, flip, halve, zero
-from scripts import ROOT, retell
+from scripts import CONFIGS, ROOT, retell
 
 from posttrain.records import read_rows
 from reliability import inputs
-from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, PREPARED, SFT, Fault
-
-SLOW = 10  # seconds of CPU for one input
+from reliability.place import ADAPTER, DATA, EVAL, EVALUATED, GRPO, HANGS, HERE, PREPARED, SFT, SLOW, Fault, tree_sha256
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Row:
     says: str
     tried: int = 0
     failed: list = field(default_factory=list)
+    counted: Counter = field(default_factory=Counter)  # where the faults fell, for the table
+    broken: str = ""  # why the row itself could not be tried
     seconds: float = 0.0
     minutes: ClassVar[float] = float("inf")
 
@@ -44,6 +46,14 @@ class Row:
         self.tried += 1
         if not held:
             self.failed.append(str(what))
+
+    @property
+    def told(self):
+        """What holds, and where the faults fell."""
+        if self.broken:
+            return f"could not be tried: {self.broken}"
+        fell = ", ".join(f"{n} {what}" for what, n in self.counted.items())
+        return f"{self.says}; {fell}" if fell else self.says
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
@@ -66,44 +76,90 @@ GRPO_WAYS = {
 
 
 def straight(place, command, names, kept):
-    """What an uninterrupted run ends with: its hash and its seconds."""
+    """What an uninterrupted run ends with, and its seconds."""
     trial = place.copy(*kept)
     began = time.monotonic()
     done = trial.run(command)
-    seconds, ending = time.monotonic() - began, trial.sha256(*names)
+    seconds, left = time.monotonic() - began, ending(trial, names)
     trial.drop()
-    assert done.code == 0 and ending, done.said
-    return ending, seconds
+    assert done.code == 0 and left[0], done.said
+    return left, seconds
 
 
-def kill_row(row, place, ways, base, names, kept, count, number=signal.SIGKILL):
-    """Each trial is killed one to three times at random moments, then run to its end: the ending has to be the same bytes."""
+def ending(trial, names):
+    """The hash over files, and the steps in the order in which a training recorded them."""
+    file = trial.folder / "runs" / "x" / "metrics.jsonl"
+    rows = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    return trial.sha256(*names), [row["step"] for row in rows if "loss" in row]
+
+
+def kill_row(row, place, ways, base, names, kept, count, number=signal.SIGKILL, saving=None):
+    """Each trial is killed one to three times at random moments, then run to its end: the ending has to be the same bytes.
+
+    `saving` is a file of a checkpoint: the first kill of every fourth trial comes as the first of that name is being written.
+    """
     rng, known = random.Random(0), {}
+    if number == signal.SIGKILL:
+        row.counted.update(dict.fromkeys(("kills", "in a save", "in a resumed run") if saving else ("kills",), 0))
     for trial_number in row.in_time(range(count)):
         way = list(ways)[trial_number % len(ways)]
         line = (*base, *ways[way])
         if way not in known:
             known[way] = straight(place, line, names, kept)
-        ending, seconds = known[way]
-        trial = place.copy(*kept)
-        for _ in range(rng.randint(1, 3)):
-            trial.killed(line, rng.uniform(0.02, 1.0) * seconds, number)
+        expected, seconds = known[way]
+        trial, kills = place.copy(*kept), []
+        for attempt in range(rng.randint(1, 3)):
+            after, before = rng.uniform(0.02, 1.0) * seconds, checkpoints(trial)
+            if saving and attempt == 0 and trial_number % 4 == 3:
+                killed = trial.killed_when(line, saving)
+            else:
+                killed = trial.killed(line, after, number)
+            while attempt == 0 and killed.code == 0:  # it had ended: the machine is less busy than it was for the straight run
+                trial.drop()
+                trial, after = place.copy(*kept), after / 2
+                killed = trial.killed(line, after, number)
+            if killed.code == -signal.SIGKILL:
+                kills.append(fell(before, checkpoints(trial)))
+        count_kills(row, kills)
         done = trial.run(line)
-        row.check(done.code == 0 and trial.sha256(*names) == ending, f"{way}: {done}, or another ending")
+        row.check(done.code == 0 and ending(trial, names) == expected, f"{way}: {done}, or another ending")
         trial.drop()
     return row
 
 
+def checkpoints(trial):
+    """Each checkpoint of a run by its name, and whether it is whole."""
+    return {folder.name: (folder / "commit.json").is_file() for folder in trial.folder.glob("runs/x/checkpoints/checkpoint-*")}
+
+
+def fell(before, after):
+    """Where a kill fell, by the checkpoints that its process found and left: in a save, in a resumed run."""
+    return any(not whole and before.get(name) is not False for name, whole in after.items()), any(before.values())
+
+
+def count_kills(row, kills):
+    """Those of one trial, for the table."""
+    if "kills" in row.counted:
+        row.counted["kills"] += len(kills)
+        row.counted["trials of three"] += len(kills) == 3
+    if "in a save" in row.counted:
+        row.counted["in a save"] += sum(save for save, _ in kills)
+        row.counted["in a resumed run"] += sum(resumed for _, resumed in kills)
+
+
+TRAINED = [f"runs/x/{name}" for name in ADAPTER]
+SAVING = "runs/x/checkpoints/checkpoint-*/adapter_model.safetensors"
+
+
 def sft_kills(place, count):
-    row = Row("kills, SFT", "killed at random moments, up to three times, then resumed: the same adapter")
-    names = [f"runs/x/{name}" for name in ADAPTER]
-    return kill_row(row, place, SFT_WAYS, (*SFT, "run_dir=runs/x"), names, ("data",), count)
+    row = Row("kills, SFT", f"then resumed: the same adapter, each step recorded once ({', '.join(SFT_WAYS)})")
+    return kill_row(row, place, SFT_WAYS, (*SFT, "run_dir=runs/x"), TRAINED, ("data",), count, saving=SAVING)
 
 
 def grpo_kills(place, count):
-    row = Row("kills, GRPO", "the same, with generation windows")
-    names = [f"runs/x/{name}" for name in ADAPTER]
-    return kill_row(row, place, GRPO_WAYS, (*GRPO, "run_dir=runs/x"), names, ("data", "runs/sft_tiny"), count)
+    row = Row("kills, GRPO", f"the same ({', '.join(GRPO_WAYS)})")
+    kept = ("data", "runs/sft_tiny")
+    return kill_row(row, place, GRPO_WAYS, (*GRPO, "run_dir=runs/x"), TRAINED, kept, count, saving=SAVING)
 
 
 def evaluation_kills(place, count):
@@ -131,24 +187,68 @@ def checkpoint_kills(place, count):
     )
     for way, (line, kept, steps) in list(AT_CHECKPOINTS.items())[:count]:
         line = (*line, "run_dir=runs/x")
-        ending, _ = straight(place, line, [f"runs/x/{name}" for name in ADAPTER], kept)
+        expected, _ = straight(place, line, TRAINED, kept)
         for step in steps:
             trial = place.copy(*kept)
             trial.killed_when(line, f"runs/x/checkpoints/checkpoint-{step}/commit.json")
             done = trial.run(line)
-            same = trial.sha256(*(f"runs/x/{name}" for name in ADAPTER)) == ending
-            row.check(done.code == 0 and same, f"{way}, step {step}: {done}, or another ending")
+            row.check(done.code == 0 and ending(trial, TRAINED) == expected, f"{way}, step {step}: {done}, or another ending")
             trial.drop()
     return row
+
+
+def two_processes(place, count):
+    """SFT under torchrun, to which SIGTERM, SIGINT and SIGUSR1 go in turn, once to the launcher and once to one process."""
+    row = Row("signals, two processes", "both stop after the same step with its checkpoint and one line, then end the same")
+    straight_run = place.copy("data")
+    assert launched(straight_run).returncode == 0
+    expected = ending(straight_run, TRAINED)
+    straight_run.drop()
+    cases = [(number, to) for to in ("the launcher", "one process") for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    for number, to in row.in_time(cases[:count]):
+        trial = place.copy("data")
+        stopped = launched(trial, number, to)
+        left = max((int(name.split("-")[1]) for name, whole in checkpoints(trial).items() if whole), default=0)
+        says = f"stopped at step {left} of 30, checkpoint on disk: the same command with --resume goes on"
+        row.check(stopped.stderr.count(says) == 1, f"{number.name} to {to}: {stopped.stderr[-300:]!r}")
+        done = launched(trial)
+        fine = done.returncode == 0 and f"resuming from runs/x/checkpoints/checkpoint-{left}\n" in done.stdout
+        row.check(fine and ending(trial, TRAINED) == expected, f"{number.name} to {to}, resumed: {done.stderr[-300:]!r}")
+        trial.drop()
+    return row
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # fmt: skip
+UNDER_IT = ("trainer.max_steps=30", "trainer.save_steps=1", "trainer.save_total_limit=2", "trainer.logging_steps=1",
+            "data.num_train=20", "data.num_dev=0", "run_dir=runs/x", "--resume")  # fmt: skip
+
+
+def launched(trial, number=None, to=None):
+    """A training of two processes to its end, or a signal once its first checkpoint is whole."""
+    script = (str(ROOT / "sft_train.py"), "--config", str(CONFIGS / "sft_tiny.yaml"), *UNDER_IT)
+    with subprocess.Popen(
+        [*TORCHRUN, *script], cwd=trial.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        while number and run.poll() is None and not any(checkpoints(trial).values()):
+            time.sleep(0.05)
+        if number:
+            os.kill(run.pid if to == "the launcher" else workers_of(run.pid)[-1], number)
+        said = run.communicate(timeout=2 * HANGS)
+    return subprocess.CompletedProcess(script, run.returncode, *said)
+
+
+def workers_of(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, listed.stdout.split()))
 
 
 def signals(place, count):
     """SIGTERM, SIGINT and SIGUSR1 to SFT: whatever it says of it, the resumed run ends the same."""
     row = Row("signals, SFT", "sent at random moments, then resumed: the same adapter")
-    names = [f"runs/x/{name}" for name in ADAPTER]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         line = (*SFT, "run_dir=runs/x")
-        kill_row(row, place, {signal.Signals(number).name: ()}, line, names, ("data",), max(1, count // 3), number)
+        kill_row(row, place, {signal.Signals(number).name: ()}, line, TRAINED, ("data",), max(1, count // 3), number)
     return row
 
 
@@ -156,35 +256,55 @@ def signals(place, count):
 
 
 def crash_row(row, place, line, names, kept, count):
-    """The process dies in front of the k-th call, for each k or for `count` of them; then the command runs to its end."""
-    ending, _ = straight(place, line, names, kept)
-    counted = place.copy(*kept)
-    calls = counted.run(line, Fault()).calls
-    counted.drop()
+    """The command goes on from what it leaves when it dies in front of the k-th call, for each k or for `count` of them.
+
+    What that is, is copied in front of each call of one run: a killed process leaves the same. Equal copies are tried once.
+    """
+    expected, _ = straight(place, line, names, kept)
+    trial = place.copy(*kept)
+    copies = trial.folder.with_name(f"{trial.folder.name}-copies")
+    copies.mkdir()
+    calls = trial.run(line, Fault(copies=copies)).calls
     assert calls, "fault.so counts nothing: is it laid under the fork server?"
-    for k in row.in_time(spread(calls, count)):
-        trial = place.copy(*kept)
-        trial.run(line, Fault(crash_at=k))
-        done = trial.run(line)
-        row.check(done.code == 0 and trial.sha256(*names) == ending, f"call {k} of {calls}: {done}, or another ending")
+    states = sorted({tree_sha256(copies / str(k)): k for k in range(calls, 0, -1)}.values())
+    row.says += f" ({calls} calls leave {len(states)} different folders)"
+    for index in row.in_time(spread(len(states), count)):
         trial.drop()
+        shutil.move(copies / str(states[index - 1]), trial.folder)
+        done = trial.run(line)
+        fine = done.code == 0 and ending(trial, names) == expected
+        row.check(fine, f"call {states[index - 1]} of {calls}: {done}, or another ending")
+    trial.drop()
+    shutil.rmtree(copies)
     return row
 
 
 def full_row(row, place, line, names, kept, count):
-    """The disk is full at the n-th byte: one line. Then there is room, and the command ends as it would have."""
-    ending, _ = straight(place, line, names, kept)
+    """The disk is full at the n-th byte: one line. Then there is room, and the command ends as it would have.
+
+    `count` places, or one at each tenth of the bytes of a checkpoint.
+    """
+    expected, _ = straight(place, line, names, kept)
     counted = place.copy(*kept)
     total = counted.run(line, Fault()).bytes
+    size, upto = checkpoint_size(counted), total * 19 // 20  # two runs differ by some bytes: their rows have the time
     counted.drop()
-    for n in row.in_time(spread(total * 19 // 20, count)):  # two runs differ by some bytes: their rows have the time
+    places = spread(upto, count or 1 + 10 * upto // size)
+    row.says += f" (places {upto / len(places):,.0f} bytes apart{f', a checkpoint has {size:,}' if size else ''})"
+    for n in row.in_time(places):
         trial = place.copy(*kept)
         full = trial.run(line, Fault(full_at=n - 1))
         row.check(full.is_one_line, f"byte {n} of {total}: {full}")
         done = trial.run(line)
-        row.check(done.code == 0 and trial.sha256(*names) == ending, f"byte {n} of {total}, then room: {done}")
+        row.check(done.code == 0 and ending(trial, names) == expected, f"byte {n} of {total}, then room: {done}")
         trial.drop()
     return row
+
+
+def checkpoint_size(trial):
+    """How many bytes the newest checkpoint has; 0 for a stage without one."""
+    newest = max(trial.folder.glob("runs/x/checkpoints/checkpoint-*"), default=None)
+    return sum(file.stat().st_size for file in newest.rglob("*")) if newest else 0
 
 
 def spread(total, count):
@@ -194,18 +314,24 @@ def spread(total, count):
     return sorted({1 + round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 
+# The trainings are short and their adapters small, because each call costs two of them: three checkpoints of which one is rotated
+# away, and two of which the first lies inside a generation window.
+SMALL = ("trainer.save_steps=1", "lora.target_modules=[q_proj]", "data.num_dev=0", "run_dir=runs/x")
+SMALL_SFT = (*SFT, *SMALL, "trainer.max_steps=3", "trainer.save_total_limit=2", "trainer.per_device_train_batch_size=2")
+SMALL_GRPO = (*GRPO, *SMALL, "trainer.max_steps=2", "trainer.num_iterations=2", "adapter=null", "lora.r=16", "lora.alpha=32",
+              f"rewards={{{HERE / 'reward.py'}:tokens: 1.0}}")  # fmt: skip
 STAGES = {
     "data": (DATA, PREPARED, ()),
     "evaluation": (EVAL, EVALUATED, ("data", "runs/sft_tiny")),
-    "SFT": ((*SFT, "run_dir=runs/x"), [f"runs/x/{name}" for name in ADAPTER], ("data",)),
-    "GRPO": ((*GRPO, "run_dir=runs/x"), [f"runs/x/{name}" for name in ADAPTER], ("data", "runs/sft_tiny")),
+    "SFT": (SMALL_SFT, TRAINED, ("data",)),
+    "GRPO": (SMALL_GRPO, TRAINED, ("data",)),
 }
 
 
 def crash_points(stage):
     def row(place, count):
-        return crash_row(Row(f"crash points, {stage}", "dead in front of each call that changes a file, then run again"),
-                         place, *STAGES[stage], count)  # fmt: skip
+        says = "run again from what a death in front of each call that changes a file leaves: the same ending"
+        return crash_row(Row(f"crash points, {stage}", says), place, *STAGES[stage], count)
 
     return row
 
@@ -277,7 +403,27 @@ def damaged_runs(place, count):
 
 def damaged_adapters(place, count):
     row = Row("damaged adapters", "each file of a finished adapter, read by evaluation: said in a line, or of no effect")
-    return damage_row(row, place, ("data", "runs/sft_tiny"), "runs/sft_tiny/adapter", [EVAL], evaluated, count)
+    kept = ("data", "runs/sft_tiny")
+    damage_row(row, place, kept, "runs/sft_tiny/adapter", [EVAL], evaluated, count)
+    expected, _ = straight(place, EVAL, EVALUATED, kept)
+    for key, value in BY_HAND.items():
+        trial = place.copy(*kept)
+        file = trial.folder / "runs" / "sft_tiny" / "adapter" / "adapter_config.json"
+        before = json.loads(file.read_text())
+        file.write_text(json.dumps(before | {key: value(before[key])}))
+        done = trial.run(EVAL)
+        row.check(done.is_one_line or ending(trial, EVALUATED) == expected, f"{key} by hand: {done}, or another ending")
+        trial.drop()
+    return row
+
+
+# What someone may change in adapter_config.json to see what it does: each loads, and computes something else.
+BY_HAND = {
+    "lora_alpha": lambda alpha: 4 * alpha,
+    "use_rslora": lambda used: not used,
+    "target_modules": lambda names: names[:-1],
+    "alpha_pattern": lambda pattern: {"q_proj": 1},
+}
 
 
 def damaged_checkpoints(place, count):
@@ -348,13 +494,13 @@ def stopped_evaluation(place, line=EVAL):
 
 def damaged_parts(place, count):
     row = Row("damaged part files", "answered again: the same predictions and results")
-    ending, _ = straight(place, EVAL, EVALUATED, ("data", "runs/sft_tiny"))
+    expected, _ = straight(place, EVAL, EVALUATED, ("data", "runs/sft_tiny"))
     stopped, part = stopped_evaluation(place)
     for way, damage in list(GARBAGE.items())[:count]:
         trial = stopped.copy("data", "runs")
         damage(trial.folder / part)
         done = trial.run(EVAL)
-        row.check(done.code == 0 and trial.sha256(*EVALUATED) == ending, f"{way}: {done}, or another ending")
+        row.check(done.code == 0 and ending(trial, EVALUATED) == expected, f"{way}: {done}, or another ending")
         trial.drop()
     stopped.drop()
     return row
@@ -524,14 +670,15 @@ ROWS = {
     "kills, data": (data_kills, 15, 2),
     "kills at a checkpoint": (checkpoint_kills, None, 3),
     "signals, SFT": (signals, 15, 3),
+    "signals, two processes": (two_processes, 6, 1),
     "crash points, data": (crash_points("data"), None, 12),
     "crash points, evaluation": (crash_points("evaluation"), None, 6),
     "crash points, SFT": (crash_points("SFT"), None, 6),
     "crash points, GRPO": (crash_points("GRPO"), None, 2),
     "full disk, data": (full_disk("data"), 10, 4),
     "full disk, evaluation": (full_disk("evaluation"), 10, 4),
-    "full disk, SFT": (full_disk("SFT"), 30, 4),
-    "full disk, GRPO": (full_disk("GRPO"), 10, 2),
+    "full disk, SFT": (full_disk("SFT"), None, 4),
+    "full disk, GRPO": (full_disk("GRPO"), None, 2),
     "damaged data sets": (damaged_data, None, 6),
     "damaged runs": (damaged_runs, None, 6),
     "damaged adapters": (damaged_adapters, None, None),

@@ -109,6 +109,7 @@ SWITCHES = {
     "adapters are compared with their run": Switch("damaged adapters", put("check_adapter", lambda folder: None)),
     "no step follows the last": Switch("kills at a checkpoint", trainers_own_end),
     "a window outlives a kill": Switch("kills at a checkpoint", nothing_carried),
+    "a resumed run's record is cut back": Switch("crash points, SFT", put("cut_record", lambda run, sizes: None)),
     "files are written beside and renamed": Switch("crash points, data", put("write_atomic", plain_write)),
     "a kill in the first write locks nobody out": Switch("crash points, data", put("BEFORE_MANIFEST", frozenset())),
     "a torn row is cut off": Switch("damaged part files", put("cut_torn_tail", lambda file: None)),

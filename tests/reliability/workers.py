@@ -6,8 +6,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from reliability.place import Place, prepared
-from reliability.rows import ROWS, Row
+from reliability.real import REAL
+from reliability.rows import ROWS as TINY
+from reliability.rows import Row
 
+ROWS = TINY | REAL
 place = None  # of this process
 
 
@@ -34,9 +37,9 @@ def timed(name, count, off=None):
     try:
         row = ROWS[name][0](Place(place.folder, off=(off,)) if off else place, count)
     except Exception as error:  # the other rows go on, and the table says so
-        row = Row(name, "could not be tried", 1, [" ".join(repr(error).split())[-300:]])
+        row = Row(name, "", broken=" ".join(repr(error).split())[-300:])
     row.seconds = time.monotonic() - began
     without = f", without: {off}" if off else ""
-    told = f"{name}{without}: {row.tried - len(row.failed)} of {row.tried} in {row.seconds:.0f} s"
+    told = f"{name}{without}: {row.broken or f'{row.tried - len(row.failed)} of {row.tried}'} in {row.seconds:.0f} s"
     print("\n  ".join([told, *row.failed]), flush=True)
     return row
