@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from scripts import CONFIGS, ROOT, run, tiny_pipeline, workplace
 
+from bench import console_picture
 from posttrain import console
 from posttrain.config.load import load
 from posttrain.config.schema import SftConfig
@@ -202,3 +203,29 @@ def test_what_comes_next_is_a_command_with_settings_that_hold(config, overrides,
     assert command == f"python evaluate.py --config {told}"
     _, script, *arguments = shlex.split(command)
     assert run(script.removesuffix(".py"), *arguments, "--print-config", cwd=ROOT).code == 0
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_of_the_text_and_small():
+    page = (ROOT / "docs" / "console.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"(?ms)^```text\n(.*?)^```", page)
+    drawn = (ROOT / "docs" / "console.svg").read_text(encoding="utf-8")
+    assert drawn == console_picture.picture(text.splitlines(), "make demo") and len(drawn) < 150_000
+    commands = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(commands) == 8 and all(command in recipe for command in commands)
+
+
+def test_the_text_has_the_lines_that_are_said_today(said):
+    """Each of its lines has the form of one that a run of the tiny pipeline says: numbers and names apart."""
+    page = (ROOT / "docs" / "console.md").read_text(encoding="utf-8")
+    shown = {form(line) for line in page.splitlines() if re.match(r"step +\d+ of|next: |expected: |\d+ steps of ", line)}
+    here = {form(line) for name in ("sft", "grpo") for line in said[name].out.splitlines()}
+    assert {line for line in shown if line.startswith(("step", "expected"))} <= here
+
+
+def form(line):
+    line = re.sub(r"[\d.]+ (s|min)\b|[\d.]+ h [\d.]+ min", "T", line)
+    return re.sub(r" +", " ", re.sub(r"[\d.]+", "N", line))
