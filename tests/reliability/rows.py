@@ -152,7 +152,8 @@ SAVING = "runs/x/checkpoints/checkpoint-*/adapter_model.safetensors"
 
 
 def sft_kills(place, count):
-    row = Row("kills, SFT", f"then resumed: the same adapter, each step recorded once ({', '.join(SFT_WAYS)})")
+    says = "killed at random moments, up to three times, then resumed: the same adapter, each step recorded once"
+    row = Row("kills, SFT", f"{says} ({', '.join(SFT_WAYS)})")
     return kill_row(row, place, SFT_WAYS, (*SFT, "run_dir=runs/x"), TRAINED, ("data",), count, saving=SAVING)
 
 
