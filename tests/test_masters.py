@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_training import (
     FORMS,
     LORA,
@@ -13,11 +14,13 @@ from tiny_training import (
     pay_tiny,
     plain_grpo,
 )
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, OPTConfig
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.config.schema import Lora
 from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
 from posttrain.records import Example, as_dataset, read_jsonl
+from posttrain.training.masters import train_once
 from posttrain.training.trainers import GRPO, SFT
 
 FP32 = {"dtype": "float32"}
@@ -93,3 +96,20 @@ def test_a_model_is_brought_into_a_mode_when_its_layers_are_not_in_it(tiny, monk
             assert model.train(mode) is model
             assert {module.training for module in model.modules()} == {mode}
     assert visits == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        (GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, eos_token_id=1, bos_token_id=1), "c_attn"),
+        (OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, vocab_size=9), "q_proj"),
+        (FalconConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9), "query_key_value"),
+    ],
+    ids=["gpt2", "opt", "falcon"],
+)
+def test_a_model_that_calls_its_layers_otherwise_is_brought_into_a_mode(config, target):
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=[target]))
+    model.get_base_model().eval()
+    for mode in (True, False, True):
+        assert train_once(model, mode) is model
+        assert {module.training for module in model.modules()} == {mode}

@@ -244,7 +244,8 @@ class Steps(TrainerCallback):
 def train_once(model: nn.Module, mode: bool = True) -> nn.Module:
     """`model.train(mode)`, but for a model whose layers are in that mode: transformers calls it before each micro-batch, and the
     parts of 28 adapted layers are thousands. In those 8 ms a GPU has nothing to do."""
-    there = all(part.training == mode for part in (model, *base_of(model).base_model.layers))
+    layers = getattr(base_of(model).base_model, "layers", None)  # GPT-2, OPT and Falcon call theirs otherwise
+    there = layers is not None and all(part.training == mode for part in (model, *layers))
     return model if there else type(model).train(model, mode)
 
 
