@@ -234,12 +234,16 @@ class GRPO(MasterWeights, GRPOTrainer):
         if not self.update_tokens or not torch.is_grad_enabled():
             return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
         if self.layer_graphs:
-            prompts, completions = (kept[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
-            groups = prompt_groups(kept["prompt_ids"], kept["prompt_mask"])
-            parts = parts_of_groups(prompts, completions, groups, self.update_tokens)
-            return [torch.tensor(rows, device=kept["advantages"].device) for rows in parts]
+            return self._packed_parts(kept["prompt_ids"], kept["prompt_mask"], kept["completion_mask"])
         prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
         return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
+
+    def _packed_parts(self, prompts: torch.Tensor, prompt_mask: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Rows that are packed together, those of a prompt as neighbours. prompts, prompt_mask and mask (rows, tokens)."""
+        assert self.update_tokens is not None, "the schema has let it pass"
+        lengths = (each.sum(1).tolist() for each in (prompt_mask, mask))
+        parts = parts_of_groups(*lengths, prompt_groups(prompts, prompt_mask), self.update_tokens)
+        return [torch.tensor(rows, device=mask.device) for rows in parts]
 
     def _part_loss(
         self,
@@ -361,6 +365,13 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.layer_graphs and torch.is_grad_enabled():
             result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
+        elif self.layer_graphs and model is self.model:  # the reference and the old policy, a part of the update at a time
+            parts = self._packed_parts(input_ids[:, :width], attention_mask[:, :width], attention_mask[:, width:])
+            scores = [
+                score(as_packed(model, width), input_ids[rows], attention_mask[rows], logits_to_keep, None, *args, **kwargs)
+                for rows in parts
+            ]
+            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
         elif self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
