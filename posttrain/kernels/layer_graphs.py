@@ -16,8 +16,8 @@ its memory.
 
 Checkpointed layers keep their input alone, and the graph of a backward pass begins with the forward pass.
 
-Scores of packed rows with shared prompts, as those of a reference, are replayed without a gradient: by graphs of their own for each
-state of the adapters, as a graph that was recorded with an adapter on runs it whatever is said later.
+Scores of packed rows with shared prompts, as those of a reference, are replayed without a gradient, by graphs of their own. There
+are some for each state of the adapters: a graph that was recorded with an adapter on runs it whatever is said later.
 """
 
 from __future__ import annotations
