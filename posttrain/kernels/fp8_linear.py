@@ -1,8 +1,8 @@
 """Linear layers with weights in 8-bit floating point (e4m3), for rollouts: half of the bytes that a decoding step reads.
 
 A weight has a scale for each output, and an input one for each row, found as the row comes: the largest entry of either becomes
-the largest number of the format. The product is torch's own, on tensor cores that have run it since Hopper. To the model this adds
-about 4 % of noise to each product (a format with 3 bits of mantissa rounds by 3 %, twice), where bf16 adds 0.3 %.
+the largest number of the format. The product is torch's own, on tensor cores that have known it since Hopper. Each product is off
+by 4 % (the format has 3 bits of mantissa), where bf16 is off by 0.3 %.
 """
 
 from __future__ import annotations
