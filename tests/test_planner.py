@@ -281,6 +281,24 @@ def test_what_does_not_fit_is_made_smaller_at_the_same_batch():
     assert fastest_that_fits(grpo(replace(LLAMA_3B, layers=280), 1, 1, 100, 256), MACHINES["t4"]) is None
 
 
+def test_parts_of_an_update_take_less_and_are_made_smaller_before_the_batch_is():
+    whole = grpo(LLAMA_3B, 128, 1, 100, 256, lean=True)
+    parts = replace(whole, part_tokens=8192)
+    assert memory(parts, True).activations < memory(whole, True).activations / 4
+    assert seconds(parts, H100).update > seconds(whole, H100).update
+    smaller, changed = fastest_that_fits(parts, MACHINES["l40s"])
+    assert (smaller.rows, smaller.micro_batches) == (128, 1)
+    assert "update_tokens=4096" in changed and not any("per_device" in change for change in changed)
+    assert memory(replace(parts, part_tokens=10), True).activations == memory(replace(whole, rows=1), True).activations
+
+
+def test_rollouts_in_8_bits_take_half_of_the_copy_and_less_time():
+    step = grpo(LLAMA_3B, 128, 1, 100, 256)
+    eight = replace(step, rollouts=replace(step.rollouts, width=1))
+    assert memory(step, True).rollouts - memory(eight, True).rollouts == LLAMA_3B.linear
+    assert seconds(eight, H100).rollouts < seconds(step, H100).rollouts
+
+
 def test_the_base_is_packed_only_where_nothing_else_fits():
     step = sft(16, 1, BY_16)
     assert "quantization=nf4" not in fastest_that_fits(step, MACHINES["4090"])[1]
