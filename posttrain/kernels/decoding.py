@@ -78,6 +78,13 @@ def plain_fp8_rows(x: torch.Tensor) -> Fp8Rows:
     return Fp8Rows((x / scale).to(FP8), scale)
 
 
+def scaled(products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """products (rows, columns) times a factor for each row, (rows, 1), and one for each column, (columns, 1), in fp32."""
+    if use_triton(products):
+        return triton_kernels().scaled(products, rows, columns)
+    return (products.float() * rows * columns.T).to(products.dtype)
+
+
 def add_norm_fp8(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
     """`add_norm`, and `fp8_rows` of what it gives."""
     if use_triton(x):

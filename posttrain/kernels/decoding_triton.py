@@ -86,6 +86,23 @@ def _fp8_rows(x, values, scale, stride, width, BLOCK: tl.constexpr) -> None:  # 
     _store_fp8(wide, values + row * width + cols, scale + row, inside)
 
 
+def scaled(products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    count, width = products.shape
+    out, block = torch.empty_like(products), min(1024, triton.next_power_of_2(width))
+    _scaled[(count, triton.cdiv(width, block))](products, rows, columns, out, width, block)
+    return out
+
+
+@triton.jit
+def _scaled(products, rows, columns, out, width, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < width
+    x = tl.load(products + row * width + cols, mask=inside, other=0.0)
+    factors = tl.load(rows + row) * tl.load(columns + cols, mask=inside, other=0.0)
+    tl.store(out + row * width + cols, (x.to(tl.float32) * factors).to(x.dtype), mask=inside)
+
+
 def silu_mul_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     values, scale = _no_fp8_rows(rows, width, gate_up.device)
