@@ -155,6 +155,7 @@ def test_rows_in_8_bits(monkeypatch, kind):
         "first norm": lambda: decoding.add_norm_fp8(x.clone(), None, weight, 1e-6),
         "gated": lambda: decoding.silu_mul_fp8(x),
     }
+    check(monkeypatch, lambda: [decoding.scaled(x, weight[:ROWS, None].float(), weight[:, None].float())])
     for ours, wanted in [both(monkeypatch, runs[kind])]:
         assert ours.values.dtype == decoding.FP8 and torch.allclose(ours.scale, wanted.scale, rtol=0.01)
         one, other = (rows.values.float() * rows.scale for rows in (ours, wanted))

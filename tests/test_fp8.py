@@ -14,7 +14,7 @@ import grpo_train
 from posttrain.config.schema import GrpoConfig
 from posttrain.errors import UserError
 from posttrain.generation import decoder, guard
-from posttrain.kernels import decoding
+from posttrain.kernels import decoding, fp8_linear
 from posttrain.kernels.fp8_linear import Fp8Linear
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.reference import reference_of
@@ -43,7 +43,9 @@ def randn(*shape):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_product_is_that_of_what_the_layer_holds(device, biased):
+@pytest.mark.parametrize("few", [False, True])
+def test_a_product_is_that_of_what_the_layer_holds(monkeypatch, device, biased, few):
+    monkeypatch.setattr(fp8_linear, "has_few_tiles", lambda rows, outputs: few)
     weight, bias = randn(96, 64) * torch.logspace(-3, 2, 96)[:, None], randn(96).bfloat16() if biased else None
     layer, x = holding(weight, bias).to(device), (randn(3, 5, 64) * torch.logspace(-2, 3, 5)[:, None]).bfloat16().to(device)
     assert ((layer.held().cpu() - weight).abs() <= weight.abs() * ROUNDING + weight.abs().amax(1, keepdim=True) / 448 / 512).all()
