@@ -185,8 +185,10 @@ def memory(step: Step, on_gpu: bool) -> Memory:
         weights = shape.linear * step.width if step.width < 4 else 0.0
     logits = cache = reference = 0.0
     if rollouts:
-        logits = step.rows_at_once * rollouts.new * shape.vocab * 4 if on_gpu else 0.0
-        cache = rollouts.rows * (rollouts.prompt + rollouts.new) * cache_bytes(shape) + copy_bytes(step)
+        logits = step.rows_at_once * rollouts.new * shape.vocab * 4 if on_gpu and not step.replayed else 0.0
+        places = rollouts.prompt + rollouts.new
+        places = math.ceil(places / 64) * 64 if rollouts.seats else places
+        cache = rollouts.rows * places * cache_bytes(shape) + copy_bytes(step)
         reference = 4.0 * (shape.linear + shape.embedding) if step.all_weights and rollouts.reference else 0.0
     process = 0.0 if on_gpu else CPU_PROCESS
     return Memory(weights, 16 * step.trained, activation_bytes(step), logits, cache, reference, process)
@@ -210,10 +212,13 @@ def activation_bytes(step: Step) -> float:
     kept = positions * layer_bytes(step)
     if step.probabilities:  # half a square for each head
         kept += step.rows_at_once * shape.heads * step.length**2 / 2 * step.width
-    if step.checkpointing:  # every layer's input, and one layer at a time
+    unpacked = shape.linear / shape.layers * step.width * step.nf4
+    # A replayed layer is run once beside all that is kept, before a graph of it is made.
+    trial = kept + unpacked if step.replayed else 0.0
+    if step.checkpointing:  # every layer's input, and one layer at a time, a lean one with its weights
         stream = 4 if step.all_weights else step.width
-        return kept + positions * shape.layers * shape.hidden * stream
-    return kept * shape.layers
+        return kept + unpacked * step.lean + positions * shape.layers * shape.hidden * stream + trial
+    return kept * shape.layers + trial
 
 
 def layer_bytes(step: Step) -> float:
@@ -271,8 +276,8 @@ def reference_seconds(step: Step, machine: Machine) -> float:
     """One pass over all completions of the step."""
     flops = 2 * step.micro_batches * step.positions * (step.shape.linear + step.shape.head)
     waits, share = step.shape.layers * (LAUNCH + UNPACK * step.nf4) if machine.is_gpu else 0.0, machine.trains_at
-    if step.replayed:  # in the parts of the update
-        each = step.shape.layers * REPLAYED_UNPACK * step.nf4 + REPLAYED_AROUND
+    if step.replayed:  # in the parts of the update, without what comes around a backward pass
+        each = step.shape.layers * REPLAYED_UNPACK * step.nf4 + REPLAYED_AROUND / 2
         waits, share = step.micro_batches * step.parts * each, min(share, REPLAYED_AT)
     return waits + flops / (machine.flops * share)
 
