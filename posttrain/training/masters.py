@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
@@ -23,7 +20,7 @@ from posttrain.kernels import lora_linear
 from posttrain.kernels.layer_graphs import use_layer_graphs
 from posttrain.kernels.lean_layers import use_lean_layers
 from posttrain.kernels.nf4 import packed_linears
-from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
+from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter, switch_off_quickly
 from posttrain.models.base import base_of, compute_dtype
 from posttrain.phases import phase
 from posttrain.runs.directory import Run
@@ -305,8 +302,7 @@ def copy_to_reference(model: nn.Module, is_base: bool = False) -> None:
         return
     if is_base and not trains_tokens(model):
         model.delete_adapter("ref")
-        parts = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        model.disable_adapter = functools.partial(_adapters_off, parts)
+        switch_off_quickly(model)
         return
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -315,15 +311,3 @@ def copy_to_reference(model: nn.Module, is_base: bool = False) -> None:
             reference = parameters[".".join("ref" if part == "default" else part for part in parts)]
             reference.data = parameter.detach().to(MASTER_DTYPE, copy=True)
             reference.requires_grad_(False)  # PEFT leaves token rows trainable, and the optimizer would count them
-
-
-@contextmanager
-def _adapters_off(parts: list[Any]) -> Iterator[None]:
-    """What PEFT's `disable_adapter` does, once a step. PEFT asks every module first how it is: a tenth of a second."""
-    for part in parts:
-        part.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.enable_adapters(True)
