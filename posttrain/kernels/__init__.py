@@ -1,7 +1,7 @@
 """The same numbers faster: each kernel has a switch that takes it out, and a test that holds it to the plain path.
 
-Run that test after every change here. No other room depends on a kernel being used. fp8_linear alone gives other numbers: those of
-rounded weights, and its test holds it to them.
+Run that test after every change here. No other room depends on a kernel being used. fp8_linear alone gives other numbers, those
+of rounded weights, and its test holds it to them.
 
     kernel         what it does                                          where                           switch
     nf4            holds weights in 4 bits and unpacks them when read    CPU, GPU; training, generating  quantization
