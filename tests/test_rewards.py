@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_no_group_is_repeated_possessively() -> None:
     """Python before 3.11.5 lets `(?:ab?c)*+` match "a" (github.com/python/cpython/issues/106052): `(?>(?:ab?c)*)` is right."""
-    source = (ROOT / "rewards.py").read_text(encoding="utf-8")
-    assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", source) == []
+    for file in (ROOT / "rewards.py", *(ROOT / "posttrain" / "grading").glob("*.py")):
+        assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", file.read_text(encoding="utf-8")) == [], file
     assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", r"(?:a)*+ (?:b){{0,99}}+ (?:c)?+") == [")*+", "){{0,99}}+", ")?+"]
 
 
