@@ -135,6 +135,11 @@ def own(names: set[str], module: str) -> set[str]:
     return {found for name in names if (found := as_module(name)) and found != module}
 
 
+def with_packages(modules: set[str]) -> set[str]:
+    """Modules and the packages that they are in, which Python imports before them."""
+    return modules | {".".join(name.split(".")[:end]) for name in modules for end in range(1, name.count(".") + 1)}
+
+
 def package(name: str) -> str:
     return name.split(".")[0]
 
@@ -194,7 +199,8 @@ def test_a_command_imports_nothing_heavy_before_it_has_read_its_arguments(comman
         seen.add(module)
         at_once = imports_at_once(module)
         assert not {package(name) for name in at_once} & HEAVY, module
-        todo |= own(at_once, module) - seen
+        assert room(module) != "models", "it imports transformers as soon as it is entered: posttrain/console.py, quiet"
+        todo |= with_packages(own(at_once, module)) - seen
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -35,11 +35,11 @@ from posttrain.models.adapter_kinds import (
     read_adapter_config,
 )
 from posttrain.models.base import compute_dtype
-from posttrain.models.chat import looks_local
 from posttrain.models.checkpoint import chat_hashes, norms_hash, weights_hash
 from posttrain.models.network import look_for_hub
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.models.special_tokens import special_tokens_to_train
+from posttrain.places import looks_local
 from posttrain.runs.integrity import adapter_hashes, check_adapter, sync_files
 from posttrain.runs.manifest import Manifest, read_manifest, refuse_unfinished, run_of
 from posttrain.runs.process import process_index
