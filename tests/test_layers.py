@@ -1,6 +1,7 @@
 """Who may import whom, read from the source: imports go one way, and every package that is heavy has its keepers."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -97,20 +98,24 @@ def imports(nodes: Iterator[ast.AST]) -> set[str]:
     return found
 
 
+@functools.cache
 def all_imports(module: str) -> set[str]:
     return imports(ast.walk(tree_of(module)))
 
 
+@functools.cache
 def run_time_imports(module: str) -> set[str]:
     """Without those for type checkers alone."""
     return imports(inside(tree_of(module)))
 
 
+@functools.cache
 def imports_at_once(module: str) -> set[str]:
     """What is imported as soon as the module is: nothing inside a function, nothing for type checkers alone."""
     return imports(inside(tree_of(module), ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
 
 
+@functools.cache
 def tree_of(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
