@@ -6,13 +6,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import made_runs
 import pytest
+from commands import run_command
 from conftest import ROOT
 from hub_server import serve
 from huggingface_hub import ModelCard
@@ -217,7 +217,9 @@ def environment(server, tmp_path, **changes):
 def execute(command, server, tmp_path, **changes):
     """Run a command against the server. Nothing that it prints or writes may hold the token."""
     before = holding_the_token(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment(server, tmp_path, **changes), capture_output=True, text=True)
+    python, *words = command
+    assert python == sys.executable
+    done = run_command(words, ROOT, environment(server, tmp_path, **changes))
     assert TOKEN not in done.stdout + done.stderr
     assert holding_the_token(tmp_path) == before
     return done
