@@ -231,7 +231,7 @@ def downloaded_voice(folder: Path, base: str | None) -> Voice:
 def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     """The plain model that generates, checked as evaluate.py checks it before its first token."""
     from posttrain.generation.guard import EngineGuard
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base, weights_hash
     from posttrain.models.policy import open_policy
@@ -245,7 +245,7 @@ def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     refuse_unfinished_model(voice.model.name_or_path)
     folder = adapters.resolve_adapter(voice.adapter) if voice.adapter else None
     if folder:
-        adapters.check_start(folder, voice.model, voice.quantization, base, tokenizer, train=False, stores=False)
+        adapter_checks.check_start(folder, voice.model, voice.quantization, base, tokenizer, train=False, stores=False)
         check_same_template(tokenizer, folder, [asked(voice, question)])
     prompt = prompt_ids(voice, tokenizer, question, generation, base)
     model, _ = open_policy(voice.model, voice.quantization, tokenizer, folder, trainable=False)

@@ -57,7 +57,7 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
     from peft import PeftModel
 
     from posttrain.config.schema import Lora
-    from posttrain.models import adapters
+    from posttrain.models import adapter_modes, adapters
     from posttrain.models.base import load_base
     from posttrain.models.chat import load_tokenizer
 
@@ -81,7 +81,7 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
             run.record(parent=above, chain=chain)
         if merge:
             start = adapters.load_adapter(base, parent / "adapter", trainable=True)
-            model = adapters.merged_with_new(start, lora, tokenizer, folder / "merged_base", 0)
+            model = adapter_modes.merged_with_new(start, lora, tokenizer, folder / "merged_base", 0)
             identity["name_or_path"] = str(folder / "merged_base")
         else:
             base.name_or_path = base.config._name_or_path = name_or_path

@@ -134,7 +134,7 @@ class Model(Tokenizer):
     """How attention is computed; auto is varlen on a GPU and matmul on a CPU. [in posttrain/models/base.py]"""
     same_base: bool = False
     """true: this is the adapter's own base under another name, so the check of names and weights is left out.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_checks.py]"""
     kernels: Kernels = "auto"
     """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
     [in posttrain/kernels/liger.py]"""
@@ -743,7 +743,7 @@ class GrpoConfig(TrainConfig):
     [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_modes.py]"""
     rewards: Rewards = Rewards()
     """What a completion is paid for, and how much: further keys are rewards by name (docs/rewards.md).
     [in posttrain/training/rollouts.py]"""

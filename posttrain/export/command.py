@@ -199,7 +199,7 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
     """Everything that can be refused before a weight is read."""
     from transformers import AutoTokenizer
 
-    from posttrain.models.adapters import check_start
+    from posttrain.models.adapter_checks import check_start
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.folded import FoldedWeights
