@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from posttrain.models.policy import Policy
     from posttrain.records import Example
-    from posttrain.tasks.answers import Grader
+    from posttrain.tasks.graders import Grader
     from posttrain.training.before import Ready
     from posttrain.training.trainers import GRPO
 

@@ -144,7 +144,7 @@ def gold_answer(answer_text: str) -> str:
 
 
 class Judge(Protocol):
-    """A data set's grader (posttrain/tasks/answers.py). The rewards take one as `grader`; without, answers are numbers."""
+    """A data set's grader (posttrain/tasks/graders.py). The rewards take one as `grader`; without, answers are numbers."""
 
     def grade(self, text: str, gold: str) -> Grade: ...
 

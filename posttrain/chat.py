@@ -42,7 +42,8 @@ from posttrain.runs.manifest import (
     refuse_unfinished_model,
     run_of,
 )
-from posttrain.tasks.answers import Grader, grader_of, where_strict
+from posttrain.tasks.answers import grader_of, where_strict
+from posttrain.tasks.graders import Grader
 from posttrain.tasks.prompts import PromptForm, prompt_form, read_prompt_form
 
 SAMPLING_TEMPERATURE = 0.8  # of several samples, where none is given: what docs/evaluation.md samples with

@@ -379,12 +379,12 @@ class Answer(Settings):
     """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
 
     kind: Literal["number", "choice", "text", "expression"] = "number"
-    """What an answer is, and so when two are equal. [in posttrain/tasks/answers.py]"""
+    """What an answer is, and so when two are equal. [in posttrain/tasks/answer_kinds.py]"""
     form: str = HASHES
     """The last line of every solution: a line with {answer} in it, as `Answer: {answer}`. [in posttrain/tasks/forms.py]"""
     options: list[str] | None = None
     """The only answers there are: letters of a choice (null: A to E), or words such as yes and no.
-    [in posttrain/tasks/answers.py]"""
+    [in posttrain/tasks/answer_kinds.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         before, *others = self.form.split("{answer}")
