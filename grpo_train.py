@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from posttrain.models.policy import Policy
     from posttrain.records import Example
-    from posttrain.tasks.answers import Grader
+    from posttrain.tasks.graders import Grader
     from posttrain.training.before import Ready
     from posttrain.training.trainers import GRPO
 
@@ -81,7 +81,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     from trl import GRPOConfig
 
     from posttrain.generation.supported import check_engine
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapter_modes, adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
@@ -99,8 +99,8 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     tokenizer = load_tokenizer(config.model)
     base = check_base(config.model, config.quantization, tokenizer)
     if folder:
-        adapters.check_grpo_start(folder, config, base, tokenizer)
-    adapters.check_begun(config.run_dir, config.model, folder)
+        adapter_modes.check_grpo_start(folder, config, base, tokenizer)
+    adapter_checks.check_begun(config.run_dir, config.model, folder)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
     if dev:
@@ -118,7 +118,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
 
 def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> Policy:
     """The policy to train on: the SFT adapter's, continued, rescaled or merged under a new adapter; or the model itself."""
-    from posttrain.models import adapters
+    from posttrain.models import adapter_modes, adapters
     from posttrain.models.policy import open_policy
     from posttrain.runs.integrity import adapter_hashes
 
@@ -132,7 +132,7 @@ def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTo
     if folder:
         live = adapters.live_adapter_sha256(model)
         assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256})"
-        model, identity = adapters.in_mode(config, model, identity, tokenizer, run.folder)
+        model, identity = adapter_modes.in_mode(config, model, identity, tokenizer, run.folder)
     begun = f" + {folder}" if folder else ""
     run.say(
         f"{config.model.name_or_path}{begun}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"

@@ -42,7 +42,8 @@ from posttrain.runs.manifest import (
     refuse_unfinished_model,
     run_of,
 )
-from posttrain.tasks.answers import Grader, grader_of, where_strict
+from posttrain.tasks.answers import grader_of, where_strict
+from posttrain.tasks.graders import Grader
 from posttrain.tasks.prompts import PromptForm, prompt_form, read_prompt_form
 
 SAMPLING_TEMPERATURE = 0.8  # of several samples, where none is given: what docs/evaluation.md samples with
@@ -231,7 +232,7 @@ def downloaded_voice(folder: Path, base: str | None) -> Voice:
 def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     """The plain model that generates, checked as evaluate.py checks it before its first token."""
     from posttrain.generation.guard import EngineGuard
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base, weights_hash
     from posttrain.models.policy import open_policy
@@ -245,7 +246,7 @@ def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     refuse_unfinished_model(voice.model.name_or_path)
     folder = adapters.resolve_adapter(voice.adapter) if voice.adapter else None
     if folder:
-        adapters.check_start(folder, voice.model, voice.quantization, base, tokenizer, train=False, stores=False)
+        adapter_checks.check_start(folder, voice.model, voice.quantization, base, tokenizer, train=False, stores=False)
         check_same_template(tokenizer, folder, [asked(voice, question)])
     prompt = prompt_ids(voice, tokenizer, question, generation, base)
     model, _ = open_policy(voice.model, voice.quantization, tokenizer, folder, trainable=False)

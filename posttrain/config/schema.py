@@ -134,7 +134,7 @@ class Model(Tokenizer):
     """How attention is computed; auto is varlen on a GPU and matmul on a CPU. [in posttrain/models/base.py]"""
     same_base: bool = False
     """true: this is the adapter's own base under another name, so the check of names and weights is left out.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_checks.py]"""
     kernels: Kernels = "auto"
     """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
     [in posttrain/kernels/liger.py]"""
@@ -379,12 +379,12 @@ class Answer(Settings):
     """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
 
     kind: Literal["number", "choice", "text", "expression"] = "number"
-    """What an answer is, and so when two are equal. [in posttrain/tasks/answers.py]"""
+    """What an answer is, and so when two are equal. [in posttrain/tasks/answer_kinds.py]"""
     form: str = HASHES
     """The last line of every solution: a line with {answer} in it, as `Answer: {answer}`. [in posttrain/tasks/forms.py]"""
     options: list[str] | None = None
     """The only answers there are: letters of a choice (null: A to E), or words such as yes and no.
-    [in posttrain/tasks/answers.py]"""
+    [in posttrain/tasks/answer_kinds.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         before, *others = self.form.split("{answer}")
@@ -743,7 +743,7 @@ class GrpoConfig(TrainConfig):
     [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_modes.py]"""
     rewards: Rewards = Rewards()
     """What a completion is paid for, and how much: further keys are rewards by name (docs/rewards.md).
     [in posttrain/training/rollouts.py]"""

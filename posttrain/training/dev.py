@@ -21,7 +21,7 @@ from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
 from posttrain.records import Example
 from posttrain.runs.process import is_main_process
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 
 
 def dev_accuracy(

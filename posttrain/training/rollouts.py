@@ -19,7 +19,7 @@ from posttrain.generation.loop import Completion, Sampling
 from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.phases import phase
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 
 Reward = Callable[..., list[float]]
 
