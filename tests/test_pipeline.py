@@ -220,3 +220,28 @@ def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     said = launched(*sharded, "--resume", cwd=place)
     assert [line for line in said.splitlines() if "resuming" in line] == ["resuming from runs/fsdp/checkpoints/checkpoint-3"]
     assert read_manifest(place / "runs" / "fsdp").adapter_sha256 == whole.adapter_sha256
+
+
+@pytest.mark.slow
+def test_grpo_under_fsdp_trains_what_data_parallel_does_and_resumes(place):
+    """Rollouts from a gathered copy, the reference by the sharded adapter "ref", dev accuracy, a window that a kill cuts.
+
+    Checkpointed layers share no prompts under DDP either: the same operations then, and a draw that a last bit would change is
+    the same draw.
+    """
+    often = ("trainer.max_steps=4", "trainer.save_steps=1", "trainer.num_iterations=2", "rollouts.correct_mismatch=true")
+    same = ("trainer.per_device_train_batch_size=8", "trainer.gradient_checkpointing=true")
+    grpo = ("--config", CONFIGS / "grpo_tiny.yaml", *often, *same)
+    two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    sharded = (*two, ROOT / "tests" / "fsdp_on_cpu.py", "grpo_train.py", *grpo, "run_dir=runs/fsdp")
+    launched(*two, ROOT / "grpo_train.py", *grpo, "run_dir=runs/ddp", cwd=place)
+    launched(*sharded, cwd=place)
+    for key in ("loss", "kl", "reward", "rollout/logp_difference", "dev/accuracy"):
+        ddp, fsdp = (metrics(place / "runs" / name, key) for name in ("ddp", "fsdp"))
+        assert len(fsdp) >= 2 and fsdp == pytest.approx(ddp, rel=1e-4, abs=1e-7), key
+    assert metrics(place / "runs" / "fsdp", "kl")[0] == 0.0 < metrics(place / "runs" / "fsdp", "kl")[-1]
+
+    whole = interrupt(place / "runs" / "fsdp", 3)
+    said = launched(*sharded, "--resume", cwd=place)
+    assert [line for line in said.splitlines() if "resuming" in line] == ["resuming from runs/fsdp/checkpoints/checkpoint-3"]
+    assert read_manifest(place / "runs" / "fsdp").adapter_sha256 == whole.adapter_sha256

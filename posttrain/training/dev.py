@@ -17,7 +17,7 @@ from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Sampling
 from posttrain.generation.steps import release_graphs
 from posttrain.models.chat import chat_ids
-from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.policy_copy import Copy, PolicyCopy
 from posttrain.phases import phase
 from posttrain.records import Example
 from posttrain.runs.process import is_main_process
@@ -29,7 +29,7 @@ def dev_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     dev: list[Example],
     max_new_tokens: int,
-    copy: PolicyCopy | None = None,
+    copy: Copy | None = None,
     guard: EngineGuard | None = None,
     grader: Grader = NUMBERS,
 ) -> dict[str, float]:

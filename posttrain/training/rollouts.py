@@ -17,7 +17,7 @@ from posttrain.generation.engines import generate
 from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Completion, Sampling
 from posttrain.models.chat import chat_ids
-from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.policy_copy import Copy
 from posttrain.phases import phase
 from posttrain.tasks.answers import NUMBERS, Grader
 
@@ -33,7 +33,7 @@ class Rollouts:
 
     def __init__(
         self,
-        copy: PolicyCopy,
+        copy: Copy,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         settings: RolloutSettings,
