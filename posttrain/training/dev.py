@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.console import answering, close_bars, say
+from posttrain.console import answering, say
 from posttrain.evaluation.stats import wilson
 from posttrain.generation.engines import generate
 from posttrain.generation.guard import EngineGuard
@@ -79,7 +79,6 @@ class DevAccuracy(TrainerCallback):
 
     def _run(self, state: Any) -> None:
         self.last_step = state.global_step
-        close_bars()  # there is one bar at a time
         began = time.monotonic()
         row = self.measure()
         self.seconds_each = time.monotonic() - began
