@@ -198,7 +198,7 @@ def apart(one, other):
 @pytest.mark.slow
 def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     """They agree to the last bits of a sum. The bits of NF4 weights must survive the way between processes."""
-    rows = ("data.num_dev=0", "trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
+    rows = ("trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
     sft = ("--config", CONFIGS / "sft_tiny.yaml", *rows, "trainer.max_steps=6", "quantization=nf4")
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     sharded = (*two, ROOT / "tests" / "fsdp_on_cpu.py", "sft_train.py", *sft, "run_dir=runs/fsdp")
@@ -206,6 +206,8 @@ def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     launched(*sharded, cwd=place)
     ddp, fsdp = (metrics(place / "runs" / name, "loss") for name in ("ddp", "fsdp"))
     assert len(fsdp) == 6 and fsdp == pytest.approx(ddp, rel=1e-5)
+    ddp, fsdp = (metrics(place / "runs" / name, "dev/accuracy") for name in ("ddp", "fsdp"))
+    assert len(fsdp) == 2 and fsdp == ddp
     ddp, fsdp = (load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys()
     assert all(torch.allclose(fsdp[name], ddp[name], atol=1e-4) for name in ddp)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +22,6 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig, OPTConfig
 from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.errors import UserError
-from posttrain.generation.engines import generate
-from posttrain.generation.loop import Sampling
 from posttrain.kernels import lora_linear
 from posttrain.kernels.nf4 import flatten_scales, layers_to_pack
 from posttrain.models.adapters import gather_sharded_adapter
@@ -170,16 +167,6 @@ def test_the_copy_that_generates_is_that_of_the_whole_policy(mesh, tiny_model_di
     assert len(wanted) == len(list(copied.parameters())) > 10
     for name, parameter in copied.named_parameters():
         assert not isinstance(parameter, DTensor) and torch.equal(parameter, wanted[name]), name
-
-
-def test_the_copy_is_gone_with_who_uses_it(mesh, tiny_model_dir):
-    """While a step is trained, no process holds the policy whole."""
-    _, shards = policies(tiny_model_dir, mesh, "none")
-    copied = GatheredCopy(shards).refresh()
-    generate(copied, [[5, 6, 7]], Sampling(2), load_tokenizer(Model(name_or_path=str(tiny_model_dir))))
-    weight = weakref.ref(copied.model.layers[0].mlp.up_proj.weight)
-    del copied
-    assert weight() is None
 
 
 def test_the_moved_share_and_the_check_for_non_numbers_read_them(mesh):
