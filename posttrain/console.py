@@ -55,7 +55,7 @@ class Bar(Progress):
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), "{task.description}", TimeElapsedColumn(), "left", TimeRemainingColumn())
-        self.unit, self.is_drawn = unit, speaks() and sys.stderr.isatty()
+        self.unit, self.is_drawn = unit, speaks() and sys.stderr.isatty() and not _screen().is_dumb_terminal
         lines_above, off = sys.stdout.isatty(), not self.is_drawn
         super().__init__(*columns, console=_screen(), transient=True, redirect_stdout=lines_above, disable=off)
         self.speed_estimate_period = 600  # seconds: rich's 30 are less than a step may take

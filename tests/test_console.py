@@ -106,16 +106,17 @@ def test_a_command_that_fails_leaves_no_bar():
     assert not console._bars and not any(screen.rows()) and screen.is_left_as_it_was()
 
 
-@pytest.fixture
-def fresh_screen():
+@pytest.fixture(autouse=True)
+def fresh_screen(monkeypatch):
     """What the environment says is read when the first bar is made."""
+    monkeypatch.setenv("TERM", "xterm-256color")
     console._screen.cache_clear()
     yield
     console._screen.cache_clear()
 
 
 @pytest.mark.parametrize("setting", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
-def test_no_bar_and_no_colour_reach_a_file(monkeypatch, capsys, fresh_screen, setting):
+def test_no_bar_and_no_colour_reach_a_file(monkeypatch, capsys, setting):
     """Whatever a pipeline sets that draws into files."""
     monkeypatch.setenv(setting, "1")
     with contextlib.closing(Bar(10, "steps")) as bar, answering(3):
@@ -126,12 +127,19 @@ def test_no_bar_and_no_colour_reach_a_file(monkeypatch, capsys, fresh_screen, se
 
 
 @pytest.mark.parametrize(("value", "colours"), [("1", False), ("", True)])
-def test_a_bar_has_no_colour_under_no_color(monkeypatch, fresh_screen, value, colours):
+def test_a_bar_has_no_colour_under_no_color(monkeypatch, value, colours):
     monkeypatch.setenv("NO_COLOR", value)
-    monkeypatch.setenv("TERM", "xterm-256color")
     with terminal() as screen, contextlib.closing(Bar(10, "steps")) as bar:
         bar.show(5)
     assert "/10 steps" in screen.plain() and (screen.plain() != screen.getvalue()) == colours
+
+
+def test_a_terminal_that_cannot_move_its_cursor_has_lines_alone(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with terminal() as screen, contextlib.closing(Bar(10, "steps")) as bar:
+        bar.show(5)
+        say("a line")
+    assert screen.getvalue() == "a line\n"
 
 
 def test_lines_that_go_to_a_file_stay_there_while_a_bar_is_on_the_terminal():
