@@ -25,7 +25,7 @@ from posttrain.errors import exit_on_user_error, stop
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
-from posttrain.runs.process import use_one_gpu
+from posttrain.runs.process import is_sharded, use_one_gpu
 from posttrain.tasks.answers import grader_of, other_answers
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def make_trainer(
     from trl import GRPOConfig
 
     from posttrain.generation.guard import EngineGuard
-    from posttrain.models.policy_copy import PolicyCopy
+    from posttrain.models.policy_copy import GatheredCopy, PolicyCopy
     from posttrain.records import as_dataset, columns_of
     from posttrain.training.arguments import reference_arguments, trainer_arguments
     from posttrain.training.before import max_completion_length, told_in_one_line
@@ -170,7 +170,7 @@ def make_trainer(
     functions, weights = reward_functions(config.rewards, grader)
     functions += [reward.function for reward in named]
     weights += [reward.weight for reward in named]
-    copy = PolicyCopy(model)
+    copy = GatheredCopy(model) if is_sharded() else PolicyCopy(model)
     guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", run.record)
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}

@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import MODEL_FOLDER, Lora
 from posttrain.errors import UserError
+from posttrain.kernels.sharded import whole
 from posttrain.models.adapter_kinds import (
     ADAPTER_FILE,
     check_tensors,
@@ -197,7 +198,7 @@ def gather_sharded_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(isinstance(p, DTensor) for p in trained.values()):
         return None
-    return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
+    return {name: whole(p).cpu() for name, p in trained.items()}
 
 
 def load_sharded_adapter(model: PeftModel, folder: Path) -> bool:
