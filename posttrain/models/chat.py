@@ -9,7 +9,7 @@ from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
 from posttrain.models.network import look_for_hub
 from posttrain.models.templates import argument_names, pin_arguments, pin_date
-from posttrain.places import found
+from posttrain.places import found, looks_local
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -186,8 +186,3 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
             f"{name} could not be loaded: no copy in the local cache and the Hub did not answer. "
             f"Connect to the network, or set model.name_or_path to a local folder ({str(error).splitlines()[0]})"
         ) from error
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name means a folder on this disk and not an `owner/name` on the Hub."""
-    return Path(name).exists() or name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") != 1

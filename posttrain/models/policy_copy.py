@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,6 +17,7 @@ from posttrain.kernels import attention  # noqa: F401  # registers the names wit
 from posttrain.kernels.fp8_linear import FP8, Fp8Linear, use_fp8
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
+from posttrain.kernels.sharded import whole
 from posttrain.models.base import base_of, compute_dtype
 
 
@@ -109,7 +110,7 @@ class PolicyCopy:
         for module, source in self.merged:
             for key, tensor in _merged_layer(source)._parameters.items():
                 if tensor is not None and module._parameters.get(key) is None:  # a bias that the base has not
-                    module.register_parameter(key, nn.Parameter(tensor.to(module.weight.dtype), requires_grad=False))
+                    module.register_parameter(key, nn.Parameter(tensor.to(self.model.dtype), requires_grad=False))
                 elif tensor is not None:
                     _set(module, key, tensor)
         return self.model
@@ -120,6 +121,20 @@ def _set(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
         module.hold(tensor)
     else:
         module._parameters[key].data.copy_(tensor)
+
+
+class GatheredCopy:
+    """`PolicyCopy` of a model that FSDP2 shards: each `refresh` gathers a whole one, which is gone with who uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.source = model
+
+    def refresh(self) -> PreTrainedModel:
+        """All processes must call this."""
+        return PolicyCopy(self.source).model
+
+
+Copy: TypeAlias = PolicyCopy | GatheredCopy
 
 
 def live_module(base: nn.Module, name: str) -> nn.Module:
@@ -150,6 +165,9 @@ def _merged_layer(layer: Any) -> nn.Module:
     if layer.disable_adapters:
         return layer.get_base_layer()
     merged = copy.deepcopy(layer).float()
+    for module in merged.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            module._parameters[key] = nn.Parameter(whole(parameter.data), parameter.requires_grad)
     plain = merged.get_base_layer()
     adds_bias = any(getattr(layer, "lora_bias", {}).values()) or hasattr(layer, "beft_bias")
     if adds_bias and plain.bias is None:
@@ -180,7 +198,7 @@ def _has_a_matrix_of_its_own(module: nn.Module) -> bool:
 
 
 def _shared_tensor(module: nn.Module, key: str) -> torch.Tensor:
-    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else module._parameters[key].data
+    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else whole(module._parameters[key].data)
 
 
 def _folded_weight(module: nn.Module) -> torch.Tensor:
@@ -189,5 +207,5 @@ def _folded_weight(module: nn.Module) -> torch.Tensor:
     weight = base_weight(_base_layer(module))
     if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
         for name in module.active_adapters:
-            weight = weight.float() + module.get_delta_weight(name).float()
+            weight = weight.float() + whole(module.get_delta_weight(name)).float()
     return weight

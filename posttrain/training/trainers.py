@@ -378,7 +378,8 @@ class GRPO(MasterWeights, GRPOTrainer):
                 for rows in parts
             ]
             result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
-        elif self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
+        elif self.args.gradient_checkpointing or self.is_fsdp_enabled or width < 2:
+            # Checkpointed layers keep no keys and values to share, and FSDP2 gathers a layer for what it returns alone.
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
             shared, rows = self._shared
