@@ -217,10 +217,10 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
     into = "none" if request.into == "original" else source.quantization
     weights = FoldedWeights(source.settings, into, source.adapter)
     if as_gguf:
-        from posttrain.export.gguf_file import check_architecture
+        from posttrain.export.gguf_file import check_writable as check_gguf
         from posttrain.export.gguf_vocabulary import check_vocabulary
 
-        check_architecture(weights.config, type(weights.plain).__name__)
+        check_gguf(weights)
         check_vocabulary(trained_with)
     if any(target.format == "ollama" for target in request.targets):
         from posttrain.export.ollama import pieces_of
