@@ -155,7 +155,7 @@ def unties(first: nn.Module, head: nn.Module) -> bool:
 
     Trained token rows of both ends are one matrix only where PEFT has tied them, which it does if both name the same rows.
     """
-    rows = [getattr(end, "token_adapter", None) for end in (first, head)]
+    rows: list[Any] = [getattr(end, "token_adapter", None) for end in (first, head)]
     if None not in rows:
         return rows[1].tied_adapter is not rows[0]
     return any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in (first, head))
