@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from posttrain.config.schema import MODEL_FOLDER, Generation, Model
-from posttrain.errors import UserError, exit_on_user_error
+from posttrain.errors import IN_UTF8, UserError, exit_on_user_error, is_text
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.evaluation.stats import majority
 from posttrain.records import Example, Prediction, read_object
@@ -83,7 +83,7 @@ def main() -> None:
     voices = list(all_voices(paths, args))
     check_gold(voices, args.gold)
     if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read()
+        question = read_question()
     if question is None:
         return converse(voices, generation, args)
     if not question.strip():
@@ -128,6 +128,17 @@ def told_apart(words: list[str]) -> tuple[list[Path], str | None]:
         asked = shlex.join(["python", "-m", "posttrain.chat", *runs])
         raise UserError(f"{last} holds no run; a question of one word goes to standard input: echo {shlex.quote(last)} | {asked}")
     return [*map(Path, runs or words)], last if runs else None
+
+
+def read_question() -> str:
+    """What stands on standard input. UserError: it is no text, as a file in another encoding."""
+    try:
+        question = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the question on standard input is no text in {error.encoding}: {IN_UTF8}") from error
+    if not is_text(question):
+        raise UserError(f"the question on standard input is no text in {sys.stdin.encoding}: {IN_UTF8}")
+    return question
 
 
 def generation_of(args: argparse.Namespace) -> Generation:

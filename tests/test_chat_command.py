@@ -219,6 +219,13 @@ def test_a_wrong_use_is_one_line_with_its_remedy(ask, monkeypatch, words, messag
     assert message in done.err and len([line for line in done.err.splitlines() if "chat" in line]) == 1
 
 
+@pytest.mark.parametrize(("content", "errors"), [(b"caf\xe9?", "strict"), (b"caf\xe9?", "surrogateescape")])
+def test_a_question_in_another_encoding_is_told(ask, monkeypatch, content, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
+    done = ask(SFT)
+    assert (done.code, "the question on standard input is no text in utf-8" in done.err) == (2, True)
+
+
 def test_nothing_on_standard_input_is_no_question(ask, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     done = ask(SFT)
