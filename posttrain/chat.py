@@ -6,10 +6,11 @@
     python -m posttrain.chat runs/grpo < question.txt                               # for scripts
     python -m posttrain.chat runs/grpo                                              # at a terminal: question after question
 
-RUN is a training or evaluation run, one of its checkpoints, or a folder that `hf download` made of a pushed run. The question
-gets the prompt of the run's data set and the verdict of its grader. The token ids are those of evaluation, and a greedy answer
-is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a larger batch, or a GPU's seats, may
-round to another word. Each question stands alone, as in training: nothing that was said before is in the prompt.
+RUN is a training or evaluation run, one of its checkpoints, a merged folder of posttrain.export, or a folder that `hf download`
+made of a pushed run. The question gets the prompt of the run's data set and the verdict of its grader. The token ids are those of
+evaluation, and a greedy answer is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a
+larger batch, or a GPU's seats, may round to another word. Each question stands alone, as in training: nothing said before is in
+the prompt.
 Exit codes: 0 answered, 1 an answer is not the gold one (with --gold), 2 something to mend first.
 """
 
@@ -34,6 +35,7 @@ from posttrain.evaluation.predictions import grade_completion
 from posttrain.evaluation.stats import majority
 from posttrain.records import Example, Prediction, read_object
 from posttrain.runs.manifest import (
+    EXPORT,
     MANIFEST,
     PUBLIC_MANIFEST,
     Manifest,
@@ -177,6 +179,8 @@ def read_voice(folder: Path, base: str | None = None) -> Voice:
     """
     if (folder / PUBLIC_MANIFEST).is_file():
         return downloaded_voice(folder, base)
+    if (folder / EXPORT).is_file():
+        return exported_voice(folder)
     run_dir = folder if (folder / MANIFEST).is_file() else run_of(folder)
     if run_dir is None or not folder.is_dir():
         raise UserError(f"{folder} holds no run: give the run_dir of sft_train.py, grpo_train.py or evaluate.py, or a checkpoint")
@@ -214,6 +218,15 @@ def evaluated_adapter(run_dir: Path) -> str | None:
 
     adapter: str | None = YAML(typ="safe", pure=True).load((run_dir / "config.yaml").read_text(encoding="utf-8"))["adapter"]
     return adapter
+
+
+def exported_voice(folder: Path) -> Voice:
+    """A merged folder of posttrain.export, which is a model of its own."""
+    made = read_object(folder / EXPORT, "export the run again")
+    if made["format"] != "merged":
+        raise UserError(f"{folder} is for llama.cpp or Ollama: ask the run that it was made of, {made['parent']['run_dir']}")
+    model, data = Model(name_or_path=str(folder), dtype=made["base"]["dtype"], decoding="loop"), made["chain"][-1]["data"]
+    return Voice(str(folder), model, "none", None, None, prompt_form(data), data)
 
 
 def downloaded_voice(folder: Path, base: str | None) -> Voice:

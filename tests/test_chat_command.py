@@ -164,6 +164,17 @@ def test_without_a_gold_the_answer_is_read_all_the_same(spec, text, value):
     assert grade_completion(chat.asked(voice, "?"), 0, text, "stop", 3, grader_of(spec)).value == value
 
 
+def test_a_merged_folder_answers_as_its_run(place, ask, questions):
+    done = run("posttrain.export.command", SFT, "--format", "merged", "--questions", "1", cwd=place)
+    assert done.code == 0, done.err
+    merged = f"{SFT}/export/merged"
+    said = {voice: ask(voice, questions[0].question, *NEW).out.partition("\n")[2] for voice in (SFT, merged)}
+    assert said[merged] == said[SFT]
+    made = json.loads((place / merged / "export.json").read_text()) | {"format": "gguf"}
+    (place / merged / "export.json").write_text(json.dumps(made))
+    assert f"ask the run that it was made of, {SFT}" in ask(merged, "How many?").err
+
+
 # --- where the question comes from ------------------------------------------------------------------------------------
 
 
