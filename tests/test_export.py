@@ -261,6 +261,12 @@ def test_a_place_that_is_taken_is_refused_and_left_as_it_is(merged):
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def test_an_answer_longer_than_the_context_is_refused(sft, tmp_path):
+    with pytest.raises(UserError, match=r"1025 new ones \(--max-new-tokens\) it leaves the model's context of 1024: set"):
+        export(request(sft, tmp_path / "merged", max_new_tokens=1025))
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_fails_leaves_nothing(sft, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")

@@ -128,6 +128,8 @@ def from_command_line() -> Request:
         parser.error("--quant is of --format gguf and ollama: a merged folder has the run's own dtype")
     if args.questions < 1:
         parser.error("--questions must be 1 or more")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be 1 or more")
     out = args.out or args.run_dir / "export"
     found = tuple(targets(args.format, args.quant or ["q8_0"], args.into, out))
     return Request(args.run_dir, found, args.split, args.questions, args.max_new_tokens, tuple(args.eval))
@@ -200,8 +202,8 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
     from transformers import AutoTokenizer
 
     from posttrain.models.adapters import check_start
-    from posttrain.models.chat import load_tokenizer
-    from posttrain.models.checkpoint import check_base
+    from posttrain.models.chat import chat_ids, load_tokenizer
+    from posttrain.models.checkpoint import check_base, check_context
     from posttrain.models.folded import FoldedWeights
 
     as_gguf = any(target.is_gguf for target in request.targets)
@@ -209,6 +211,8 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
         check_gguf_packages()
     base_tokenizer = load_tokenizer(source.settings)
     base = check_base(source.settings, source.quantization, base_tokenizer)
+    prompts = (chat_ids(base_tokenizer, example.prompt, add_generation_prompt=True) for example in source.examples)
+    check_context(base, max(map(len, prompts)), source.max_new_tokens, "--max-new-tokens")
     trained_with: PreTrainedTokenizerBase = base_tokenizer
     if source.adapter:
         check_start(source.adapter, source.settings, source.quantization, base, base_tokenizer, train=False, stores=True)
