@@ -12,7 +12,8 @@ from tiny_training import LORA, finished_sft
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
-from posttrain.models.adapters import check_adapter_fits, resolve_adapter, targets_met
+from posttrain.models.adapter_checks import check_adapter_fits
+from posttrain.models.adapters import resolve_adapter, targets_met
 from posttrain.models.base import fingerprint, load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.models.checkpoint import check_base, check_context, norms_hash, skeleton, weights_hash

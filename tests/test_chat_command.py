@@ -36,6 +36,8 @@ def place(pipeline, tmp_path_factory):
         own.append(f"run_dir=runs/one_by_one_{name}")
         done = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", *one_by_one, *own, cwd=folder)
         assert done.code == 0, done.err
+    (folder / "reports").mkdir()
+    shutil.copytree(folder / SFT, folder / "runs" / "lost", ignore=shutil.ignore_patterns("adapter"))
     return folder
 
 
@@ -206,11 +208,20 @@ def test_a_reader_that_leaves_early_is_no_fault(place, questions):
 # --- wrong uses -------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "no run": (["no/such/run", "How many?"], "no/such/run holds no run"),
+    "no run": (["no/such/run", "How many?"], "no/such/run is not there: give the run_dir of"),
+    "no run, and a word": (["runs/none", "hi"], "runs/none is not there: give the run_dir of"),
+    "almost a run": (["runs/sft_tin", "How many?"], "runs/sft_tin is not there (did you mean runs/sft_tiny?): give"),
+    "a file": (["models/tiny/config.json", "How many?"], "models/tiny/config.json is a file: give the run_dir of"),
+    "a file of a run": (["{sft}/manifest.json", "How many?"], "is a file: give its run, runs/sft_tiny"),
+    "a file of its adapter": (["{sft}/adapter/adapter_config.json", "hi"], "is a file: give its run, runs/sft_tiny"),
+    "a model": (["models/tiny", "How many?"], "name_or_path=models/tiny), and give that run"),
+    "a folder of runs": (["runs", "How many?"], "runs is a folder of runs: give one of them, such as runs/"),
+    "an empty folder": (["reports", "hi"], "reports holds no run: give the run_dir of"),
+    "no adapter": (["runs/lost", "How many?"], "runs/lost has finished, and its adapter is gone: give one of its checkpoints"),
     "a question alone": (["How many are there?"], "no run to ask"),
-    "a word alone": (["four?"], "four? holds no run: give the run_dir"),
+    "a word alone": (["four?"], "four? is not there: give the run_dir"),
     "a question of one word": (["{sft}", "1+1?"], "standard input: echo '1+1?' | python -m posttrain.chat runs/sft_tiny"),
-    "a data set": (["{data}", "How many?"], "is not that of a run"),
+    "a data set": (["{data}", "How many?"], "data/tiny is a data set, and no model answers there: give the run_dir of"),
     "an empty question": (["{sft}", ""], "the question is empty"),
     "no gold of this kind": (["{sft}", "How many?", "--gold", "many"], "--gold 'many' is no number"),
     "no samples": (["{sft}", "How many?", "--samples", "0"], "--samples: Input should be greater than 0"),

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from posttrain.errors import UserError
-from posttrain.export import command, fidelity
-from posttrain.export.command import Request, Target, export, main
+from posttrain.export import command, fidelity, source
+from posttrain.export.command import export, main
 from posttrain.export.fidelity import divergence
 from posttrain.export.merged import in_parts, write_merged
+from posttrain.export.source import Request, Target
 from posttrain.hub.push import Request as PushRequest
 from posttrain.hub.push import read_release
 from posttrain.models.adapters import load_adapter
@@ -159,7 +160,7 @@ def broken(monkeypatch, scale):
 def test_a_merge_without_its_scale_is_caught(sft, tmp_path, monkeypatch, capsys):
     broken(monkeypatch, 1.0)  # in place of alpha / r = 2
     monkeypatch.setattr(sys, "argv", ["export", str(sft), "--format", "merged", "--out", str(tmp_path), "--questions", "3"])
-    monkeypatch.setattr(command, "LONGEST_ANSWER", 8)
+    monkeypatch.setattr(source, "LONGEST_ANSWER", 8)
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == command.CHANGED

@@ -400,8 +400,9 @@ def test_one_file_in_two_folders_is_asked_once(sft, tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[gguf]")
     from test_export import request, with_data
 
-    from posttrain.export.command import Target, export
+    from posttrain.export.command import export
     from posttrain.export.runtimes import LlamaCpp
+    from posttrain.export.source import Target
 
     opened, begin = [], LlamaCpp.__init__
     monkeypatch.setattr(LlamaCpp, "__init__", lambda self, file, *rest: (opened.append(file.name), begin(self, file, *rest))[1])

@@ -81,9 +81,8 @@ def _needs_trackers(tracking: Tracking) -> Iterator[Need]:
         yield Need(name, f"tracking {name} needs the package: pip install {name}, or leave it out of tracking")
 
 
-def _needs_whole_policy(what: str, remedy: str = "") -> Need:
-    launch = "launch with configs/accelerate/ddp.yaml"
-    return Need("unsharded", f"{what} come from a whole copy of the policy, and FSDP shards it: {remedy}{launch}")
+def _needs_whole_model(setting: str, why: str, remedy: str) -> Need:
+    return Need("unsharded", f"{setting} {why}, and FSDP shards the model: launch with configs/accelerate/ddp.yaml, or {remedy}")
 
 
 class Settings(BaseModel):
@@ -146,7 +145,7 @@ class Model(Tokenizer):
     """How attention is computed; auto is varlen on a GPU and matmul on a CPU. [in posttrain/models/base.py]"""
     same_base: bool = False
     """true: this is the adapter's own base under another name, so the check of names and weights is left out.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_checks.py]"""
     kernels: Kernels = "auto"
     """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
     [in posttrain/kernels/liger.py]"""
@@ -391,12 +390,12 @@ class Answer(Settings):
     """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
 
     kind: Literal["number", "choice", "text", "expression"] = "number"
-    """What an answer is, and so when two are equal. [in posttrain/tasks/answers.py]"""
+    """What an answer is, and so when two are equal. [in posttrain/tasks/answer_kinds.py]"""
     form: str = HASHES
     """The last line of every solution: a line with {answer} in it, as `Answer: {answer}`. [in posttrain/tasks/forms.py]"""
     options: list[str] | None = None
     """The only answers there are: letters of a choice (null: A to E), or words such as yes and no.
-    [in posttrain/tasks/answers.py]"""
+    [in posttrain/tasks/answer_kinds.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         before, *others = self.form.split("{answer}")
@@ -687,8 +686,7 @@ class TrainConfig(Settings):
 
     def needs(self) -> Iterator[Need]:
         if self.trains_all_weights:
-            ddp = "launch with configs/accelerate/ddp.yaml, or give lora"
-            yield Need("unsharded", f"lora null trains all weights, and that is not tried under FSDP: {ddp}")
+            yield _needs_whole_model("lora null", "trains all weights, and that is tried with whole ones alone", "give lora")
         yield from self.model.needs()
         yield from _needs_trackers(self.tracking)
         if self.trainer.get("tf32"):
@@ -700,8 +698,6 @@ class TrainConfig(Settings):
         if self.layer_graphs:
             yield _needs_cuda("layer_graphs", "set it to false")
             yield Need("one process", "layer_graphs is tried in one process alone: launch with python, or set it to false")
-        if self.data.num_dev:
-            yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
     def less_memory(self, batch_size: int | None = None) -> str:
         """Overrides with which an optimizer step has the same rows, fewer of them at once."""
@@ -755,7 +751,7 @@ class GrpoConfig(TrainConfig):
     [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_modes.py]"""
     rewards: Rewards = Rewards()
     """What a completion is paid for, and how much: further keys are rewards by name (docs/rewards.md).
     [in posttrain/training/rollouts.py]"""
@@ -808,7 +804,16 @@ class GrpoConfig(TrainConfig):
             yield Need("vllm", "trainer.use_vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or remove it")
         if self.curriculum:
             yield Need("one process", "curriculum draws questions in one process: launch with python alone, or remove curriculum")
-        yield _needs_whole_policy("rollouts")
+        if self.rollouts.engine == "trl":
+            yield _needs_whole_model(
+                "rollouts.engine trl", "generates with the model that trains", "use rollouts.engine=transformers"
+            )
+        if self.update_tokens:
+            yield _needs_whole_model("update_tokens", "cuts each process's rows into parts of its own", "remove it")
+        if self.adapter_mode == "merge_and_new":
+            yield _needs_whole_model(
+                "adapter_mode merge_and_new", "writes a merged base in every process", "use rescale or continue"
+            )
         yield from super().needs()
 
 

@@ -11,7 +11,7 @@ from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
 from posttrain.models.network import look_for_hub
 from posttrain.models.templates import argument_names, pin_arguments, pin_date
-from posttrain.places import found
+from posttrain.places import found, looks_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -216,8 +216,3 @@ def config_of(settings: Tokenizer) -> PreTrainedConfig:
             f"{settings.name_or_path}: transformers cannot read its config.json ({why}): get a whole copy, or another model"
         ) from error
     return config
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name means a folder on this disk and not an `owner/name` on the Hub."""
-    return Path(name).exists() or name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") != 1

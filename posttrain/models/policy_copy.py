@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
+from posttrain.kernels.sharded import whole
 from posttrain.models.base import base_of, compute_dtype
 
 
@@ -97,6 +98,20 @@ class PolicyCopy:
         return self.model
 
 
+class GatheredCopy:
+    """`PolicyCopy` of a model that FSDP2 shards: each `refresh` gathers a whole one, which is gone with who uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.source = model
+
+    def refresh(self) -> PreTrainedModel:
+        """All processes must call this."""
+        return PolicyCopy(self.source).model
+
+
+Copy: TypeAlias = PolicyCopy | GatheredCopy
+
+
 def live_module(base: nn.Module, name: str) -> nn.Module:
     """The module that computes in the place of the base's module of this name: a trained copy, an adapted layer, itself."""
     module = base
@@ -125,6 +140,9 @@ def _merged_layer(layer: Any) -> nn.Module:
     if layer.disable_adapters:
         return layer.get_base_layer()
     merged = copy.deepcopy(layer).float()
+    for module in merged.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            module._parameters[key] = nn.Parameter(whole(parameter.data), parameter.requires_grad)
     plain = merged.get_base_layer()
     adds_bias = any(getattr(layer, "lora_bias", {}).values()) or hasattr(layer, "beft_bias")
     if adds_bias and plain.bias is None:
@@ -162,7 +180,7 @@ def unties(first: nn.Module, head: nn.Module) -> bool:
 
 
 def _shared_tensor(module: nn.Module, key: str) -> torch.Tensor:
-    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else module._parameters[key].data
+    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else whole(module._parameters[key].data)
 
 
 def _folded_weight(module: nn.Module) -> torch.Tensor:
@@ -171,5 +189,5 @@ def _folded_weight(module: nn.Module) -> torch.Tensor:
     weight = base_weight(_base_layer(module))
     if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
         for name in module.active_adapters:
-            weight = weight.float() + module.get_delta_weight(name).float()
+            weight = weight.float() + whole(module.get_delta_weight(name)).float()
     return weight

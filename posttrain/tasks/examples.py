@@ -11,9 +11,10 @@ from typing import Any, cast
 from posttrain.config.schema import FORM_CUES, DataConfig
 from posttrain.errors import UserError
 from posttrain.records import Example, Message
-from posttrain.tasks.answers import NUMBERS, Grader, grader_of
+from posttrain.tasks.answers import grader_of
 from posttrain.tasks.forms import BOX, Form
 from posttrain.tasks.generated import GENERATED_KINDS
+from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.tasks.gsm8k import count_steps, solution_text
 from posttrain.tasks.made import MADE_KINDS
 from posttrain.tasks.rows import Row, asked, unit_hash
