@@ -6,10 +6,11 @@
     python -m posttrain.chat runs/grpo < question.txt                               # for scripts
     python -m posttrain.chat runs/grpo                                              # at a terminal: question after question
 
-RUN is a training or evaluation run, one of its checkpoints, or a folder that `hf download` made of a pushed run. The question
-gets the prompt of the run's data set and the verdict of its grader. The token ids are those of evaluation, and a greedy answer
-is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a larger batch, or a GPU's seats, may
-round to another word. Each question stands alone, as in training: nothing that was said before is in the prompt.
+RUN is a training or evaluation run, one of its checkpoints, a merged folder of posttrain.export, or a folder that `hf download`
+made of a pushed run. The question gets the prompt of the run's data set and the verdict of its grader. The token ids are those of
+evaluation, and a greedy answer is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a
+larger batch, or a GPU's seats, may round to another word. Each question stands alone, as in training: nothing said before is in
+the prompt.
 Exit codes: 0 answered, 1 an answer is not the gold one (with --gold), 2 something to mend first.
 """
 
@@ -30,11 +31,12 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from posttrain.config.schema import MODEL_FOLDER, Generation, Model
-from posttrain.errors import UserError, exit_on_user_error
+from posttrain.errors import IN_UTF8, UserError, exit_on_user_error, is_text
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.evaluation.stats import majority
 from posttrain.records import Example, Prediction, read_object
 from posttrain.runs.manifest import (
+    EXPORT,
     MANIFEST,
     PUBLIC_MANIFEST,
     Manifest,
@@ -85,7 +87,7 @@ def main() -> None:
     voices = list(all_voices(paths, args))
     check_gold(voices, args.gold)
     if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read()
+        question = read_question()
     if question is None:
         return converse(voices, generation, args)
     if not question.strip():
@@ -134,6 +136,17 @@ def told_apart(words: list[str]) -> tuple[list[Path], str | None]:
     return [*map(Path, runs or words)], last if runs else None
 
 
+def read_question() -> str:
+    """What stands on standard input. UserError: it is no text, as a file in another encoding."""
+    try:
+        question = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the question on standard input is no text in {error.encoding}: {IN_UTF8}") from error
+    if not is_text(question):
+        raise UserError(f"the question on standard input is no text in {sys.stdin.encoding}: {IN_UTF8}")
+    return question
+
+
 def generation_of(args: argparse.Namespace) -> Generation:
     """The sampling settings, checked as those of evaluate.py are."""
     chosen = SAMPLING_TEMPERATURE if args.samples > 1 else 0.0
@@ -168,6 +181,8 @@ def read_voice(folder: Path, base: str | None = None) -> Voice:
     Raises:
         UserError: it is no run, nothing of a run and no download of one, or its run has not finished.
     """
+    if (folder / EXPORT).is_file():
+        return exported_voice(folder)
     run_dir = run_at(folder)
     if (folder / PUBLIC_MANIFEST).is_file():
         return downloaded_voice(folder, base)
@@ -250,6 +265,15 @@ def evaluated_adapter(run_dir: Path) -> str | None:
 
     adapter: str | None = YAML(typ="safe", pure=True).load((run_dir / "config.yaml").read_text(encoding="utf-8"))["adapter"]
     return adapter
+
+
+def exported_voice(folder: Path) -> Voice:
+    """A merged folder of posttrain.export, which is a model of its own."""
+    made = read_object(folder / EXPORT, "export the run again")
+    if made["format"] != "merged":
+        raise UserError(f"{folder} is for llama.cpp or Ollama: ask the run that it was made of, {made['parent']['run_dir']}")
+    model, data = Model(name_or_path=str(folder), dtype=made["base"]["dtype"], decoding="loop"), made["chain"][-1]["data"]
+    return Voice(str(folder), model, "none", None, None, prompt_form(data), data)
 
 
 def downloaded_voice(folder: Path, base: str | None) -> Voice:

@@ -166,6 +166,17 @@ def test_without_a_gold_the_answer_is_read_all_the_same(spec, text, value):
     assert grade_completion(chat.asked(voice, "?"), 0, text, "stop", 3, grader_of(spec)).value == value
 
 
+def test_a_merged_folder_answers_as_its_run(place, ask, questions):
+    done = run("posttrain.export.command", SFT, "--format", "merged", "--questions", "1", cwd=place)
+    assert done.code == 0, done.err
+    merged = f"{SFT}/export/merged"
+    said = {voice: ask(voice, questions[0].question, *NEW).out.partition("\n")[2] for voice in (SFT, merged)}
+    assert said[merged] == said[SFT]
+    made = json.loads((place / merged / "export.json").read_text()) | {"format": "gguf"}
+    (place / merged / "export.json").write_text(json.dumps(made))
+    assert f"ask the run that it was made of, {SFT}" in ask(merged, "How many?").err
+
+
 # --- where the question comes from ------------------------------------------------------------------------------------
 
 
@@ -228,6 +239,13 @@ def test_a_wrong_use_is_one_line_with_its_remedy(ask, monkeypatch, words, messag
     done = ask(*(word.format(sft=SFT, data="data/tiny") for word in words))
     assert (done.code, done.out) == (2, "")
     assert message in done.err and len([line for line in done.err.splitlines() if "chat" in line]) == 1
+
+
+@pytest.mark.parametrize(("content", "errors"), [(b"caf\xe9?", "strict"), (b"caf\xe9?", "surrogateescape")])
+def test_a_question_in_another_encoding_is_told(ask, monkeypatch, content, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
+    done = ask(SFT)
+    assert (done.code, "the question on standard input is no text in utf-8" in done.err) == (2, True)
 
 
 def test_nothing_on_standard_input_is_no_question(ask, monkeypatch):

@@ -5,12 +5,14 @@ The `trainer` block holds TRL's own keys. The installed TRL says which there are
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -41,6 +43,16 @@ Attention = Literal[
 Kernels = Literal["auto", "liger", "torch"]
 Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
 Tracking = Tracker | Literal["none"] | Annotated[list[Tracker], Field(min_length=1)]
+
+
+def _filled_in(path: str) -> str:
+    """A path with its `~`. What a shell or another tool would fill in besides is told: else a folder would get that name."""
+    if found := re.search(r"\$\{?[A-Za-z_]\w*\}?|\{[A-Za-z_]\w*\}", path):
+        raise PydanticCustomError("rule", "{name} is not filled in here: write it out", {"name": found[0]})
+    return os.path.expanduser(path)
+
+
+Place = Annotated[str, AfterValidator(_filled_in)]  # a path; where the Hub has such things, one of its ids
 
 
 class Need(NamedTuple):
@@ -107,11 +119,11 @@ class Settings(BaseModel):
 
 
 class Tokenizer(Settings):
-    name_or_path: str
+    name_or_path: Place
     """A folder, or an id of the Hub. [in posttrain/models/chat.py]"""
     revision: str | None = None
     """The commit of a Hub id; null is its newest. [in posttrain/models/chat.py]"""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """A .jinja file to use in place of the tokenizer's template, or where it has none. [in posttrain/models/chat.py]"""
     template_kwargs: dict[str, bool | int | float | str] = {}
     """Arguments of the chat template, as enable_thinking: false; they are saved with the adapter.
@@ -187,7 +199,7 @@ class Lora(Settings):
 class PassRate(Settings):
     """Keep the questions that an evaluation run over the train split solved in some samples, not in all."""
 
-    run_dir: str
+    run_dir: Place
     """An evaluation run of the train split with several samples of each question. [in posttrain/training/examples.py]"""
     low: Share = 0.1
     """Leave out questions that it solved in a smaller share of samples. [share, in posttrain/training/examples.py]"""
@@ -200,7 +212,7 @@ class PassRate(Settings):
 
 
 class TrainData(Settings):
-    path: str
+    path: Place
     """A folder that data_prep.py wrote. [in posttrain/training/examples.py]"""
     num_train: PositiveInt | None = None
     """The first so many rows of the train split; null is all. [rows, in posttrain/training/examples.py]"""
@@ -329,7 +341,7 @@ class Generation(Settings):
 
 
 class EvalData(Settings):
-    path: str
+    path: Place
     """A folder that data_prep.py wrote. [in evaluate.py]"""
     split: Literal["train", "dev", "test"] = "test"
     """Which of its splits is asked. [in evaluate.py]"""
@@ -346,7 +358,7 @@ class Prompt(Settings):
     """The user's message; {question} in it is where the question goes. [in posttrain/tasks/examples.py]"""
     num_shots: NonNegativeInt = 0
     """Solved examples before each question, with style few_shot. [examples, in posttrain/tasks/examples.py]"""
-    shots: str | None = None
+    shots: Place | None = None
     """JSONL of solved examples in GSM8K's form; null takes training rows, chosen by hash. [in posttrain/tasks/sources.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
@@ -499,7 +511,7 @@ class HubSource(Mapped):
 class FilesSource(Mapped):
     kind: Literal["files"]
     """Files of any schema. [in posttrain/tasks/sources.py]"""
-    path: str | Annotated[dict[SplitName, str], Field(min_length=1)]
+    path: Place | Annotated[dict[SplitName, Place], Field(min_length=1)]
     """A file, a folder, a pattern with stars, or one of these for each split; .json, .jsonl, .csv, .tsv, .parquet,
     save_to_disk.
     [in posttrain/tasks/files.py]"""
@@ -515,7 +527,7 @@ class FilesSource(Mapped):
 class JsonlSource(Settings):
     kind: Literal["jsonl"]
     """GSM8K's two files, read byte by byte: a bad line spoils no other. [in posttrain/tasks/sources.py]"""
-    path: str
+    path: Place
     """A folder with train.jsonl and test.jsonl, rows of question and answer. [in posttrain/tasks/sources.py]"""
 
 
@@ -535,7 +547,7 @@ class GeneratorSource(Settings):
 class SvampSource(Settings):
     kind: Literal["svamp"]
     """SVAMP, as a test set. [in posttrain/tasks/sources.py]"""
-    path: str
+    path: Place
     """SVAMP.json; every row is a test row. [in posttrain/tasks/sources.py]"""
 
 
@@ -544,7 +556,7 @@ class RejectionSampledSource(Settings):
 
     kind: Literal["rejection_sampled"]
     """A policy's own right solutions of training questions. [in posttrain/tasks/sources.py]"""
-    run_dir: str
+    run_dir: Place
     """An evaluation run of the train split with several samples of each question. [in posttrain/tasks/sampled.py]"""
     max_per_question: PositiveInt = 4
     """At most so many solutions of a question. [rows, in posttrain/tasks/sampled.py]"""
@@ -580,7 +592,7 @@ class DataConfig(Settings):
 
     name: str
     """Of the data set; it begins the id of each row. [in posttrain/tasks/examples.py]"""
-    output_dir: str
+    output_dir: Place
     """The folder to write. [in data_prep.py]"""
     seed: NonNegativeInt = 0
     """Of generated questions. [in posttrain/tasks/sources.py]"""
@@ -620,14 +632,14 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """What SFT and GRPO share."""
 
-    run_dir: str
+    run_dir: Place
     """The run's folder: config, manifest, metrics, checkpoints, adapter. [in posttrain/runs/directory.py]"""
     model: Model
     """The base model. [in posttrain/models/base.py]"""
     quantization: Quantization = "nf4"
     """nf4 holds the base in 4 bits; nf4_unpacked holds the same values as bf16, faster and nearly four times as large.
     [in posttrain/models/base.py]"""
-    adapter: str | None = None
+    adapter: Place | None = None
     """What is continued: a run directory, an adapter's folder or a Hub id. [in posttrain/models/adapters.py]"""
     lora: Lora | None = None
     """The shape of a new adapter; null, and no adapter: all weights train. [in posttrain/models/adapters.py]"""
@@ -737,7 +749,7 @@ class GrpoConfig(TrainConfig):
     With `adapter: null` it starts from the model itself: a new adapter (`lora`), or all of its weights (`lora: null`).
     """
 
-    adapter: str | None
+    adapter: Place | None
     """What GRPO starts from: a run directory, an adapter's folder or a Hub id; null: the model itself.
     [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
@@ -828,7 +840,7 @@ class GrpoConfig(TrainConfig):
 class EvalConfig(Settings):
     """evaluate.py"""
 
-    run_dir: str
+    run_dir: Place
     """The run's folder; {adapter} in it becomes the name of the adapter's run, or base. [in posttrain/runs/directory.py]"""
     name: str | None = None
     """The label in the report; null is the folder's name. [in evaluate.py]"""
@@ -836,7 +848,7 @@ class EvalConfig(Settings):
     """The base model. [in posttrain/models/base.py]"""
     quantization: Quantization = "nf4"
     """How the base is held: see quantization of the trainings. [in posttrain/models/base.py]"""
-    adapter: str | None = None
+    adapter: Place | None = None
     """A run directory, an adapter's folder or a Hub id; null is the base alone. [in posttrain/models/adapters.py]"""
     data: EvalData
     """Which questions are asked. [in evaluate.py]"""

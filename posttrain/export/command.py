@@ -69,6 +69,8 @@ def from_command_line() -> Request:
         parser.error("--quant is of --format gguf and ollama: a merged folder has the run's own dtype")
     if args.questions < 1:
         parser.error("--questions must be 1 or more")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be 1 or more")
     out = args.out or args.run_dir / "export"
     found = tuple(targets(args.format, args.quant or ["q8_0"], args.into, out))
     return Request(args.run_dir, found, args.split, args.questions, args.max_new_tokens, tuple(args.eval))

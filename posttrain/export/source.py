@@ -101,8 +101,8 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
     from transformers import AutoTokenizer
 
     from posttrain.models.adapter_checks import check_start
-    from posttrain.models.chat import load_tokenizer
-    from posttrain.models.checkpoint import check_base
+    from posttrain.models.chat import chat_ids, load_tokenizer
+    from posttrain.models.checkpoint import check_base, check_context
     from posttrain.models.folded import FoldedWeights
 
     as_gguf = any(target.is_gguf for target in request.targets)
@@ -110,6 +110,8 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
         check_gguf_packages()
     base_tokenizer = load_tokenizer(source.settings)
     base = check_base(source.settings, source.quantization, base_tokenizer)
+    prompts = (chat_ids(base_tokenizer, example.prompt, add_generation_prompt=True) for example in source.examples)
+    check_context(base, max(map(len, prompts)), source.max_new_tokens, "--max-new-tokens")
     trained_with: PreTrainedTokenizerBase = base_tokenizer
     if source.adapter:
         check_start(source.adapter, source.settings, source.quantization, base, base_tokenizer, train=False, stores=True)
@@ -118,10 +120,10 @@ def check(request: Request, source: Source) -> tuple[FoldedWeights, PreTrainedTo
     into = "none" if request.into == "original" else source.quantization
     weights = FoldedWeights(source.settings, into, source.adapter)
     if as_gguf:
-        from posttrain.export.gguf_file import check_architecture
+        from posttrain.export.gguf_file import check_writable as check_gguf
         from posttrain.export.gguf_vocabulary import check_vocabulary
 
-        check_architecture(weights.config, type(weights.plain).__name__)
+        check_gguf(weights)
         check_vocabulary(trained_with)
     if any(target.format == "ollama" for target in request.targets):
         from posttrain.export.ollama import pieces_of

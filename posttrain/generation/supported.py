@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
-from posttrain.models.chat import from_hub
+from posttrain.models.chat import config_of
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_engine(settings: Model, engine: str, remedy: str) -> None:
     """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names."""
-    config = from_hub(AutoConfig, settings)
+    config = config_of(settings)
     if reason := why_not(config, engine):
         raise UserError(f"engine {engine} cannot decode {settings.name_or_path}: {reason}; {remedy}")
 

@@ -158,12 +158,12 @@ def resolve_adapter(adapter: str) -> Path:
     if looks_local(adapter):
         raise UserError(f"no adapter at {adapter}: train one first (python sft_train.py --config ...) or correct `adapter`")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     look_for_hub()
     try:
         return Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE, "chat_template.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"adapter {adapter} is neither a local folder nor reachable on the Hub ({type(error).__name__})"
         ) from error

@@ -92,8 +92,7 @@ class PolicyCopy:
         """One matrix for both ends where the policy has one. An adapter of one end alone unties them."""
         if not base.config.tie_word_embeddings:
             return
-        ends = (base.get_input_embeddings(), base.get_output_embeddings())
-        if any(_has_a_matrix_of_its_own(end) for end in ends):
+        if unties(base.get_input_embeddings(), base.get_output_embeddings()):
             self.model.config.tie_word_embeddings = False
         else:
             self.model.tie_weights()  # fold trained token rows into one matrix, not into two
@@ -193,8 +192,15 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) or hasattr(module, "token_adapter") or bool(packed_linears(module))
 
 
-def _has_a_matrix_of_its_own(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not hasattr(module, "token_adapter")
+def unties(first: nn.Module, head: nn.Module) -> bool:
+    """Whether an adapter makes two matrices of the one at both ends of a tied model.
+
+    Trained token rows of both ends are one matrix only where PEFT has tied them, which it does if both name the same rows.
+    """
+    rows: list[Any] = [getattr(end, "token_adapter", None) for end in (first, head)]
+    if None not in rows:
+        return rows[1].tied_adapter is not rows[0]
+    return any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in (first, head))
 
 
 def _shared_tensor(module: nn.Module, key: str) -> torch.Tensor:
