@@ -170,8 +170,10 @@ def make_trainer(
     functions, weights = reward_functions(config.rewards, grader)
     functions += [reward.function for reward in named]
     weights += [reward.weight for reward in named]
-    copy = GatheredCopy(model) if is_sharded() else PolicyCopy(model)
-    guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", run.record)
+    in_8_bits = config.rollouts.weights == "fp8"
+    copy = GatheredCopy(model) if is_sharded() else PolicyCopy(model, in_8_bits)
+    remedy = f"{OTHER_ENGINE}, {NO_DEV}"
+    guard = EngineGuard(remedy, run.record)
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}
     if config.trains_all_weights:
@@ -189,13 +191,16 @@ def make_trainer(
             layer_graphs=config.layer_graphs,
             skip_zero_signal=config.rollouts.skip_zero_signal,
             correct_mismatch=config.rollouts.correct_mismatch,
+            weigh_mismatch=in_8_bits,
             reference_is_base=config.adapter is None,
             gates=gated_columns(("correctness", "format"), named),
             curriculum=Curriculum(len(train), config.seed, config.curriculum) if config.curriculum else None,
             update_tokens=config.update_tokens,
         )
     limit = trainer.max_completion_length
-    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, copy, guard, grader)) if dev else None
+    # Dev questions are answered as evaluate.py answers them, not in 8 bits.
+    asked, asks = (None, EngineGuard(remedy, run.record)) if in_8_bits else (copy, guard)
+    measure = (lambda: dev_accuracy(model, tokenizer, dev, limit, asked, asks, grader)) if dev else None
     paying = dict(zip(trainer.reward_func_names, weights, strict=True))
     trainer.add_callback(UnmetRewards(run, paying, config.unmet_after_steps))
     add_callbacks(trainer, run, measure, config.dev_every_steps)

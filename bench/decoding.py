@@ -2,9 +2,12 @@
 
     python bench/decoding.py --model DIR --data data/gsm8k --rows 512 --new-tokens 400 --temperature 1
     python bench/decoding.py --model DIR --data data/gsm8k --rows 16 --samples 8 --endless --profile
+    python bench/decoding.py --model DIR --data data/gsm8k --rows 1319 --new-tokens 256 --endless --ways seats fp8
 
-Prompts are those of the test split, longest first. The first run of each way makes its graphs and does not count. `--endless`
-lets no token end a row; real answers end early, and what is decoded after their end counts as time alone.
+Prompts are those of the test split, longest first. `fp8` is seats with weights in 8 bits. No way decodes more rows at once than
+the engine would: the loop takes them in batches, and seats take the next as one falls free. The first run of each way makes its
+graphs and does not count. `--endless` lets no token end a row; real answers end early, and what is decoded after their end counts
+as time alone.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from posttrain.config.schema import Model
 from posttrain.generation import decoder, loop, seats
+from posttrain.generation.engines import rows_at_once
 from posttrain.generation.loop import Completion, Sampling
 from posttrain.generation.steps import release_graphs
 from posttrain.models.base import load_base
@@ -32,26 +35,31 @@ from posttrain.records import Example, read_jsonl
 
 REPEATS = 3
 KERNELS = 25  # lines of the table
-WAYS: dict[str, Callable[..., Any]] = {"loop": loop.decode_batch, "seats": seats.decode_batch}
+WAYS = ("loop", "seats", "fp8")
 
 
 def main() -> None:
     args = parse()
     settings = Model(name_or_path=str(args.model), dtype=args.dtype)
     tokenizer = load_tokenizer(settings)
-    policy = loop.prepare_to_decode(PolicyCopy(load_base(settings, "none", tokenizer)).model)
+    base = load_base(settings, "none", tokenizer)
+    policy = loop.prepare_to_decode(PolicyCopy(base).model)
     if reason := decoder.why_not(policy):
         raise SystemExit(f"this model decodes by the loop alone: {reason}")
     examples = read_jsonl(args.data / "test.jsonl", Example)[: args.rows]
     prompts = sorted((chat_ids(tokenizer, e.prompt, add_generation_prompt=True) for e in examples), key=len, reverse=True)
     sampling = Sampling(args.new_tokens, args.temperature, num_samples=args.samples)
     stop = -1 if args.endless else tokenizer.eos_token_id
-    found = {way: timed(way, policy, prompts, sampling, stop) for way in WAYS}
-    same = sum(one.ids == other.ids for one, other in zip(*found.values(), strict=True))
-    print(f"{same} of {len(found['loop'])} rows are the same tokens: in bf16, rounding decides between near ties")
+    in_8_bits = loop.prepare_to_decode(PolicyCopy(base, fp8=True).model) if "fp8" in args.ways else policy
+    models = {way: in_8_bits if way == "fp8" else policy for way in args.ways}
+    found = {way: timed(way, models[way], prompts, sampling, stop) for way in args.ways}
+    first, *others = args.ways
+    for way in others:
+        same = sum(one.ids == other.ids for one, other in zip(found[first], found[way], strict=True))
+        print(f"{same} of {len(found[first])} rows of {way} are those of {first}: rounding decides between near ties")
     if args.profile:
-        for way in WAYS:
-            kernels_of(way, policy, prompts, sampling, stop)
+        for way in args.ways:
+            kernels_of(way, models[way], prompts, sampling, stop)
 
 
 def parse() -> argparse.Namespace:
@@ -62,16 +70,29 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["loop", "seats"])
     for name in ("endless", "profile"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()
+
+
+def decode(way: str, policy: Any, prompts: list[list[int]], sampling: Sampling, stop: int) -> tuple[list[list[Completion]], int]:
+    """All prompts, as many rows at once as the engine "transformers" takes."""
+    rows = rows_at_once(policy, max(map(len, prompts)) + sampling.max_new_tokens)
+    if way != "loop":
+        return seats.decode_batch(policy, prompts, sampling, stop, max_seats=rows)
+    size, groups, slots = max(1, rows // sampling.num_samples), list[list[Completion]](), 0
+    for number, start in enumerate(range(0, len(prompts), size)):
+        done, took = loop.decode_batch(policy, prompts[start : start + size], sampling, stop, number)
+        groups, slots = groups + done, slots + took
+    return groups, slots
 
 
 def timed(way: str, policy: Any, prompts: list[list[int]], sampling: Sampling, stop: int) -> list[Completion]:
     seconds = []
     for _ in range(1 + REPEATS):
         begun = time.perf_counter()
-        groups, slots = WAYS[way](policy, prompts, sampling, stop)
+        groups, slots = decode(way, policy, prompts, sampling, stop)
         seconds.append(time.perf_counter() - begun)
     flat = [completion for group in groups for completion in group]
     tokens = sum(len(completion.ids) for completion in flat)
@@ -86,9 +107,9 @@ def timed(way: str, policy: Any, prompts: list[list[int]], sampling: Sampling, s
 def kernels_of(way: str, policy: Any, prompts: list[list[int]], sampling: Sampling, stop: int) -> None:
     """The time of each kernel in one run, prompts included."""
     on_gpu = policy.device.type == "cuda"
-    WAYS[way](policy, prompts, sampling, stop)  # makes the graphs
+    decode(way, policy, prompts, sampling, stop)  # makes the graphs
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
-        WAYS[way](policy, prompts, sampling, stop)
+        decode(way, policy, prompts, sampling, stop)
     release_graphs(policy)
     rows = [row for row in seen.key_averages() if not on_gpu or row.device_type == DeviceType.CUDA]
     table = [(row.self_device_time_total if on_gpu else row.self_cpu_time_total, row.count, row.key) for row in rows]

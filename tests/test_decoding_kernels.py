@@ -139,3 +139,24 @@ def test_rows_advance(monkeypatch):
     assert ours.live.tolist() == [True, True, False, False, False]
     assert ours.place.tolist() == [5, 6, 0, 0, 0]
     assert ours.tokens.tolist() == [[1, -1, -1, -1], [-1, -1, 2, -1], [-1] * 4, [-1, -1, -1, 4], [-1, 5, -1, -1]]
+
+
+# --- rows in 8 bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.get_device_capability() < (8, 9), reason="needs a card with 8-bit numbers")
+@pytest.mark.parametrize("kind", ["rows", "norm", "first norm", "gated"])
+def test_rows_in_8_bits(monkeypatch, kind):
+    dtype = DTYPES[-1]
+    x, residual, weight = (randn(*shape, dtype=dtype) for shape in ((ROWS, 96), (ROWS, 96), (96,)))
+    runs = {
+        "rows": lambda: decoding.fp8_rows(torch.cat([x, torch.zeros_like(x)])),
+        "norm": lambda: decoding.add_norm_fp8(x.clone(), residual.clone(), weight, 1e-6),
+        "first norm": lambda: decoding.add_norm_fp8(x.clone(), None, weight, 1e-6),
+        "gated": lambda: decoding.silu_mul_fp8(x),
+    }
+    check(monkeypatch, lambda: [decoding.scaled(x, weight[:ROWS, None].float(), weight[:, None].float())])
+    for ours, wanted in [both(monkeypatch, runs[kind])]:
+        assert ours.values.dtype == decoding.FP8 and torch.allclose(ours.scale, wanted.scale, rtol=0.01)
+        one, other = (rows.values.float() * rows.scale for rows in (ours, wanted))
+        assert (one - other).norm() < 0.01 * other.norm()  # a tie may be rounded otherwise

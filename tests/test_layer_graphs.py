@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
-from test_lean_layers import base_model, distance, policy
+from test_lean_layers import SIZES, base_model, distance, policy
 from test_packing import loss_and_gradient
 from test_shared_prompts import an_update
 from tiny_training import relative, stir
@@ -39,6 +39,7 @@ def no_windows(monkeypatch):
 
 LENGTHS = [[23, 5, 1, 40, 12], [64, 30], [17] * 15, [9]]
 ROOM, LONGEST = 500, 64  # tokens
+kind_of = layer_graphs.Kind
 
 
 class Again:
@@ -153,6 +154,39 @@ def test_scores_between_two_steps_change_nothing():
     check_equal(losses_and_gradients(model), wanted, 1e-5, 1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_scores_of_shared_prompts_are_those_of_plain_rows_with_the_adapter_on_and_off(device):
+    """Without a gradient, the second time with nothing to record, and with a step between the two."""
+    prompts, completions, width, columns = [9, 9, 9, 30], [20, 3, 7, 40], 30, 80
+    made = layout(prompts, completions, [0, 0, 0, 1], width, columns)
+    ids = torch.randint(3, 90, (4, columns), generator=torch.Generator().manual_seed(1))
+    ids[1:3, :width] = ids[0, :width]
+    batch = {"input_ids": ids.flatten()[made.place][None], "position_ids": made.position[None], "key_places": made.take}
+    batch |= {"cu_seq_lens_q": made.ends, "cu_seq_lens_k": made.key_ends}
+    batch = {key: value.to(device) for key, value in batch.items()}
+    apart, model = (policy(layers="lean").to(device) for _ in range(2))
+    replayed(model, Again() if device == "cpu" else layer_graphs.CudaGraphs())
+    autocast = torch.autocast(device, torch.bfloat16, device == "cuda")
+
+    def of_rows():
+        scores = torch.zeros(4, columns, SIZES["vocab_size"])
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            there = slice(width - prompt, width + completion)
+            scores[row, there] = apart(input_ids=ids[row : row + 1, there].to(device)).logits[0].float().cpu()
+        return scores.flatten(0, 1)[made.place]
+
+    for _ in range(2):
+        with torch.no_grad(), autocast:
+            on, wanted = model(**batch, use_cache=False).logits[0].float().cpu(), of_rows()
+            with model.disable_adapter(), apart.disable_adapter():
+                off, wanted_off = model(**batch, use_cache=False).logits[0].float().cpu(), of_rows()
+        with autocast:
+            model(**batch, use_cache=False).logits.sum().backward()
+        bound = 1e-5 if device == "cpu" else 0.02
+        assert distance(on, wanted) < bound and distance(off, wanted_off) < bound
+    assert distance(on, off) > 0.05
+
+
 def test_gradients_of_other_origin_are_added_to():
     model = replayed(policy(layers="lean"))
     found = []
@@ -207,7 +241,10 @@ def test_an_update_of_packed_completions_is_the_update(tiny, sft, fp32, monkeypa
     trainer = {"per_device_train_batch_size": 8, "beta": 0.1, "loss_type": loss_type, "gradient_checkpointing": checkpointing}
     form = fp32 | {"model": fp32["model"] | {"attn_implementation": "varlen"}}
     losses, gradients, _ = an_update(tiny, sft, trainer, **form)
+    kinds = []
+    monkeypatch.setattr(layer_graphs, "Kind", lambda *kind: kinds.append(kind) or kind_of(*kind))
     packed, found, shapes = an_update(tiny, sft, trainer, **form, lean_layers=True, layer_graphs=True, update_tokens=150)
+    assert set(kinds) == {(True, ("default",)), (False, ("ref",))}
     assert packed == pytest.approx(losses, abs=1e-6)
     for whole, part in zip(gradients, found, strict=True):
         assert relative(whole, part) < 1e-4

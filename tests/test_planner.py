@@ -53,6 +53,7 @@ def grpo(shape, rows, micro_batches, prompt, new, group=8, longest=None, seats=T
 
 PACKING = json.loads((ROOT / "results/h100-3b/packing.json").read_text())["runs"]
 REPLAYED = json.loads((ROOT / "results/h100-3b/layer-graphs.json").read_text())["runs"]
+PARTS = json.loads((ROOT / "results/h100-3b/grpo-parts.json").read_text())
 LEVERS = json.loads((ROOT / "results/h100-3b/levers.json").read_text())
 FUSED = json.loads((ROOT / "results/h100-3b/speed-fused.json").read_text())
 STEPS = json.loads((ROOT / "results/qwen2.5-coder-0.5b/steps.json").read_text())["runs"]
@@ -80,6 +81,13 @@ def steps(name):
 
 def manifest(run, s):
     return {"gib": json.loads((ROOT / "results" / run / "manifest.json").read_text())["peak_gib"], "s": s}
+
+
+def in_parts(tokens: int, width: int = 2) -> Step:
+    """128 completions of 16 questions, of 256 tokens each. `width`: bytes of a weight of the copy."""
+    step = grpo(LLAMA_3B, 128, 1, 100, 256, reference=True, lean=True, nf4=True, replayed=True, part_tokens=tokens)
+    assert step.rollouts is not None
+    return replace(step, rollouts=replace(step.rollouts, width=width))
 
 
 BY_16, BY_32, PACKED = 3932, 6377, 7816  # tokens of a step, by its rows
@@ -131,6 +139,11 @@ ROWS = {
         packing("packed-lean-nf4-checkpointed-graphs-4x4", REPLAYED),
         H100,
     ),
+    "3B SFT, packed, lean, replayed": (
+        sft(16, 1, 7834, length=512, lean=True, replayed=True),
+        packing("packed-lean-nf4-unpacked-graphs", PARTS["sft"]),
+        H100,
+    ),
     "3B SFT, 16 rows, lean, NF4": (sft(16, 1, 3145, lean=True, nf4=True), packing("16-rows-lean-nf4"), H100),
     "3B SFT, 32 rows, NF4, checkpointed": (
         sft(32, 1, BY_32, nf4=True, checkpointing=True),
@@ -145,6 +158,14 @@ ROWS = {
     "3B GRPO, 32, loop, KL": (
         grpo(LLAMA_3B, 32, 1, 100, 256, seats=False, reference=True),
         runs(FUSED["grpo 32"]["runs"]["ours-grpo"]),
+        H100,
+    ),
+    "3B GRPO, 128 in parts of 4,096, replayed, KL": (in_parts(4096), packing("3b-parts-4096", PARTS["grpo"]), H100),
+    "3B GRPO, 128 in parts of 4,096, replayed, KL, fp8": (in_parts(4096, 1), packing("3b-parts-4096-fp8", PARTS["grpo"]), H100),
+    "3B GRPO, 128 in parts of 6,144, replayed, KL, fp8": (in_parts(6144, 1), packing("3b-parts-6144-fp8", PARTS["grpo"]), H100),
+    "0.5B GRPO, 512 in parts of 16,384, replayed": (
+        grpo(QWEN_05B, 512, 1, 90, 280, longest=400, lean=True, replayed=True, part_tokens=16384),
+        packing("grpo-0.5b-512-graphs", REPLAYED),
         H100,
     ),
     "0.5B GRPO, 8 x 64, loop": (grpo(QWEN_05B, 64, 8, 90, 277, longest=400, seats=False), steps("time_loop"), H100),
@@ -222,9 +243,9 @@ def test_a_measured_row_is_what_was_planned(name):
     step, measured, machine = ROWS[name]
     held = []
     if measured["gib"]:
-        held.append(abs(off(memory(step, machine.is_gpu).total / GIB, measured["gib"])) < 0.2)
+        held.append(abs(off(memory(step, machine.is_gpu).total / GIB, measured["gib"])) < (0.1 if step.replayed else 0.2))
     if measured["s"]:
-        held.append(abs(off(seconds(step, machine).total, measured["s"])) < 0.3)
+        held.append(abs(off(seconds(step, machine).total, measured["s"])) < (0.15 if step.replayed else 0.3))
     assert held and all(held) == (name not in MISSED)
 
 
@@ -299,6 +320,24 @@ def test_what_does_not_fit_is_made_smaller_at_the_same_batch():
     assert fits(smaller, MACHINES["4090"]) and smaller.rows * smaller.micro_batches == 128
     assert f"trainer.per_device_train_batch_size={smaller.rows}" in changed
     assert fastest_that_fits(grpo(replace(LLAMA_3B, layers=280), 1, 1, 100, 256), MACHINES["t4"]) is None
+
+
+def test_parts_of_an_update_take_less_and_are_made_smaller_before_the_batch_is():
+    whole = grpo(LLAMA_3B, 128, 1, 100, 256, lean=True)
+    parts = replace(whole, part_tokens=8192)
+    assert memory(parts, True).activations < memory(whole, True).activations / 4
+    assert seconds(parts, H100).update > seconds(whole, H100).update
+    smaller, changed = fastest_that_fits(parts, MACHINES["4090"])
+    assert (smaller.rows, smaller.micro_batches) == (128, 1)
+    assert "update_tokens=2048" in changed and not any("per_device" in change for change in changed)
+    assert memory(replace(parts, part_tokens=10), True).activations == memory(replace(whole, rows=1), True).activations
+
+
+def test_rollouts_in_8_bits_take_half_of_the_copy_and_less_time():
+    step = grpo(LLAMA_3B, 128, 1, 100, 256)
+    eight = replace(step, rollouts=replace(step.rollouts, width=1))
+    assert memory(step, True).rollouts - memory(eight, True).rollouts == LLAMA_3B.linear
+    assert seconds(eight, H100).rollouts < seconds(step, H100).rollouts
 
 
 def test_the_base_is_packed_only_where_nothing_else_fits():

@@ -227,6 +227,21 @@ def test_the_references_logps_are_the_sft_policys(tiny, any_sft, fp32):
         assert distance_to_reference(trainer) > 1e-2
 
 
+def test_the_base_is_the_reference_of_a_new_adapter_and_is_asked_with_the_adapter_off(tiny, fp32):
+    with tiny.grpo(None, {"beta": 0.1}, **fp32, lora=LORA) as trainer:
+        model = trainer.model
+        assert "ref" not in model.peft_config and distance_to_reference(trainer) < 1e-5
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        stir(model)
+        inputs = scored(trainer)
+        with type(model).disable_adapter(model):
+            wanted = completion_logps(model, inputs, 0.8)
+        mask = inputs["completion_mask"].bool()
+        assert (inputs["ref_per_token_logps"] - wanted)[mask].abs().max() < 1e-5
+        assert (inputs["ref_per_token_logps"] - completion_logps(model, inputs, 0.8))[mask].abs().max() > 1e-2
+        assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+
+
 def distance_to_reference(trainer):
     inputs = scored(trainer)
     difference = inputs["ref_per_token_logps"] - completion_logps(trainer.model, inputs, 0.8)

@@ -143,6 +143,7 @@ LATER: dict[str, Any] = {
     "lean_layers": False,
     "layer_graphs": False,
     "update_tokens": None,
+    "weights": None,
 }
 
 
@@ -151,7 +152,7 @@ def config_sha256(config: Settings) -> str:
     label = {"name"} if isinstance(config, EvalConfig) else set()  # a data set's name is part of its ids
     apart = dict.fromkeys({"run_dir", "output_dir", "tracking", "hub", "unmet_after_steps"} | label, True)
     settings = config.model_dump(mode="json", exclude=apart | {"model": {"same_base"}})
-    for block in (settings, settings.get("model", {}), settings.get("tokenizer", {})):
+    for block in (settings, *(settings.get(name, {}) for name in ("model", "tokenizer", "rollouts"))):
         for key in [key for key, unset in LATER.items() if key in block and block[key] == unset]:
             del block[key]
     if "source" in settings:  # the same of the keys that map a source's rows

@@ -58,7 +58,7 @@ Place = Annotated[str, AfterValidator(_filled_in)]  # a path; where the Hub has 
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
-    what: Literal["cuda", "unsharded", "one process"] | str  # or a package
+    what: Literal["cuda", "fp8", "unsharded", "one process"] | str  # or a package
     otherwise: str  # what to tell the user of a machine without it
 
 
@@ -303,6 +303,9 @@ class Rollouts(Settings):
     """Leave completions without an advantage out of the update; needs trainer.beta 0. [in posttrain/training/trainers.py]"""
     correct_mismatch: bool = False
     """Clip against the sampler's log-probabilities instead of the trainer's. [in posttrain/training/trainers.py]"""
+    weights: Literal["fp8"] | None = None
+    """fp8 rounds the copy that generates to 8 bits, and each token's gain is weighed for that; null keeps model.dtype.
+    [in posttrain/kernels/fp8_linear.py]"""
 
 
 class Curriculum(Settings):
@@ -783,6 +786,8 @@ class GrpoConfig(TrainConfig):
         if self.curriculum and self.rollouts.engine != "transformers":
             why = f"{self.rollouts.engine} does not draw the same completions again after an interruption"
             yield ("curriculum",), f"needs rollouts.engine transformers: {why}; set that, or remove curriculum"
+        if self.rollouts.weights:
+            yield from self._problems_of_8_bits()
         if self.layer_graphs and not self.update_tokens:
             yield ("layer_graphs",), "replays packed rows of a known size: set update_tokens, or this to false"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
@@ -797,7 +802,22 @@ class GrpoConfig(TrainConfig):
         for key, text in group_problems(self.trainer):
             yield ("trainer", key), text
 
+    def _problems_of_8_bits(self) -> Iterator[tuple[KeyPath, str]]:
+        key = "rollouts", "weights"
+        if self.rollouts.engine != "transformers":
+            yield key, f"is of posttrain's own rollouts: remove it, or rollouts.engine {self.rollouts.engine}"
+        if self.rollouts.correct_mismatch:
+            yield key, "weighs for the mismatch that rollouts.correct_mismatch clips against: remove one of the two"
+        if self.trains_all_weights:
+            yield key, "rounds a base with its adapter folded in: remove it, or give lora"
+        if self.model.dtype != "bfloat16":
+            yield key, "is tried on a base in bfloat16 alone: set model.dtype to that, or remove it"
+
     def needs(self) -> Iterator[Need]:
+        if self.rollouts.weights:
+            yield Need("fp8", "rollouts.weights fp8 needs a GPU with products in 8 bits (Hopper or later): set it to null")
+            ddp = "launch with configs/accelerate/ddp.yaml, or set it to null"
+            yield Need("unsharded", f"rollouts.weights fp8 is not tried under FSDP: {ddp}")
         if self.rollouts.engine == "vllm":
             yield _needs_vllm("rollouts.engine")
         if self.trainer.get("use_vllm"):

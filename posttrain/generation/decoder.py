@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import UserError
 from posttrain.generation.masks import ALL_LAYERS, layer_windows
-from posttrain.kernels import decoding
+from posttrain.kernels import decoding, fp8_linear
+from posttrain.kernels.fp8_linear import Fp8Linear
 
+Rows: TypeAlias = "torch.Tensor | decoding.Fp8Rows"  # (rows, width), what a product reads
 # layer, its qkv (tokens, ...), keys, values, window -> attention's output (tokens, heads * head_dim)
 Attend: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, "int | None"], torch.Tensor]
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # tests/test_decoder.py compares these with transformers' own forward
@@ -69,7 +71,8 @@ def _is_plain(layer: Any) -> bool:
     linears = [*_qkv(layer), *_gate_up(layer), layer.self_attn.o_proj, layer.mlp.down_proj]
     biased = {linear.bias is not None for linear in _qkv(layer)}
     return (
-        all(type(linear) is nn.Linear for linear in linears)
+        len({type(linear) for linear in linears}) == 1
+        and type(linears[0]) in (nn.Linear, Fp8Linear)
         and len(biased) == 1
         and all(linear.bias is None for linear in (*_gate_up(layer), layer.mlp.down_proj))
     )
@@ -84,6 +87,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, num_seats: int, capacity: int) -> None:
         self.model, self.num_seats, self.capacity = model, num_seats, capacity
         join_projections(model)
+        self.fp8 = isinstance(model.model.layers[0].mlp.down_proj, Fp8Linear)
         config, head_dim = model.config, model.model.layers[0].self_attn.head_dim
         shape = (num_seats, config.num_key_value_heads, capacity, head_dim)
         weight = model.model.embed_tokens.weight
@@ -124,11 +128,12 @@ class Decoder:
         residual = nn.functional.embedding(ids, self.model.model.embed_tokens.weight)
         more: torch.Tensor | None = None
         for layer, keys, values, window in zip(self.model.model.layers, self.keys, self.values, self.windows, strict=True):
-            x = self._normed(more, residual, layer.input_layernorm)
+            x = self._read(more, residual, layer.input_layernorm)
             out = attend(layer.self_attn, _joined_linear(x, _qkv(layer)), keys, values, window)
-            more = nn.functional.linear(out, layer.self_attn.o_proj.weight, layer.self_attn.o_proj.bias)
-            x = self._normed(more, residual, layer.post_attention_layernorm)
-            more = nn.functional.linear(decoding.silu_mul(_joined_linear(x, _gate_up(layer))), layer.mlp.down_proj.weight)
+            more = _joined_linear(out, [layer.self_attn.o_proj])
+            gate_up = _joined_linear(self._read(more, residual, layer.post_attention_layernorm), _gate_up(layer))
+            product: Rows = decoding.silu_mul_fp8(gate_up) if self.fp8 else decoding.silu_mul(gate_up)
+            more = _joined_linear(product, [layer.mlp.down_proj])
         return self._normed(more, residual, self.model.model.norm)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -139,6 +144,12 @@ class Decoder:
         """The norm of residual + more; `residual` then holds that sum."""
         x, rest = (residual, None) if more is None else (more, residual)
         return decoding.add_norm(x, rest, norm.weight, norm.variance_epsilon)
+
+    def _read(self, more: torch.Tensor | None, residual: torch.Tensor, norm: Any) -> Rows:
+        """The same as a layer's products read it."""
+        x, rest = (residual, None) if more is None else (more, residual)
+        make = decoding.add_norm_fp8 if self.fp8 else decoding.add_norm
+        return make(x, rest, norm.weight, norm.variance_epsilon)
 
 
 def _norms(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -163,17 +174,22 @@ def join_projections(model: Any) -> None:
     """
     for layer in model.model.layers:
         for linears in (_qkv(layer), _gate_up(layer)):
-            for name in ("weight", "bias"):
-                parameters = [getattr(linear, name) for linear in linears]
+            for name in ("weight", "bias", "scale"):
+                parameters: list[Any] = [getattr(linear, name, None) for linear in linears]
                 if parameters[0] is not None and not _adjacent(parameters):
                     whole = torch.cat([parameter.data for parameter in parameters])
                     for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
                         parameter.data = part
 
 
-def _joined_linear(x: torch.Tensor, linears: Sequence[Any]) -> torch.Tensor:
+def _joined_linear(x: Rows, linears: Sequence[Any]) -> torch.Tensor:
     bias = None if linears[0].bias is None else joined([linear.bias for linear in linears])
-    return nn.functional.linear(x, joined([linear.weight for linear in linears]), bias)
+    weight = joined([linear.weight for linear in linears])
+    if isinstance(linears[0], Fp8Linear):
+        scale = joined([linear.scale for linear in linears])
+        return fp8_linear.product(x, fp8_linear.Weight(weight, scale, bias), linears[0].dtype)
+    assert isinstance(x, torch.Tensor)
+    return nn.functional.linear(x, weight, bias)
 
 
 def joined(parameters: Sequence[torch.Tensor]) -> torch.Tensor:

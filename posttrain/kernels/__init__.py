@@ -1,6 +1,7 @@
 """The same numbers faster: each kernel has a switch that takes it out, and a test that holds it to the plain path.
 
-Run that test after every change here. No other room depends on a kernel being used.
+Run that test after every change here. No other room depends on a kernel being used. fp8_linear alone gives other numbers, those
+of rounded weights, and its test holds it to them.
 
     kernel         what it does                                          where                           switch
     nf4            holds weights in 4 bits and unpacks them when read    CPU, GPU; training, generating  quantization
@@ -10,5 +11,6 @@ Run that test after every change here. No other room depends on a kernel being u
     layer_graphs   replays the layers of a training step                 GPU; training                   layer_graphs
     liger          runs norm, rotary embedding and MLP as one each       GPU; training, generating       model.kernels
     decoding       does all of a decoding step but the products          GPU; generating                 model.decoding
+    fp8_linear     holds a copy's weights in 8 bits                      GPU; GRPO's rollouts            rollouts.weights
     packed_linear  runs linear layers on weights that oneDNN packed      CPU; generating                 on for bf16 on a CPU
 """

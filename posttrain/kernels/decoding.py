@@ -55,6 +55,48 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate) * up
 
 
+class Fp8Rows(NamedTuple):
+    """Rows in 8-bit floating point, each with the factor that gives its values back."""
+
+    values: torch.Tensor  # (rows, width), FP8
+    scale: torch.Tensor  # (rows, 1), fp32
+
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+SMALLEST = 1e-12  # of what a scale is made of, so that a row of zeros has one
+
+
+def fp8_rows(x: torch.Tensor) -> Fp8Rows:
+    """Each row of x, (rows, width), with its largest entry as the format's."""
+    return Fp8Rows(*triton_kernels().fp8_rows(x)) if use_triton(x) else plain_fp8_rows(x)
+
+
+def plain_fp8_rows(x: torch.Tensor) -> Fp8Rows:
+    x = x.float()
+    scale = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    return Fp8Rows((x / scale).to(FP8), scale)
+
+
+def scaled(products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """products (rows, columns) times a factor for each row, (rows, 1), and one for each column, (columns, 1), in fp32."""
+    if use_triton(products):
+        return triton_kernels().scaled(products, rows, columns)
+    return (products.float() * rows * columns.T).to(products.dtype)
+
+
+def add_norm_fp8(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
+    """`add_norm`, and `fp8_rows` of what it gives."""
+    if use_triton(x):
+        return Fp8Rows(*triton_kernels().add_norm_fp8(x, residual, weight, eps))
+    return fp8_rows(add_norm(x, residual, weight, eps))
+
+
+def silu_mul_fp8(gate_up: torch.Tensor) -> Fp8Rows:
+    """`silu_mul`, and `fp8_rows` of what it gives."""
+    return Fp8Rows(*triton_kernels().silu_mul_fp8(gate_up)) if use_triton(gate_up) else fp8_rows(silu_mul(gate_up))
+
+
 def rotate_and_store(
     qkv: torch.Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
     cos: torch.Tensor,  # (places, head_dim)

@@ -12,16 +12,36 @@ import triton.language as tl
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _normed(x, residual, weight, eps, torch.empty_like(x), None)
+
+
+def add_norm_fp8(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, scale = _no_fp8_rows(len(x), x.shape[1], x.device)
+    return _normed(x, residual, weight, eps, out, scale), scale
+
+
+def _normed(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
     rows, hidden = x.shape
-    out = torch.empty_like(x)
     _add_norm[(rows,)](
-        x, x if residual is None else residual, weight, out, eps, hidden, residual is not None, triton.next_power_of_2(hidden)
-    )
+        x, x if residual is None else residual, weight, out, out if scale is None else scale, eps, hidden,
+        residual is not None, scale is not None, triton.next_power_of_2(hidden),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _add_norm(x, residual, weight, out, eps, hidden, ADD: tl.constexpr, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+def _add_norm(  # type: ignore[no-untyped-def]
+    x, residual, weight, out, scale, eps, hidden, ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     at = tl.program_id(0).to(tl.int64) * hidden
     cols = tl.arange(0, BLOCK)
     inside = cols < hidden
@@ -32,7 +52,80 @@ def _add_norm(x, residual, weight, out, eps, hidden, ADD: tl.constexpr, BLOCK: t
     wide = h.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)).to(h.dtype).to(tl.float32)
     normed *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at + cols, normed.to(h.dtype), mask=inside)
+    normed = normed.to(h.dtype)
+    if FP8:
+        _store_fp8(normed.to(tl.float32), out + at + cols, scale + tl.program_id(0), inside)
+    else:
+        tl.store(out + at + cols, normed, mask=inside)
+
+
+@triton.jit
+def _store_fp8(row, to, scale, inside) -> None:  # type: ignore[no-untyped-def]
+    factor = tl.maximum(tl.max(tl.abs(row), 0), 1e-12) / 448.0  # SMALLEST and LARGEST of decoding.py
+    tl.store(to, (row / factor).to(to.dtype.element_ty), mask=inside)
+    tl.store(scale, factor)
+
+
+def _no_fp8_rows(rows: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
+    return values, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
+def fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scale = _no_fp8_rows(len(x), x.shape[1], x.device)
+    _fp8_rows[(len(x),)](x, values, scale, x.stride(0), x.shape[1], triton.next_power_of_2(x.shape[1]))
+    return values, scale
+
+
+@triton.jit
+def _fp8_rows(x, values, scale, stride, width, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < width
+    wide = tl.load(x + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
+    _store_fp8(wide, values + row * width + cols, scale + row, inside)
+
+
+def scaled(products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    count, width = products.shape
+    out, block = torch.empty_like(products), min(1024, triton.next_power_of_2(width))
+    _scaled[(count, triton.cdiv(width, block))](products, rows, columns, out, width, block)
+    return out
+
+
+@triton.jit
+def _scaled(products, rows, columns, out, width, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < width
+    x = tl.load(products + row * width + cols, mask=inside, other=0.0)
+    factors = tl.load(rows + row) * tl.load(columns + cols, mask=inside, other=0.0)
+    tl.store(out + row * width + cols, (x.to(tl.float32) * factors).to(x.dtype), mask=inside)
+
+
+def silu_mul_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    values, scale = _no_fp8_rows(rows, width, gate_up.device)
+    _silu_mul_fp8[(rows,)](gate_up, values, scale, width, triton.next_power_of_2(width), num_warps=8)
+    return values, scale
+
+
+@triton.jit
+def _silu_mul_fp8(gate_up, values, scale, width, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < width
+    product = _gated(gate_up + row * 2 * width + cols, width, inside)
+    _store_fp8(product.to(tl.float32), values + row * width + cols, scale + row, inside)
+
+
+@triton.jit
+def _gated(at, width, inside):  # type: ignore[no-untyped-def]
+    gate = tl.load(at, mask=inside, other=0.0)
+    up = tl.load(at + width, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -48,11 +141,7 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr) -> None:  # type: ignore
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
-    gate = tl.load(gate_up + row * 2 * width + cols, mask=inside, other=0.0)
-    up = tl.load(gate_up + row * 2 * width + width + cols, mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out + row * width + cols, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    tl.store(out + row * width + cols, _gated(gate_up + row * 2 * width + cols, width, inside), mask=inside)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

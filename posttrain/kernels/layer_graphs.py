@@ -15,6 +15,9 @@ of zeros, which no token sees and from which no gradient comes. The largest size
 its memory.
 
 Checkpointed layers keep their input alone, and the graph of a backward pass begins with the forward pass.
+
+Scores of packed rows with shared prompts, as those of a reference, are replayed without a gradient, by graphs of their own. There
+are some for each state of the adapters: a graph that was recorded with an adapter on runs it whatever is said later.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -83,14 +87,27 @@ def _why_not(base: Any) -> str | None:
 
 def _without_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """transformers takes a mask of four dimensions as it is. To make one it would wait for the GPU; the graphs have theirs."""
-    if torch.is_grad_enabled():
+    if _is_replayed(kwargs):
         kwargs["attention_mask"] = torch.empty(1, 1, 1, 1)
     return args, kwargs
+
+
+def _is_replayed(rows: dict[str, Any]) -> bool:
+    """Whether rows go through the graphs: those of training, and what is scored of GRPO's parts, which are no larger."""
+    return torch.is_grad_enabled() or rows.get("key_places") is not None
+
+
+class Kind(NamedTuple):
+    """What a graph has been recorded for, beside its size."""
+
+    learns: bool  # there is a backward pass
+    adapters: tuple[str, ...]  # those that are on
 
 
 class Replay(NamedTuple):
     """The graphs of one size, and what they read beside the layers' inputs."""
 
+    kind: Kind
     tokens: int
     mask: Packed
     rotation: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, tokens, head_dim)
@@ -122,7 +139,7 @@ class LayerGraphs:
         # No parameter: autograd would know it by a node of this stream, and a graph is recorded on another.
         self.anchor = torch.empty(0)
         self.made: dict[int, tuple[torch.Tensor, GradientEdge]] = {}  # by layer: its input and output in a forward pass
-        self.replays: dict[tuple[int, int, int], Replay] = {}
+        self.replays: dict[Kind, dict[tuple[int, int, int], Replay]] = {}
         self.now: Replay | None = None
         self.count = 0  # forward passes: the memory holds what the last one kept
 
@@ -130,7 +147,7 @@ class LayerGraphs:
 
     def forward(self, number: int, plain: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of a layer's forward: hidden (1, tokens, width)."""
-        if not torch.is_grad_enabled():
+        if not _is_replayed(kwargs):
             return plain(hidden, *args, **kwargs)
         if number == 0:
             self._begin(hidden.detach(), kwargs, kwargs["position_embeddings"])
@@ -144,14 +161,17 @@ class LayerGraphs:
             self.between = [hidden.new_zeros(1, self.tokens, hidden.shape[2]) for _ in range(len(self.layers) + 1)]
             self.gradient = torch.zeros_like(self.between[0])
             self.anchor = hidden.new_zeros((), requires_grad=True)
-        size = min(size for size in self.sizes if size >= tokens) if self.replays else self.tokens
+        kind = Kind(torch.is_grad_enabled(), self._adapters())
+        replays = self.replays.setdefault(kind, {})
+        size = min(size for size in self.sizes if size >= tokens) if replays else self.tokens
         sequences = len(ends) - 1 + math.ceil((size - tokens) / self.longest)
         keys = 0 if take is None else 2 * self.tokens
         key = size, SEQUENCES * math.ceil(sequences / SEQUENCES), keys
-        if key not in self.replays:
-            self.replays[key] = self._recorded(*key, rotation)
-        self.now, self.count = self.replays[key], self.count + 1
-        self._own_gradients()
+        if key not in replays:
+            replays[key] = self._recorded(kind, *key, rotation)
+        self.now, self.count = replays[key], self.count + 1
+        if kind.learns:
+            self._own_gradients()
         self.between[0][:, :tokens] = hidden
         self.between[0][:, tokens:size] = 0
         for place, given in zip(self.now.rotation, rotation, strict=True):
@@ -164,6 +184,11 @@ class LayerGraphs:
             own = torch.arange(tokens, size, device=ends.device)
             torch.cat([take, own, own.new_full((keys - len(take) - len(own),), size)], out=mask.take)
             torch.cat([rows["cu_seq_lens_k"], len(take) + filling], out=mask.key_ends)
+
+    def _adapters(self) -> tuple[str, ...]:
+        """Those that are on. PEFT switches all layers together."""
+        adapted = next((part for part in self.layers[0].modules() if isinstance(part, BaseTunerLayer)), None)
+        return () if adapted is None or adapted.disable_adapters else tuple(adapted.active_adapters)
 
     def _own_gradients(self) -> None:
         """Make the graphs' gradients those of the parameters, whoever has set those to None or to another tensor."""
@@ -180,7 +205,7 @@ class LayerGraphs:
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
-    def _recorded(self, size: int, sequences: int, keys: int, rotation: tuple[torch.Tensor, torch.Tensor]) -> Replay:
+    def _recorded(self, kind: Kind, size: int, sequences: int, keys: int, rotation: tuple[torch.Tensor, torch.Tensor]) -> Replay:
         device, longest = rotation[0].device, self.longest
         ends = torch.arange(sequences + 1, dtype=torch.int32, device=device).mul_(longest).clamp_(max=size)
         mask = Packed(torch.zeros(1, size, dtype=torch.long, device=device), ends, longest)
@@ -188,14 +213,14 @@ class LayerGraphs:
             take = torch.arange(keys, device=device).clamp_(max=size)
             mask = Shared(mask.sequence, ends, longest, take, ends.clone())
         cos, sin = (x.new_zeros(1, size, x.shape[2]) for x in rotation)
-        replay = Replay(size, mask, (cos, sin), [], [])
+        replay = Replay(kind, size, mask, (cos, sin), [], [])
         numbers, record = range(len(self.layers)), self.recorder.record
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, dtype, enabled, cache_enabled=False):  # a cached copy would not be the graph's
             self.recorder.warm_up([functools.partial(self._try, replay, number) for number in numbers])
             for number in numbers:
                 replay.forward.append(record(functools.partial(self._run, replay, number)))
-            for number in reversed(numbers):
+            for number in reversed(numbers) if kind.learns else ():
                 replay.backward.insert(0, record(functools.partial(self._add_gradients, replay, number)))
         return replay
 
@@ -212,7 +237,7 @@ class LayerGraphs:
 
     def _run(self, replay: Replay, number: int) -> None:
         """A layer's forward pass."""
-        keeps = not self.layers[number].gradient_checkpointing
+        keeps = replay.kind.learns and not self.layers[number].gradient_checkpointing
         with torch.set_grad_enabled(keeps):
             x, y = self._layer(replay, number)
         self.between[number + 1][:, : replay.tokens] = y.detach()
@@ -240,7 +265,8 @@ class LayerGraphs:
     def _try(self, replay: Replay, number: int) -> None:
         """Both passes of a layer, which change no gradient."""
         self._run(replay, number)
-        self._gradients(replay, number)
+        if replay.kind.learns:
+            self._gradients(replay, number)
 
 
 class _Replayed(torch.autograd.Function):

@@ -5,15 +5,20 @@ LoRA weights are fp32 wherever the optimizer sees them. Autocast rounds them to 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -229,3 +234,20 @@ def merge(model: PeftModel) -> PreTrainedModel:
     merged = PolicyCopy(model).model
     merged.config._attn_implementation = model.get_base_model().config._attn_implementation
     return merged
+
+
+def switch_off_quickly(model: PeftModel) -> None:
+    """Let `model.disable_adapter` switch the adapter off at once. PEFT's reads the state of every module first, of thousands."""
+    parts = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    model.disable_adapter = functools.partial(_switched_off, parts)
+
+
+@contextlib.contextmanager
+def _switched_off(parts: list[Any]) -> Iterator[None]:
+    for part in parts:
+        part.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.enable_adapters(True)

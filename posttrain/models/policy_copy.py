@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
+from posttrain.kernels.fp8_linear import FP8, Fp8Linear, use_fp8
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
 from posttrain.kernels.sharded import whole
@@ -29,16 +30,20 @@ class PolicyCopy:
     grpo_train.py logs that difference as `rollout/logp_difference`.
 
     Plain LoRA is added here. What else PEFT can merge, PEFT merges into a copy of the layer in fp32.
+    With `fp8` the decoder's linear layers are rounded once more, to 8 bits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.source = model
+    def __init__(self, model: nn.Module, fp8: bool = False) -> None:
+        self.source, self.fp8 = model, fp8
         self.base = base = base_of(model)
         config = AutoConfig.for_model(**_plain_config(base.config))
         config._attn_implementation = base.config._attn_implementation
         with torch.device("meta"):
             self.model = type(base)._from_config(config, dtype=compute_dtype(base))
         use_liger(self.model, getattr(base, "kernels", "torch"))
+        if fp8:
+            assert base.dtype == torch.bfloat16, "the schema lets no other pass"
+            use_fp8(self.model)
         self.model.decoding = getattr(base, "decoding", "auto")
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         self.merged: list[tuple[nn.Module, nn.Module]] = []
@@ -53,6 +58,9 @@ class PolicyCopy:
     def _adopt(self, module: nn.Module, source: nn.Module) -> None:
         """Share the tensors that no adapter changes, and give an adapted layer tensors of its own."""
         plain = _base_layer(source)
+        if isinstance(module, Fp8Linear):
+            self._make_fp8(module, source)
+            return
         for key, buffer in list(module._buffers.items()):
             module._buffers[key] = plain._buffers[key] if buffer is not None else None
         merged = isinstance(source, BaseTunerLayer) and not is_plain_lora(source)
@@ -71,6 +79,15 @@ class PolicyCopy:
             if adapted and not merged:
                 self.folded.append((module, source))
 
+    def _make_fp8(self, module: Fp8Linear, source: nn.Module) -> None:
+        weight = base_weight(_base_layer(source))
+        bias = _base_layer(source).bias
+        for key, tensor in (("weight", torch.empty_like(weight, dtype=FP8)), ("scale", weight.new_empty(len(weight), 1).float())):
+            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        module._parameters["bias"] = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+        merged = isinstance(source, BaseTunerLayer) and not is_plain_lora(source)
+        (self.merged if merged else self.folded).append((module, source))
+
     def _tie_as_in(self, base: PreTrainedModel) -> None:
         """One matrix for both ends where the policy has one. An adapter of one end alone unties them."""
         if not base.config.tie_word_embeddings:
@@ -86,16 +103,23 @@ class PolicyCopy:
     def refresh(self) -> PreTrainedModel:
         """Fold the present adapter. Returns the model to generate with."""
         for module, source in self.folded:
-            module.weight.data.copy_(_folded_weight(source))
+            _set(module, "weight", _folded_weight(source))
         for rounded, master in self.rounded:
             rounded.data.copy_(master)
         for module, source in self.merged:
             for key, tensor in _merged_layer(source)._parameters.items():
                 if tensor is not None and module._parameters.get(key) is None:  # a bias that the base has not
-                    module.register_parameter(key, nn.Parameter(tensor.to(module.weight.dtype), requires_grad=False))
+                    module.register_parameter(key, nn.Parameter(tensor.to(self.model.dtype), requires_grad=False))
                 elif tensor is not None:
-                    module._parameters[key].data.copy_(tensor)
+                    _set(module, key, tensor)
         return self.model
+
+
+def _set(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    if isinstance(module, Fp8Linear) and key == "weight":
+        module.hold(tensor)
+    else:
+        module._parameters[key].data.copy_(tensor)
 
 
 class GatheredCopy:

@@ -6,13 +6,15 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from posttrain.kernels.fp8_linear import Fp8Linear
 from posttrain.models.policy_copy import _plain_config
 
 
 def reference_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights, not copied, in layers as transformers wrote them, with its own attention ("eager")."""
+    """The same weights in layers as transformers wrote them, with its own attention ("eager"). Those in 8 bits are copied."""
     model_class = _class_read_anew(type(model)) if getattr(model, "kernels", "torch") == "liger" else type(model)
     config = AutoConfig.for_model(**_plain_config(model.config))
     with torch.device("meta"):
@@ -23,6 +25,8 @@ def reference_of(model: PreTrainedModel) -> PreTrainedModel:
         source = model.get_submodule(name)
         for key in module._parameters:
             module._parameters[key] = source._parameters[key]
+        if isinstance(source, Fp8Linear):
+            module._parameters["weight"] = nn.Parameter(source.held().to(model.dtype), requires_grad=False)
         for key in module._buffers:
             module._buffers[key] = source._buffers[key]
     plain.generation_config = model.generation_config

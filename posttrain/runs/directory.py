@@ -263,6 +263,10 @@ def _machine_has(what: str) -> bool:
         import torch
 
         return torch.cuda.is_available()
+    if what == "fp8":
+        import torch
+
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     if what == "one process":
         return num_processes() == 1
     return not is_sharded() if what == "unsharded" else importlib.util.find_spec(what) is not None

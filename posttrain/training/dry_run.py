@@ -193,7 +193,7 @@ def show_memory(step: Step, on_gpu: bool) -> Memory:
     }
     more = "".join(f", {name} {gib(size)}" for name, size in others.items() if size)
     print(
-        f"memory, computed: {parts}, activations of {step.rows} x {step.length:.0f} tokens {gib(need.activations)}"
+        f"memory, computed: {parts}, activations of {step.rows_at_once:.0f} x {step.length:.0f} tokens {gib(need.activations)}"
         f"{' (checkpointed)' if step.checkpointing else ''}{more}; about {gib(need.total)}"
     )
     return need

@@ -20,7 +20,7 @@ from posttrain.kernels import lora_linear
 from posttrain.kernels.layer_graphs import use_layer_graphs
 from posttrain.kernels.lean_layers import use_lean_layers
 from posttrain.kernels.nf4 import packed_linears
-from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter
+from posttrain.models.adapters import gather_sharded_adapter, load_sharded_adapter, switch_off_quickly
 from posttrain.models.base import base_of, compute_dtype
 from posttrain.phases import phase
 from posttrain.runs.directory import Run
@@ -311,6 +311,7 @@ def copy_to_reference(model: nn.Module, is_base: bool = False) -> None:
         return
     if is_base and not trains_tokens(model):
         model.delete_adapter("ref")
+        switch_off_quickly(model)
         return
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

@@ -98,6 +98,7 @@ class Rollouts:
     seats: bool
     reference: bool  # KL to a reference: a further pass
     group: int  # completions of a question
+    width: float = 2  # bytes of a weight of the copy, but for its head's
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,21 @@ class Step:
     checkpointing: bool = False
     lean: bool = False
     replayed: bool = False  # layers as CUDA graphs
+    part_tokens: int | None = None  # positions that are learnt from at once; None: those of a micro-batch
     fused: bool = True  # Liger's norm, rotary embedding and MLP
     fast_adapter: bool = True
     probabilities: bool = False  # attention keeps them, as by matrix products on a CPU
     rollouts: Rollouts | None = None
+
+    @property
+    def rows_at_once(self) -> float:
+        """Rows that are learnt from at once: a part has one at least."""
+        return min(self.rows, max(1.0, self.part_tokens / self.length)) if self.part_tokens else self.rows
+
+    @property
+    def parts(self) -> int:
+        """Of a micro-batch."""
+        return math.ceil(self.positions / self.part_tokens) if self.part_tokens else 1
 
 
 def find_machine(text: str) -> Machine:
@@ -173,8 +185,10 @@ def memory(step: Step, on_gpu: bool) -> Memory:
         weights = shape.linear * step.width if step.width < 4 else 0.0
     logits = cache = reference = 0.0
     if rollouts:
-        logits = step.rows * rollouts.new * shape.vocab * 4 if on_gpu else 0.0
-        cache = rollouts.rows * (rollouts.prompt + rollouts.new) * cache_bytes(shape) + copy_bytes(step)
+        logits = step.rows_at_once * rollouts.new * shape.vocab * 4 if on_gpu and not step.replayed else 0.0
+        places = rollouts.prompt + rollouts.new
+        places = math.ceil(places / 64) * 64 if rollouts.seats else places
+        cache = rollouts.rows * places * cache_bytes(shape) + copy_bytes(step)
         reference = 4.0 * (shape.linear + shape.embedding) if step.all_weights and rollouts.reference else 0.0
     process = 0.0 if on_gpu else CPU_PROCESS
     return Memory(weights, 16 * step.trained, activation_bytes(step), logits, cache, reference, process)
@@ -186,22 +200,25 @@ def cache_bytes(shape: Shape) -> int:
 
 
 def copy_bytes(step: Step) -> float:
-    """The policy's copy that generates, in bf16. The embedding is shared where it is not trained."""
+    """The policy's copy that generates. The embedding is shared where it is not trained."""
     if not step.all_weights:
-        return 2.0 * step.shape.linear
+        return (step.rollouts.width if step.rollouts else 2.0) * step.shape.linear
     return 2.0 * (step.shape.linear + step.shape.embedding) if step.width < 4 else 0.0
 
 
 def activation_bytes(step: Step) -> float:
     """What the backward pass reads of a micro-batch."""
-    shape, positions = step.shape, step.rows * step.length
+    shape, positions = step.shape, step.rows_at_once * step.length
     kept = positions * layer_bytes(step)
     if step.probabilities:  # half a square for each head
-        kept += step.rows * shape.heads * step.length**2 / 2 * step.width
-    if step.checkpointing:  # every layer's input, and one layer at a time
+        kept += step.rows_at_once * shape.heads * step.length**2 / 2 * step.width
+    unpacked = shape.linear / shape.layers * step.width * step.nf4
+    # A replayed layer is run once beside all that is kept, before a graph of it is made.
+    trial = kept + unpacked if step.replayed else 0.0
+    if step.checkpointing:  # every layer's input, and one layer at a time, a lean one with its weights
         stream = 4 if step.all_weights else step.width
-        return kept + positions * shape.layers * shape.hidden * stream
-    return kept * shape.layers
+        return kept + unpacked * step.lean + positions * shape.layers * shape.hidden * stream + trial
+    return kept * shape.layers + trial
 
 
 def layer_bytes(step: Step) -> float:
@@ -248,7 +265,7 @@ def seconds(step: Step, machine: Machine) -> Seconds:
     adapters = 0.0 if step.all_weights else 6 * step.trained
     scored = step.rows * step.rollouts.new if step.rollouts else 0.0  # SFT's labels are few
     flops = step.positions * (weight_flops * step.shape.linear + adapters) + scored * 4 * step.shape.head
-    update = step.micro_batches * (waits + flops / (machine.flops * share))
+    update = step.micro_batches * (step.parts * waits + flops / (machine.flops * share))
     if step.rollouts is None:
         return Seconds(update)
     sampled = rollout_seconds(step, step.rollouts, machine) / step.rollouts.steps
@@ -258,8 +275,11 @@ def seconds(step: Step, machine: Machine) -> Seconds:
 def reference_seconds(step: Step, machine: Machine) -> float:
     """One pass over all completions of the step."""
     flops = 2 * step.micro_batches * step.positions * (step.shape.linear + step.shape.head)
-    waits = step.shape.layers * (LAUNCH + UNPACK * step.nf4) if machine.is_gpu else 0.0
-    return waits + flops / (machine.flops * machine.trains_at)
+    waits, share = step.shape.layers * (LAUNCH + UNPACK * step.nf4) if machine.is_gpu else 0.0, machine.trains_at
+    if step.replayed:  # in the parts of the update, without what comes around a backward pass
+        each = step.shape.layers * REPLAYED_UNPACK * step.nf4 + REPLAYED_AROUND / 2
+        waits, share = step.micro_batches * step.parts * each, min(share, REPLAYED_AT)
+    return waits + flops / (machine.flops * share)
 
 
 def rollout_seconds(step: Step, rollouts: Rollouts, machine: Machine) -> float:
@@ -267,9 +287,8 @@ def rollout_seconds(step: Step, rollouts: Rollouts, machine: Machine) -> float:
     shape = step.shape
     rate = machine.flops * machine.trains_at
     prompts = 2 * rollouts.rows / rollouts.group * rollouts.prompt * shape.linear / rate
-    weights = 2.0 * (shape.linear + shape.head)
-    read = weights / (machine.bandwidth * WEIGHTS_AT)
-    products = rollouts.rows * weights / rate  # 2 flops a weight and row: as many as bytes of one row
+    read = (rollouts.width * shape.linear + 2.0 * shape.head) / (machine.bandwidth * WEIGHTS_AT)
+    products = rollouts.rows * 2.0 * (shape.linear + shape.head) / rate  # 2 flops a weight and row
     share = SEATS_CACHE_AT if rollouts.seats else LOOP_CACHE_AT
     cached = rollouts.rows * (rollouts.prompt + rollouts.new / 2) * cache_bytes(shape) / (machine.bandwidth * share)
     chosen = 0.0 if rollouts.seats else rollouts.rows * shape.vocab * LOOP_LOGIT
@@ -299,16 +318,18 @@ def fits(step: Step, machine: Machine) -> bool:
 def smaller_steps(step: Step) -> Iterator[tuple[Step, list[str]]]:
     """The same batch of an optimizer step in less memory, with the overrides that say so. The base is packed last."""
     whole = step.rows * step.micro_batches
-    sizes = [rows for rows in range(step.rows, 0, -1) if whole % rows == 0]
+    # Where a micro-batch is learnt from in parts, those are made smaller.
+    sizes = [rows for rows in range(step.rows, 0, -1) if whole % rows == 0 and (rows == step.rows or not step.part_tokens)]
+    tokens = [step.part_tokens // times for times in (1, 2, 4, 8)] if step.part_tokens else [None]
     rounds = (1, 2, 4, 8) if step.rollouts else (1,)
-    for nf4, times, checkpointing, rows in itertools.product((step.nf4, True), rounds, (step.checkpointing, True), sizes):
-        if nf4 and step.all_weights:
+    choices = (step.nf4, True), rounds, (step.checkpointing, True), sizes, tokens
+    for nf4, times, checkpointing, rows, at_once in itertools.product(*choices):
+        if (nf4 and step.all_weights) or (at_once and at_once < step.length):
             continue
         # Without checkpointing a group shares its prompt; the prompt is a small part of a GRPO row either way.
         part = rows / step.rows
-        other = replace(
-            step, nf4=nf4, checkpointing=checkpointing, rows=rows, micro_batches=whole // rows, positions=step.positions * part
-        )
+        sized = replace(step, rows=rows, micro_batches=whole // rows, positions=step.positions * part, part_tokens=at_once)
+        other = replace(sized, nf4=nf4, checkpointing=checkpointing)
         changed = []
         if step.rollouts and times > 1:
             fewer = replace(step.rollouts, rows=math.ceil(step.rollouts.rows / times), steps=step.rollouts.steps / times)
@@ -317,6 +338,8 @@ def smaller_steps(step: Step) -> Iterator[tuple[Step, list[str]]]:
         if rows != step.rows:
             changed.append(f"trainer.per_device_train_batch_size={rows}")
             changed.append(f"trainer.gradient_accumulation_steps={whole // rows}")
+        if at_once != step.part_tokens:
+            changed.append(f"update_tokens={at_once}")
         if checkpointing != step.checkpointing:
             changed.append("trainer.gradient_checkpointing=true")
         if nf4 != step.nf4:

@@ -102,11 +102,10 @@ def grpo_step(config: GrpoConfig, shape: Shape, value: dict[str, Any], machine: 
         seats=has_seats(config.model, machine),
         reference=bool(value["beta"]),
         group=group,
+        width=1 if config.rollouts.weights else 2,
     )
     step = step_of(config, shape, value, row, rows * row, on_gpu)
-    learnt = min(rows, max(1, config.update_tokens // row)) if config.update_tokens else rows
-    parts = math.ceil(rows / learnt)
-    return replace(step, rows=learnt, micro_batches=step.micro_batches * parts, positions=learnt * row, rollouts=rollouts)
+    return replace(step, part_tokens=config.update_tokens, rollouts=rollouts)
 
 
 def has_seats(model: Model, machine: Machine | None) -> bool:

@@ -129,6 +129,8 @@ class GRPO(MasterWeights, GRPOTrainer):
     `gates` holds columns of rewards, each with that of the reward without which it pays nothing.
     `correct_mismatch` takes the sampler's log-probabilities for the old policy's. The clipped ratio then corrects for an
     engine that does not compute exactly what the trainer does.
+    `weigh_mismatch` is for a sampler that is further away, as one in 8 bits: each token's gain gets the weight p / s, p what the
+    policy that is trained gives it and s what the sampler gave, cut off at TRL's vllm_importance_sampling_clip_max.
     `update_tokens` cuts a micro-batch into parts of rows of like length, of at most so many positions each. Each part has its
     gradient before the next begins, so that no more is ever kept; the update is the same.
     With `layer_graphs` the rows of a part are packed, and those of a prompt share it.
@@ -143,6 +145,7 @@ class GRPO(MasterWeights, GRPOTrainer):
         *args: Any,
         skip_zero_signal: bool = False,
         correct_mismatch: bool = False,
+        weigh_mismatch: bool = False,
         reference_is_base: bool = False,
         gates: Mapping[int, int] | None = None,
         curriculum: Curriculum | None = None,
@@ -160,7 +163,8 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.add_callback(curriculum)
         if self.ref_model is not None and self.label_head:  # all weights train: TRL has loaded the reference from the checkpoint
             LabelHead(self.ref_model, self.temperature, self.label_head.outputs)
-        self.skip_zero_signal, self.correct_mismatch = skip_zero_signal, correct_mismatch
+        self.skip_zero_signal, self.correct_mismatch, self.weigh_mismatch = skip_zero_signal, correct_mismatch, weigh_mismatch
+        self._to_weigh: dict[str, Any] | None = None  # a part of a micro-batch, until its log-probabilities are there
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
         if self.use_transformers_continuous_batching:
@@ -234,12 +238,16 @@ class GRPO(MasterWeights, GRPOTrainer):
         if not self.update_tokens or not torch.is_grad_enabled():
             return [torch.arange(len(kept["advantages"]), device=kept["advantages"].device)]
         if self.layer_graphs:
-            prompts, completions = (kept[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
-            groups = prompt_groups(kept["prompt_ids"], kept["prompt_mask"])
-            parts = parts_of_groups(prompts, completions, groups, self.update_tokens)
-            return [torch.tensor(rows, device=kept["advantages"].device) for rows in parts]
+            return self._packed_parts(kept["prompt_ids"], kept["prompt_mask"], kept["completion_mask"])
         prompt = 1 if shares_prompts else int(kept["prompt_mask"].sum(1).max())  # a shared prompt leaves its last token to each
         return rows_by_tokens(kept["completion_mask"], prompt, self.update_tokens)
+
+    def _packed_parts(self, prompts: torch.Tensor, prompt_mask: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Rows that are packed together, those of a prompt as neighbours. prompts, prompt_mask and mask (rows, tokens)."""
+        assert self.update_tokens is not None, "the schema has let it pass"
+        before, after = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
+        parts = parts_of_groups(before, after, prompt_groups(prompts, prompt_mask), self.update_tokens)
+        return [torch.tensor(rows, device=mask.device) for rows in parts]
 
     def _part_loss(
         self,
@@ -256,7 +264,9 @@ class GRPO(MasterWeights, GRPOTrainer):
             inputs["old_per_token_logps"] = sampled_logps(inputs)
         with phase("forward"):
             self.check_head_once(_as_labelled(inputs))
+            self._to_weigh = inputs if self.weigh_mismatch else None
             loss: torch.Tensor = super().compute_loss(model, inputs)
+        assert self._to_weigh is None, "TRL has asked for no log-probabilities, and nothing was weighed"
         self._shared = None
         self.check_loss(loss, inputs["prompt_ids"])
         self._log_mismatch(inputs)
@@ -361,6 +371,13 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.layer_graphs and torch.is_grad_enabled():
             result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
+        elif self.layer_graphs and model is self.model:  # the reference and the old policy, a part of the update at a time
+            parts = self._packed_parts(input_ids[:, :width], attention_mask[:, :width], attention_mask[:, width:])
+            scores = [
+                score(as_packed(model, width), input_ids[rows], attention_mask[rows], logits_to_keep, None, *args, **kwargs)
+                for rows in parts
+            ]
+            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
         elif self.args.gradient_checkpointing or self.is_fsdp_enabled or width < 2:
             # Checkpointed layers keep no keys and values to share, and FSDP2 gathers a layer for what it returns alone.
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
@@ -381,7 +398,19 @@ class GRPO(MasterWeights, GRPOTrainer):
                 scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
             result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
         self._last_logps = result[0].detach()
+        if self._to_weigh is not None:
+            self._weigh(self._to_weigh, self._last_logps)
+            self._to_weigh = None
         return result
+
+    def _weigh(self, inputs: dict[str, Any], logps: torch.Tensor) -> None:
+        """Weigh each token's advantage, which TRL reads after this: its loss is linear in it, and KL has none."""
+        old = inputs.get("old_per_token_logps", logps)
+        weights = (old - sampled_logps(inputs)).exp()
+        most, tokens = self.vllm_importance_sampling_clip_max or math.inf, inputs["completion_mask"].bool()
+        inputs["advantages"] = inputs["advantages"][:, None] * weights.clamp(max=most)
+        self.report("rollout/mean_weight", weights.clamp(max=most)[tokens].mean().item())
+        self.report("rollout/cut_weights", (weights > most)[tokens].float().mean().item())
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._window:  # paid already, to choose its groups
