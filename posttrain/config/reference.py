@@ -146,7 +146,7 @@ def page() -> str:
 
 INTRODUCTION = """# Every key of a config
 
-Made from [posttrain/config/schema.py](../posttrain/config/schema.py) by `python -m posttrain.config --write`; a test holds it to
+Made from [posttrain/config/schema/](../posttrain/config/schema/) by `python -m posttrain.config --write`; a test holds it to
 the schema. The keys of `trainer` are TRL's own. Each script explains any of its keys, TRL's included:
 
 ```bash
