@@ -14,12 +14,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
 from posttrain.models.chat import from_hub
+from posttrain.runs.process import num_processes
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_engine(settings: Model, engine: str, remedy: str) -> None:
-    """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names."""
+    """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names, or cannot run here."""
+    if engine == "vllm" and num_processes() > 1:  # each would start it on the first GPU
+        raise UserError(
+            f"engine vllm runs in one process, and there are {num_processes()}: start the script with python; {remedy}"
+        )
     config = from_hub(AutoConfig, settings)
     if reason := why_not(config, engine):
         raise UserError(f"engine {engine} cannot decode {settings.name_or_path}: {reason}; {remedy}")
