@@ -20,11 +20,10 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_engine(settings: Model, engine: str, remedy: str) -> None:
-    """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names, or cannot run here."""
-    if engine == "vllm" and num_processes() > 1:  # each would start it on the first GPU
-        raise UserError(
-            f"engine vllm runs in one process, and there are {num_processes()}: start the script with python; {remedy}"
-        )
+    """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names, or cannot start."""
+    number = num_processes()
+    if engine == "vllm" and number > 1:  # each would start it on the first GPU
+        raise UserError(f"engine vllm runs in one process, and there are {number}: start the script with python; {remedy}")
     config = from_hub(AutoConfig, settings)
     if reason := why_not(config, engine):
         raise UserError(f"engine {engine} cannot decode {settings.name_or_path}: {reason}; {remedy}")
