@@ -11,6 +11,7 @@ A second run with the same settings and the same source changes nothing and says
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from posttrain.config.load import config_sha256, from_command_line
 from posttrain.config.schema import DataConfig
+from posttrain.console import Bar
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
@@ -127,15 +129,15 @@ def token_lengths(examples: list[Example], config: DataConfig, tokenizer: Any) -
     Raises:
         UserError: the chat template changes a message.
     """
-    from tqdm import tqdm
-
     from posttrain.models.template_check import TemplateCheck
 
     check, prompts, wholes = TemplateCheck(tokenizer), [], []
-    for example in tqdm(examples, desc="tokenizing", unit="row", leave=False, disable=None):
-        prompt, whole = check.ids(example)
-        prompts.append(len(prompt))
-        wholes.append(len(whole))
+    with contextlib.closing(Bar(len(examples), "rows tokenized")) as bar:
+        for number, example in enumerate(examples):
+            bar.show(number)
+            prompt, whole = check.ids(example)
+            prompts.append(len(prompt))
+            wholes.append(len(whole))
     completions = [whole - prompt for whole, prompt, row in zip(wholes, prompts, examples, strict=True) if row.completion]
     assert all(length > 0 for length in completions), "a row without an answer"
     over = sum(length > config.max_length for length in wholes)

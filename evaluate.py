@@ -115,20 +115,20 @@ def find_adapter(config: EvalConfig, data: dict[str, Any], base: Any, tokenizer:
     Raises:
         UserError: there is none, it belongs to another base, its training saw the questions, or the run began with another.
     """
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapters
     from posttrain.runs.integrity import adapter_hashes
 
     folder = adapters.resolve_adapter(config.adapter) if config.adapter else None
     parent: dict[str, Any] | None
     if folder:
         stores = config.engine == "vllm"
-        adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=False, stores=stores)
+        adapter_checks.check_start(folder, config.model, config.quantization, base, tokenizer, train=False, stores=stores)
         sha256: str | None = adapters.adapter_sha256(folder)
         parent, chain = parent_of(folder, str(sha256))
     else:
         parent, chain, sha256 = parent_of_model(config.model.name_or_path)
     refuse_contaminated(chain, data)
-    adapters.check_begun(config.run_dir, config.model, folder)
+    adapter_checks.check_begun(config.run_dir, config.model, folder)
     if not sha256:
         return None, {}
     origin = {"parent": parent, "chain": chain, "adapter_sha256": sha256}

@@ -25,7 +25,7 @@ from posttrain.errors import exit_on_user_error, stop
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_machine, check_reusable, open_run
 from posttrain.runs.manifest import parent_of, parent_of_model, refuse_unfinished, refuse_unfinished_model
-from posttrain.runs.process import use_one_gpu
+from posttrain.runs.process import is_sharded, use_one_gpu
 from posttrain.tasks.answers import grader_of, other_answers
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from posttrain.models.policy import Policy
     from posttrain.records import Example
-    from posttrain.tasks.answers import Grader
+    from posttrain.tasks.graders import Grader
     from posttrain.training.before import Ready
     from posttrain.training.trainers import GRPO
 
@@ -81,7 +81,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     from trl import GRPOConfig
 
     from posttrain.generation.supported import check_engine
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapter_modes, adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
@@ -99,8 +99,8 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     tokenizer = load_tokenizer(config.model)
     base = check_base(config.model, config.quantization, tokenizer)
     if folder:
-        adapters.check_grpo_start(folder, config, base, tokenizer)
-    adapters.check_begun(config.run_dir, config.model, folder)
+        adapter_modes.check_grpo_start(folder, config, base, tokenizer)
+    adapter_checks.check_begun(config.run_dir, config.model, folder)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     check_engine(config.model, config.rollouts.engine, OTHER_ENGINE)
     if dev:
@@ -118,7 +118,7 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
 
 def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, run: Run) -> Policy:
     """The policy to train on: the SFT adapter's, continued, rescaled or merged under a new adapter; or the model itself."""
-    from posttrain.models import adapters
+    from posttrain.models import adapter_modes, adapters
     from posttrain.models.policy import open_policy
     from posttrain.runs.integrity import adapter_hashes
 
@@ -132,7 +132,7 @@ def load_policy(config: GrpoConfig, folder: Path | None, tokenizer: PreTrainedTo
     if folder:
         live = adapters.live_adapter_sha256(model)
         assert live == sft_sha256, f"the adapter in memory ({live[:12]}) is not the one in {folder} ({sft_sha256})"
-        model, identity = adapters.in_mode(config, model, identity, tokenizer, run.folder)
+        model, identity = adapter_modes.in_mode(config, model, identity, tokenizer, run.folder)
     begun = f" + {folder}" if folder else ""
     run.say(
         f"{config.model.name_or_path}{begun}: {adapters.count_trainable(model):,} trainable parameters, {config.quantization}"
@@ -154,7 +154,7 @@ def make_trainer(
     from trl import GRPOConfig
 
     from posttrain.generation.guard import EngineGuard
-    from posttrain.models.policy_copy import PolicyCopy
+    from posttrain.models.policy_copy import GatheredCopy, PolicyCopy
     from posttrain.records import as_dataset, columns_of
     from posttrain.training.arguments import reference_arguments, trainer_arguments
     from posttrain.training.before import max_completion_length, told_in_one_line
@@ -170,7 +170,7 @@ def make_trainer(
     functions, weights = reward_functions(config.rewards, grader)
     functions += [reward.function for reward in named]
     weights += [reward.weight for reward in named]
-    copy = PolicyCopy(model)
+    copy = GatheredCopy(model) if is_sharded() else PolicyCopy(model)
     guard = EngineGuard(f"{OTHER_ENGINE}, {NO_DEV}", run.record)
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)
     arguments = {"disable_dropout": True} | trainer_arguments(config, run) | {"reward_weights": weights}

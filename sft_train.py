@@ -78,7 +78,7 @@ def get_ready(config: SftConfig) -> Ready:
     from trl import SFTConfig
 
     from posttrain.generation.supported import check_engine
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base
     from posttrain.models.template_check import check_same_template, check_template
@@ -92,8 +92,8 @@ def get_ready(config: SftConfig) -> Ready:
     base = check_base(config.model, config.quantization, tokenizer)
     begun_with = refuse_unfinished(folder) if folder else refuse_unfinished_model(config.model.name_or_path)
     if folder:
-        adapters.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
-    adapters.check_begun(config.run_dir, config.model, folder)
+        adapter_checks.check_start(folder, config.model, config.quantization, base, tokenizer, train=True, stores=False)
+    adapter_checks.check_begun(config.run_dir, config.model, folder)
     met = adapters.targets_line(base, config.lora) if config.lora else ""
     train, dev = load_examples(config)
     if dev:

@@ -6,10 +6,11 @@
     python -m posttrain.chat runs/grpo < question.txt                               # for scripts
     python -m posttrain.chat runs/grpo                                              # at a terminal: question after question
 
-RUN is a training or evaluation run, one of its checkpoints, or a folder that `hf download` made of a pushed run. The question
-gets the prompt of the run's data set and the verdict of its grader. The token ids are those of evaluation, and a greedy answer
-is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a larger batch, or a GPU's seats, may
-round to another word. Each question stands alone, as in training: nothing that was said before is in the prompt.
+RUN is a training or evaluation run, one of its checkpoints, a merged folder of posttrain.export, or a folder that `hf download`
+made of a pushed run. The question gets the prompt of the run's data set and the verdict of its grader. The token ids are those of
+evaluation, and a greedy answer is what evaluate.py writes with generation.batch_size=1 and model.decoding=loop: in 16 bits a
+larger batch, or a GPU's seats, may round to another word. Each question stands alone, as in training: nothing said before is in
+the prompt.
 Exit codes: 0 answered, 1 an answer is not the gold one (with --gold), 2 something to mend first.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import shlex
 import signal
 import sys
@@ -29,11 +31,12 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from posttrain.config.schema import MODEL_FOLDER, Generation, Model
-from posttrain.errors import UserError, exit_on_user_error
+from posttrain.errors import IN_UTF8, UserError, exit_on_user_error, is_text
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.evaluation.stats import majority
 from posttrain.records import Example, Prediction, read_object
 from posttrain.runs.manifest import (
+    EXPORT,
     MANIFEST,
     PUBLIC_MANIFEST,
     Manifest,
@@ -42,7 +45,8 @@ from posttrain.runs.manifest import (
     refuse_unfinished_model,
     run_of,
 )
-from posttrain.tasks.answers import Grader, grader_of, where_strict
+from posttrain.tasks.answers import grader_of, where_strict
+from posttrain.tasks.graders import Grader
 from posttrain.tasks.prompts import PromptForm, prompt_form, read_prompt_form
 
 SAMPLING_TEMPERATURE = 0.8  # of several samples, where none is given: what docs/evaluation.md samples with
@@ -83,7 +87,7 @@ def main() -> None:
     voices = list(all_voices(paths, args))
     check_gold(voices, args.gold)
     if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read()
+        question = read_question()
     if question is None:
         return converse(voices, generation, args)
     if not question.strip():
@@ -125,9 +129,22 @@ def told_apart(words: list[str]) -> tuple[list[Path], str | None]:
     if not runs and len(last.split()) != 1:
         raise UserError("no run to ask: python -m posttrain.chat RUN QUESTION")
     if runs and len(last.split()) == 1:
+        for run in runs:
+            run_at(Path(run))
         asked = shlex.join(["python", "-m", "posttrain.chat", *runs])
         raise UserError(f"{last} holds no run; a question of one word goes to standard input: echo {shlex.quote(last)} | {asked}")
     return [*map(Path, runs or words)], last if runs else None
+
+
+def read_question() -> str:
+    """What stands on standard input. UserError: it is no text, as a file in another encoding."""
+    try:
+        question = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the question on standard input is no text in {error.encoding}: {IN_UTF8}") from error
+    if not is_text(question):
+        raise UserError(f"the question on standard input is no text in {sys.stdin.encoding}: {IN_UTF8}")
+    return question
 
 
 def generation_of(args: argparse.Namespace) -> Generation:
@@ -164,18 +181,60 @@ def read_voice(folder: Path, base: str | None = None) -> Voice:
     Raises:
         UserError: it is no run, nothing of a run and no download of one, or its run has not finished.
     """
+    if (folder / EXPORT).is_file():
+        return exported_voice(folder)
+    run_dir = run_at(folder)
     if (folder / PUBLIC_MANIFEST).is_file():
         return downloaded_voice(folder, base)
-    run_dir = folder if (folder / MANIFEST).is_file() else run_of(folder)
-    if run_dir is None or not folder.is_dir():
-        raise UserError(f"{folder} holds no run: give the run_dir of sft_train.py, grpo_train.py or evaluate.py, or a checkpoint")
     if base is not None:
         raise UserError(f"--base {base}: {run_dir} says itself which base it has; leave the option out")
     manifest = read_manifest(run_dir)
-    if manifest.stage == "data" or not manifest.model:
-        raise UserError(f"{folder} holds no model that answers: give the run_dir of a training or an evaluation run")
+    if not manifest.model:
+        raise UserError(f"{run_dir} ended before its model was loaded: run it again, and ask it then")
     model, quantization, adapter = policy_of(run_dir, folder, manifest)
     return Voice(str(folder), model, quantization, adapter, None, prompt_form(manifest.data), manifest.data)
+
+
+def run_at(path: Path) -> Path:
+    """The run that a folder is or lies in, or the folder of a pushed one.
+
+    Raises:
+        UserError: nobody answers there; the text says what it is, and what to give in its place.
+    """
+    run_dir = path if is_run(path) or (path / PUBLIC_MANIFEST).is_file() else run_of(path)
+    if run_dir is None or not path.is_dir():
+        raise UserError(no_run(path))
+    return run_dir
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it holds the manifest of a run. That of a data set has another form."""
+    remedy = "restore it from a copy, or use another run_dir"
+    return (folder / MANIFEST).is_file() and read_object(folder / MANIFEST, remedy).get("stage") != "data"
+
+
+def no_run(path: Path) -> str:
+    """Why nobody answers at this path, and what to give in its place."""
+    give = "give the run_dir of sft_train.py, grpo_train.py or evaluate.py, or a checkpoint"
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [run.name for run in runs_in(path.parent)], 1)
+        return f"{path} is not there{f' (did you mean {path.parent / near[0]}?)' if near else ''}: {give}"
+    if path.is_file():
+        inside = path.parent if is_run(path.parent) else run_of(path.parent)
+        return f"{path} is a file: {f'give its run, {inside}' if inside and is_run(inside) else give}"
+    if (path / MANIFEST).is_file():
+        return f"{path} is a data set, and no model answers there: {give}"
+    if (path / "config.json").is_file():
+        measure = shlex.join(["python", "evaluate.py", "--config", "configs/eval_gsm8k.yaml", f"model.name_or_path={path}"])
+        return f"{path} is a model, and no run says how it is asked: evaluate it ({measure}), and give that run"
+    if runs := runs_in(path):
+        return f"{path} is a folder of runs: give one of them, such as {runs[-1]}"
+    return f"{path} holds no run: {give}"
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that lie in a folder, the one that was last written to at the end."""
+    return sorted(filter(is_run, folder.glob("*")), key=lambda run: run.stat().st_mtime)
 
 
 def policy_of(run_dir: Path, folder: Path, manifest: Manifest) -> tuple[Model, str, str | None]:
@@ -186,6 +245,9 @@ def policy_of(run_dir: Path, folder: Path, manifest: Manifest) -> tuple[Model, s
     note = refuse_unfinished(folder if folder != run_dir else run_dir / ("model" if manifest.all_weights else "adapter"))
     if note:
         print(f"note: {note}", file=sys.stderr)
+    made = run_dir / (MODEL_FOLDER if manifest.all_weights else "adapter")
+    if folder == run_dir and not made.is_dir():
+        raise UserError(f"{run_dir} has finished, and its {made.name} is gone: give one of its checkpoints, or train it again")
     if manifest.all_weights:
         name = str(folder if folder != run_dir else run_dir / MODEL_FOLDER)
         return model.model_copy(update={"name_or_path": name, "revision": None}), "none", None
@@ -203,6 +265,15 @@ def evaluated_adapter(run_dir: Path) -> str | None:
 
     adapter: str | None = YAML(typ="safe", pure=True).load((run_dir / "config.yaml").read_text(encoding="utf-8"))["adapter"]
     return adapter
+
+
+def exported_voice(folder: Path) -> Voice:
+    """A merged folder of posttrain.export, which is a model of its own."""
+    made = read_object(folder / EXPORT, "export the run again")
+    if made["format"] != "merged":
+        raise UserError(f"{folder} is for llama.cpp or Ollama: ask the run that it was made of, {made['parent']['run_dir']}")
+    model, data = Model(name_or_path=str(folder), dtype=made["base"]["dtype"], decoding="loop"), made["chain"][-1]["data"]
+    return Voice(str(folder), model, "none", None, None, prompt_form(data), data)
 
 
 def downloaded_voice(folder: Path, base: str | None) -> Voice:
@@ -231,7 +302,7 @@ def downloaded_voice(folder: Path, base: str | None) -> Voice:
 def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     """The plain model that generates, checked as evaluate.py checks it before its first token."""
     from posttrain.generation.guard import EngineGuard
-    from posttrain.models import adapters
+    from posttrain.models import adapter_checks, adapters
     from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base, weights_hash
     from posttrain.models.policy import open_policy
@@ -245,7 +316,7 @@ def load(voice: Voice, question: str, generation: Generation) -> Loaded:
     refuse_unfinished_model(voice.model.name_or_path)
     folder = adapters.resolve_adapter(voice.adapter) if voice.adapter else None
     if folder:
-        adapters.check_start(folder, voice.model, voice.quantization, base, tokenizer, train=False, stores=False)
+        adapter_checks.check_start(folder, voice.model, voice.quantization, base, tokenizer, train=False, stores=False)
         check_same_template(tokenizer, folder, [asked(voice, question)])
     prompt = prompt_ids(voice, tokenizer, question, generation, base)
     model, _ = open_policy(voice.model, voice.quantization, tokenizer, folder, trainable=False)

@@ -1,11 +1,12 @@
 """What a person sees while a command runs: lines, bars, and none of what libraries say that nobody here can mend.
 
-A bar is drawn on a terminal alone and is gone when its work is done. A line is never glued to it: all that is said goes
-through `say`. In a file or a pipe there are lines alone, without colour.
+A bar is drawn on a terminal alone and is gone when its work is done. Lines are printed above it. In a file or a pipe there
+are lines alone, without colour.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -14,19 +15,17 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Literal, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line at once, above the bars that are drawn."""
-    if not _bars:
-        return print(text, file=file or sys.stdout, flush=True)
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode(file=file):
-        print(text, file=file or sys.stdout, flush=True)
+    """Print a line at once. rich puts it above the bars that are drawn."""
+    print(text, file=file or sys.stdout, flush=True)
 
 
 def dimmed(text: str) -> str:
@@ -48,28 +47,42 @@ def duration(seconds: float) -> str:
 
 # --- bars -------------------------------------------------------------------------------------------------------------
 
-_bars: list[Any] = []
+_bars: list[Bar] = []  # that are drawn
 
 
-def open_bar(total: int, unit: str, done: int = 0) -> Any:
-    """A tqdm bar on stderr, drawn by the main process on a terminal alone. `close_bars` takes it away."""
-    from tqdm import tqdm
+class Bar(Progress):
+    """How far some work is: drawn on stderr by the main process on a terminal alone. `close` takes it away."""
 
-    off = None if speaks() else True  # None: where stderr is no terminal
-    bar = tqdm(total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True, disable=off)
-    if not bar.disable:
-        _bars.append(bar)
-    return bar
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), "{task.description}", TimeElapsedColumn(), "left", TimeRemainingColumn())
+        self.unit, self.is_drawn = unit, speaks() and sys.stderr.isatty() and not _screen().is_dumb_terminal
+        lines_above, off = sys.stdout.isatty(), not self.is_drawn
+        super().__init__(*columns, console=_screen(), transient=True, redirect_stdout=lines_above, disable=off)
+        self.speed_estimate_period = 600  # seconds: rich's 30 are less than a step may take
+        self.add_task(unit, total=total, completed=done)
+        self.start()
+        _bars.append(self)
+
+    def show(self, done: float, doing: str = "") -> None:
+        self.update(self.task_ids[0], completed=done, description=f"{self.unit} {doing}")
+
+    def close(self) -> None:
+        if self in _bars:
+            _bars.remove(self)
+            self.stop()
 
 
-def close_bars(first: Any = None) -> None:
-    """Take away a bar and those that were opened after it, or all: what is said next has the terminal for itself."""
-    while _bars and (first is None or is_drawn(first)):
-        _bars.pop().close()
+def close_bars() -> None:
+    """Take all bars away: a command ends, whatever it was at."""
+    while _bars:
+        _bars[-1].close()
 
 
-def is_drawn(bar: Any) -> bool:
-    return any(other is bar for other in _bars)
+@functools.cache
+def _screen() -> Console:
+    """Lines are not broken, so that commands can be copied. NO_COLOR takes every style away: https://no-color.org."""
+    colors: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False, color_system=colors)
 
 
 class Answering:
@@ -81,37 +94,34 @@ class Answering:
     SECONDS_BETWEEN_LINES = 60.0
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._bar: Bar | None = None
 
     @contextmanager
     def __call__(self, total: int) -> Iterator[None]:
         """Until this ends, questions are answered, `total` of them."""
-        self._bar, self._total, self._done = open_bar(total, "question"), total, 0
+        self._bar, self._total, self._done = Bar(total, "questions"), total, 0
         self._began = self._said = time.monotonic()
         try:
             yield
         finally:
-            close_bars(self._bar)
+            self._bar.close()
             self._bar = None
 
     def finished(self, questions: int) -> None:
         """So many more are answered, and their batch has ended."""
-        if self._bar is not None:
+        if self._bar:
             self._done += questions
-            self._show(self._done)
+            self._show(self._bar, self._done)
 
     def within_batch(self, questions: int, token: int | None = None) -> None:
         """So many of the batch that is decoded are answered so far; it is at this token."""
-        if self._bar is not None:
-            if token is not None:
-                self._bar.set_postfix_str(f"token {token}", refresh=False)
-            self._show(self._done + questions)
+        if self._bar:
+            self._show(self._bar, self._done + questions, "" if token is None else f"token {token}")
 
-    def _show(self, done: int) -> None:
+    def _show(self, bar: Bar, done: int, doing: str = "") -> None:
         done, now = min(done, self._total), time.monotonic()
-        self._bar.n = done
-        self._bar.refresh()
-        if self._bar.disable and done < self._total and now - self._said >= self.SECONDS_BETWEEN_LINES and speaks():
+        bar.show(done, doing)
+        if not bar.is_drawn and done < self._total and now - self._said >= self.SECONDS_BETWEEN_LINES and speaks():
             self._said = now
             left = f", about {duration((now - self._began) * (self._total - done) / done)} left" if done else ""
             say(f"{done} of {self._total} questions{left}")

@@ -9,7 +9,9 @@ of another. `machine_trouble` knows it by number and by words, and tells it in o
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import select
 import signal
 import sys
@@ -47,7 +49,9 @@ class Interrupted(BaseException):
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a command's main: a user's mistake is its text and exit code 2, a fault of this project a traceback."""
+    _open_streams()
     try:
+        _check_arguments()
         with stop.watched(), _until_nobody_reads():
             main()
         _leave_group()
@@ -63,6 +67,27 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         if (trouble := machine_trouble(error)) is None:
             raise
         _refuse(trouble)
+
+
+def _open_streams() -> None:
+    """Let no line end a command: one that the terminal's encoding has no sign for is escaped, a closed stream takes all."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if (stream := getattr(sys, name)) is None:  # as `>&-` and some daemons leave it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_arguments() -> None:
+    """Python hands over bytes that are no text as halves of characters, which no file and no tokenizer takes."""
+    for word in sys.argv[1:]:
+        if not is_text(word):
+            raise UserError(f"the argument {word!a} is no text in {sys.getfilesystemencoding()}: {IN_UTF8}")
+
+
+def is_text(text: str) -> bool:
+    """Whether a text has no half of a character (a surrogate) in it."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def _refuse(text: str) -> None:
@@ -180,6 +205,7 @@ stop = StopSignals()
 # --- what the machine refuses -----------------------------------------------------------------------------------------
 
 DISK_FULL = "free some space, then give the same command again (training: with --resume)"
+IN_UTF8 = "use a terminal in UTF-8, or set PYTHONUTF8=1"
 ELSEWHERE = "choose another folder, or change its permissions"
 REMEDIES = {
     errno.ENOSPC: DISK_FULL,
@@ -217,6 +243,8 @@ def machine_trouble(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in REMEDIES:
             where = f"{os.fsdecode(cause.filename)}: " if isinstance(cause.filename, str | bytes) else ""
             return f"{where}{os.strerror(cause.errno)}: {REMEDIES[cause.errno]}"
+        if isinstance(cause, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+            return f"{cause.object[:80]!r} cannot be written in {cause.encoding}, in which this Python writes paths: {IN_UTF8}"
         if any(words in str(cause) for words in FULL_DISK_WORDS):
             return f"{os.strerror(errno.ENOSPC)}: {DISK_FULL}"
     return f"out of memory ({_first_line(error)}): {REMEDIES[errno.ENOMEM]}" if is_out_of_memory(error) else None

@@ -1,6 +1,7 @@
 """Where the scripts and configs/ are: beside the package in a checkout, inside it in a wheel (setup.py puts them there).
 
 A command of the console, `posttrain sft`, runs in any folder: what of configs/ that folder does not have is taken from here.
+A name of a model may be a folder, too: `looks_local`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def found(path: Path | str) -> Path:
         return path
     _say(f"{path} is not in this folder: taking {ROOT / path}")
     return ROOT / path
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name means a folder on this disk and not an `owner/name` on the Hub."""
+    return Path(name).exists() or name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") != 1
 
 
 @functools.cache  # once, however often a file is asked for

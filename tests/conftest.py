@@ -3,13 +3,12 @@
 Nothing is downloaded: the process is offline unless a test starts one of its own.
 """
 
+import functools
 import importlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -140,8 +139,19 @@ def make_tiny_model(folder):
 
 
 def tiny_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A tokenizer of 1,024 tokens, in ChatML; a new one at each call, for tests that add to it."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer.from_str(trained_on_word_problems())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", model_max_length=1024)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@functools.cache
+def trained_on_word_problems():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -154,9 +164,7 @@ def tiny_tokenizer():
     )
     rows = word_problems(400, seed=1)
     bpe.train_from_iterator([row["question"] + "\n" + row["answer"] for row in rows], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", model_max_length=1024)
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return bpe.to_str()
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +181,8 @@ def tiny_jsonl_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data_dir(tmp_path_factory, tiny_model_dir, tiny_jsonl_dir):
     """The word problems as data_prep.py prepares them: 44 train, 16 dev, 20 test examples."""
+    from scripts import run
+
     folder = tmp_path_factory.mktemp("data") / "tiny"
     config = folder.parent / "data.yaml"
     config.write_text(f"""name: tiny
@@ -186,8 +196,8 @@ prompt:
 tokenizer:
   name_or_path: {tiny_model_dir}
 """)
-    done = subprocess.run([sys.executable, "data_prep.py", "--config", config], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run("data_prep", "--config", config)
+    assert done.code == 0, done.err
     return folder
 
 

@@ -33,8 +33,10 @@ def as_with_gpus(state):
     begin = state.__init__
 
     def __init__(self, *args, **kwargs):
+        first = not state._shared_state  # what it is later, accelerate has made of that
         begin(self, *args, **kwargs)
-        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if first:
+            state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     state.__init__ = __init__
 

@@ -12,17 +12,15 @@ from trl.trainer.utils import add_fused_lm_head
 
 from posttrain.config.schema import GrpoConfig, Lora, Model
 from posttrain.errors import UserError
+from posttrain.models.adapter_checks import check_adapter_fits
+from posttrain.models.adapter_modes import check_adapter_mode, merged_with_new, rescale
 from posttrain.models.adapters import (
     adapter_sha256,
-    check_adapter_fits,
-    check_adapter_mode,
     count_trainable,
     live_adapter_sha256,
     load_adapter,
     merge,
-    merged_with_new,
     new_adapter,
-    rescale,
     resolve_adapter,
     tensors_sha256,
 )

@@ -13,8 +13,10 @@ from posttrain.evaluation.predictions import grade_completion
 from posttrain.evaluation.stats import majority
 from posttrain.records import Example
 from posttrain.tasks import expressions
-from posttrain.tasks.answers import NUMBERS, Form, grader_of, other_answers
+from posttrain.tasks.answers import grader_of, other_answers
 from posttrain.tasks.examples import gold_problem, in_form
+from posttrain.tasks.forms import Form
+from posttrain.tasks.graders import NUMBERS
 from posttrain.tasks.rows import Row
 from posttrain.training.rollouts import reward_functions
 

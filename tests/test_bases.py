@@ -12,7 +12,8 @@ from tiny_training import LORA, finished_sft
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
-from posttrain.models.adapters import check_adapter_fits, resolve_adapter, targets_met
+from posttrain.models.adapter_checks import check_adapter_fits
+from posttrain.models.adapters import resolve_adapter, targets_met
 from posttrain.models.base import fingerprint, load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.models.checkpoint import check_base, check_context, norms_hash, skeleton, weights_hash
@@ -171,6 +172,67 @@ def test_a_folder_without_weights_is_refused(tiny_model_dir, tmp_path, tokenizer
     shutil.copytree(tiny_model_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match="bare holds no weights: download the model whole"):
         check_base(Model(name_or_path=str(tmp_path / "bare")), "none", tokenizer)
+
+
+def without_a_layer(folder):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut_off(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def saying(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+DAMAGED = {  # what is wrong with a folder -> what is told
+    "a tensor is missing": (without_a_layer, "has no tensor model.layers.1.mlp.up_proj.weight: get a whole copy"),
+    "a layer is missing": (saying(num_hidden_layers=3), "has no tensor model.layers.2."),
+    "another width": (saying(intermediate_size=96), r"has model.layers.0.mlp.\w+.weight as \(.*, where its config.json says"),
+    "cut off": (cut_off, "model.safetensors cannot be read .*: get a whole copy"),
+    "an unknown family": (saying(model_type="foobar"), "transformers cannot read its config.json .*foobar"),
+    "no family": (saying(model_type=""), "transformers cannot read its config.json"),
+    "a number as text": (saying(num_hidden_layers="2"), "cannot read its config.json .*expected int, got str"),
+    "a list of pad tokens": (saying(pad_token_id=[0]), "cannot read its config.json .*pad_token_id"),
+    "an unknown dtype": (saying(dtype="float17"), "cannot read its config.json .*float17"),
+    "half a config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read .*not a valid JSON file"),
+    "code of its own": (
+        saying(model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        "cannot read its config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_base_is_told_and_nothing_is_drawn_at_random(change, told, tiny_model_dir, tmp_path):
+    settings = base_at(tiny_model_dir, tmp_path / "base")
+    change(tmp_path / "base")
+    with pytest.raises(UserError, match=told):
+        check_base(settings, "none", load_tokenizer(settings))
+
+
+def test_what_is_drawn_at_random_is_told_of_families_stored_otherwise_too(settings, tokenizer, tiny_model_dir, tmp_path):
+    base_at(tiny_model_dir, tmp_path / "base")
+    without_a_layer(tmp_path / "base")
+    with pytest.raises(UserError, match=r"no tensor model.layers.1.mlp.up_proj.weight \(1 are missing\): get a whole copy"):
+        load_base(settings.model_copy(update={"name_or_path": str(tmp_path / "base")}), "none", tokenizer)
+
+
+def test_a_base_stored_without_its_prefix_is_whole(tiny_model_dir, tmp_path):
+    settings = base_at(tiny_model_dir, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(
+        {n.removeprefix("model."): t for n, t in tensors.items()}, tmp_path / "base" / "model.safetensors", {"format": "pt"}
+    )
+    check_base(settings, "none", load_tokenizer(settings))
 
 
 FORMS = {

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import transformers.utils.chat_template_utils as rendering
-from conftest import ROOT
+from conftest import CHATML, ROOT
 from transformers import AutoTokenizer
 
 from posttrain.config.schema import Tokenizer
@@ -193,6 +193,14 @@ def test_no_template_and_no_template_file_are_told_apart(llama3_tokenizer_dir, t
         load_tokenizer(settings(llama3_tokenizer_dir))
     with pytest.raises(UserError, match=r"no chat template at .*missing\.jinja"):
         load_tokenizer(settings(llama3_tokenizer_dir, str(tmp_path / "missing.jinja")))
+
+
+def test_a_template_file_is_text_in_utf8(tiny_model_dir, tmp_path):
+    (tmp_path / "marked.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    assert load_tokenizer(settings(tiny_model_dir, str(tmp_path / "marked.jinja"))).chat_template == CHATML
+    (tmp_path / "latin.jinja").write_bytes(b"{# \xe9 #}" + CHATML.encode())
+    with pytest.raises(UserError, match=r"latin\.jinja is no text in UTF-8"):
+        load_tokenizer(settings(tiny_model_dir, str(tmp_path / "latin.jinja")))
 
 
 # --- plain text -------------------------------------------------------------------------------------------------------

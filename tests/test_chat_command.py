@@ -36,6 +36,8 @@ def place(pipeline, tmp_path_factory):
         own.append(f"run_dir=runs/one_by_one_{name}")
         done = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", *one_by_one, *own, cwd=folder)
         assert done.code == 0, done.err
+    (folder / "reports").mkdir()
+    shutil.copytree(folder / SFT, folder / "runs" / "lost", ignore=shutil.ignore_patterns("adapter"))
     return folder
 
 
@@ -164,6 +166,17 @@ def test_without_a_gold_the_answer_is_read_all_the_same(spec, text, value):
     assert grade_completion(chat.asked(voice, "?"), 0, text, "stop", 3, grader_of(spec)).value == value
 
 
+def test_a_merged_folder_answers_as_its_run(place, ask, questions):
+    done = run("posttrain.export.command", SFT, "--format", "merged", "--questions", "1", cwd=place)
+    assert done.code == 0, done.err
+    merged = f"{SFT}/export/merged"
+    said = {voice: ask(voice, questions[0].question, *NEW).out.partition("\n")[2] for voice in (SFT, merged)}
+    assert said[merged] == said[SFT]
+    made = json.loads((place / merged / "export.json").read_text()) | {"format": "gguf"}
+    (place / merged / "export.json").write_text(json.dumps(made))
+    assert f"ask the run that it was made of, {SFT}" in ask(merged, "How many?").err
+
+
 # --- where the question comes from ------------------------------------------------------------------------------------
 
 
@@ -195,11 +208,20 @@ def test_a_reader_that_leaves_early_is_no_fault(place, questions):
 # --- wrong uses -------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "no run": (["no/such/run", "How many?"], "no/such/run holds no run"),
+    "no run": (["no/such/run", "How many?"], "no/such/run is not there: give the run_dir of"),
+    "no run, and a word": (["runs/none", "hi"], "runs/none is not there: give the run_dir of"),
+    "almost a run": (["runs/sft_tin", "How many?"], "runs/sft_tin is not there (did you mean runs/sft_tiny?): give"),
+    "a file": (["models/tiny/config.json", "How many?"], "models/tiny/config.json is a file: give the run_dir of"),
+    "a file of a run": (["{sft}/manifest.json", "How many?"], "is a file: give its run, runs/sft_tiny"),
+    "a file of its adapter": (["{sft}/adapter/adapter_config.json", "hi"], "is a file: give its run, runs/sft_tiny"),
+    "a model": (["models/tiny", "How many?"], "name_or_path=models/tiny), and give that run"),
+    "a folder of runs": (["runs", "How many?"], "runs is a folder of runs: give one of them, such as runs/"),
+    "an empty folder": (["reports", "hi"], "reports holds no run: give the run_dir of"),
+    "no adapter": (["runs/lost", "How many?"], "runs/lost has finished, and its adapter is gone: give one of its checkpoints"),
     "a question alone": (["How many are there?"], "no run to ask"),
-    "a word alone": (["four?"], "four? holds no run: give the run_dir"),
+    "a word alone": (["four?"], "four? is not there: give the run_dir"),
     "a question of one word": (["{sft}", "1+1?"], "standard input: echo '1+1?' | python -m posttrain.chat runs/sft_tiny"),
-    "a data set": (["{data}", "How many?"], "is not that of a run"),
+    "a data set": (["{data}", "How many?"], "data/tiny is a data set, and no model answers there: give the run_dir of"),
     "an empty question": (["{sft}", ""], "the question is empty"),
     "no gold of this kind": (["{sft}", "How many?", "--gold", "many"], "--gold 'many' is no number"),
     "no samples": (["{sft}", "How many?", "--samples", "0"], "--samples: Input should be greater than 0"),
@@ -217,6 +239,13 @@ def test_a_wrong_use_is_one_line_with_its_remedy(ask, monkeypatch, words, messag
     done = ask(*(word.format(sft=SFT, data="data/tiny") for word in words))
     assert (done.code, done.out) == (2, "")
     assert message in done.err and len([line for line in done.err.splitlines() if "chat" in line]) == 1
+
+
+@pytest.mark.parametrize(("content", "errors"), [(b"caf\xe9?", "strict"), (b"caf\xe9?", "surrogateescape")])
+def test_a_question_in_another_encoding_is_told(ask, monkeypatch, content, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
+    done = ask(SFT)
+    assert (done.code, "the question on standard input is no text in utf-8" in done.err) == (2, True)
 
 
 def test_nothing_on_standard_input_is_no_question(ask, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -629,15 +631,38 @@ NASTY = [
 ]
 
 
+def test_a_comment_in_an_override_is_told_and_cuts_nothing(tmp_path: Path) -> None:
+    """YAML ends a plain value at " #": the prompt would have been "{question} End with"."""
+    file = tmp_path / "data.yaml"
+    file.write_text((ROOT / "configs" / "data_tiny.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    for text in ("Ask {question} End with #### and the number.", "#### {question}"):
+        with pytest.raises(ConfigError, match="YAML takes the # for the begin of a comment: quote the value") as told:
+            load(file, [f"prompt.instruction={text}"], DataConfig)
+        quoted = shlex.split(str(told.value).partition("quote the value, ")[2])
+        assert load(file, quoted, DataConfig).prompt.instruction == text
+    assert load(file, ["prompt.system=a#b"], DataConfig).prompt.system == "a#b"
+
+
+def test_a_path_begins_at_home_and_nothing_else_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zsh leaves the tilde of `run_dir=~/x` as it is, and bash that of `data.path=~/x`: a folder `~` came of it."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    file = ROOT / "configs" / "eval_tiny.yaml"
+    config = load(file, ["run_dir=~/runs/{adapter}", "data.path=~/data", "adapter=a/b~"], EvalConfig)
+    assert (config.run_dir, config.data.path, config.adapter) == ("/home/ann/runs/b~", "/home/ann/data", "a/b~")
+    for path, name in (("$HOME/x", "$HOME"), ("x/${RUN}", "${RUN}"), ("runs/{split}", "{split}")):
+        with pytest.raises(ConfigError, match=re.escape(f"run_dir: {name} is not filled in here: write it out")):
+            load(file, [f"run_dir={path}"], EvalConfig)
+
+
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_dump_loads_back(tmp_path: Path, text: str) -> None:
     source = {"kind": "gsm_symbolic", "num_train": 1, "num_dev": 1, "num_test": 1}
     values = {
         "name": text,
-        "output_dir": text,
+        "output_dir": text.strip("{}"),
         "source": {**source, "options": {"a": text, "b": 1e-5, "c": 3}},
         "prompt": {"system": text, "instruction": text + "{question}"},
-        "tokenizer": {"name_or_path": text},
+        "tokenizer": {"name_or_path": text.strip("{}")},
         "dev_fraction": 1e-7,
     }
     config = DataConfig.model_validate(values)

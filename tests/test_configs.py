@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
+@functools.cache  # settings are frozen
 def config(file: str, *overrides: str) -> Any:
     return load(file, overrides, SCHEMAS[Path(file).name.split("_")[0]])
 

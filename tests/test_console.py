@@ -18,7 +18,7 @@ from bench import console_picture
 from posttrain import console
 from posttrain.config.load import load
 from posttrain.config.schema import SftConfig
-from posttrain.console import answering, close_bars, dimmed, duration, open_bar, say
+from posttrain.console import Bar, answering, close_bars, dimmed, duration, say
 from posttrain.generation.engines import generate
 from posttrain.generation.loop import Sampling
 from posttrain.models.base import load_base
@@ -31,8 +31,29 @@ class Terminal(io.StringIO):
         return True
 
     def rows(self):
-        """What stands on the screen in the end, line by line."""
-        return [line.rsplit("\r", 1)[-1].rstrip() for line in self.getvalue().split("\n")]
+        """What stands on the screen in the end, line by line, as a terminal without colours has it."""
+        rows, at = [""], [0, 0]
+        for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|.", self.getvalue(), re.DOTALL):
+            if part == "\n":
+                at = [at[0] + 1, 0]
+                rows += [""] * (at[0] + 1 - len(rows))
+            elif part == "\r":
+                at[1] = 0
+            elif part.endswith("A"):
+                at[0] -= int(part[2:-1] or 1)
+            elif part == "\x1b[2K":
+                rows[at[0]] = ""
+            elif not part.startswith("\x1b"):
+                rows[at[0]] = rows[at[0]][: at[1]].ljust(at[1]) + part + rows[at[0]][at[1] + 1 :]
+                at[1] += 1
+        return [row.rstrip() for row in rows]
+
+    def plain(self):
+        return re.sub(r"\x1b\[[\d;]*m", "", self.getvalue())
+
+    def is_left_as_it_was(self):
+        """Whether the cursor can be seen."""
+        return self.getvalue().count("\x1b[?25l") == self.getvalue().count("\x1b[?25h")
 
 
 @contextlib.contextmanager
@@ -61,26 +82,71 @@ def test_durations_have_two_figures(seconds, told):
     assert duration(seconds) == told
 
 
-def test_no_line_is_glued_to_a_bar_and_no_bar_is_left():
+@pytest.mark.parametrize("num_bars", [1, 2])
+def test_no_line_is_glued_to_a_bar_and_no_bar_is_left(num_bars):
+    long = "next: python evaluate.py " + "key=[value] " * 30
     with terminal() as screen:
-        bar = open_bar(10, "step")
-        bar.update(3)
+        bars = [Bar(10, f"of {number}") for number in range(num_bars)]
         say("one line")
         say("another", file=sys.stderr)
-        bar.n = 7
-        bar.refresh()
-        close_bars()
-    assert [row for row in screen.rows() if row] == ["one line", "another"]
-    assert "7/10" in screen.getvalue()
+        print(long)
+        for bar in bars:
+            bar.show(7.5, "at work")
+            bar.refresh()
+        assert "7/10 of 0 at work" in screen.plain() and not screen.is_left_as_it_was()
+        bars[-1].close()
+        say("below another bar")
+    assert [row for row in screen.rows() if row] == ["one line", "another", long.rstrip(), "below another bar"]
+    assert screen.is_left_as_it_was()
 
 
-def test_closing_a_bar_closes_those_that_were_opened_after_it_and_no_other():
-    with terminal():
-        first, second, third = (open_bar(1, name) for name in "abc")
-        close_bars(second)
-        assert console._bars == [first]
-        close_bars(third)
-        assert console._bars == [first]
+def test_a_command_that_fails_leaves_no_bar():
+    with terminal() as screen, pytest.raises(ValueError), answering(3):
+        raise ValueError
+    assert not console._bars and not any(screen.rows()) and screen.is_left_as_it_was()
+
+
+@pytest.fixture(autouse=True)
+def fresh_screen(monkeypatch):
+    """What the environment says is read when the first bar is made."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console._screen.cache_clear()
+    yield
+    console._screen.cache_clear()
+
+
+@pytest.mark.parametrize("setting", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
+def test_no_bar_and_no_colour_reach_a_file(monkeypatch, capsys, setting):
+    """Whatever a pipeline sets that draws into files."""
+    monkeypatch.setenv(setting, "1")
+    with contextlib.closing(Bar(10, "steps")) as bar, answering(3):
+        bar.show(5)
+        say("a line")
+        say("a complaint", file=sys.stderr)
+    assert capsys.readouterr() == ("a line\n", "a complaint\n")
+
+
+@pytest.mark.parametrize(("value", "colours"), [("1", False), ("", True)])
+def test_a_bar_has_no_colour_under_no_color(monkeypatch, value, colours):
+    monkeypatch.setenv("NO_COLOR", value)
+    with terminal() as screen, contextlib.closing(Bar(10, "steps")) as bar:
+        bar.show(5)
+    assert "/10 steps" in screen.plain() and (screen.plain() != screen.getvalue()) == colours
+
+
+def test_a_terminal_that_cannot_move_its_cursor_has_lines_alone(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with terminal() as screen, contextlib.closing(Bar(10, "steps")) as bar:
+        bar.show(5)
+        say("a line")
+    assert screen.getvalue() == "a line\n"
+
+
+def test_lines_that_go_to_a_file_stay_there_while_a_bar_is_on_the_terminal():
+    """As under `python sft_train.py ... > log`."""
+    with terminal() as screen, contextlib.redirect_stdout(io.StringIO()) as file, contextlib.closing(Bar(10, "steps")):
+        say("a line")
+    assert file.getvalue() == "a line\n" and "a line" not in screen.getvalue()
 
 
 @pytest.mark.parametrize(("no_color", "told"), [(None, "\033[2mx\033[0m"), ("", "\033[2mx\033[0m"), ("1", "x")])
@@ -118,7 +184,7 @@ def test_a_bar_moves_within_a_batch(tiny_model_dir, monkeypatch):
     tokenizer = load_tokenizer(config.model)
     model = load_base(config.model, "none", tokenizer)
     seen = []
-    monkeypatch.setattr(answering, "_show", seen.append)
+    monkeypatch.setattr(answering, "_show", lambda bar, done, doing="": seen.append(done))
     prompts = [tokenizer.encode(f"{number} and {number}?") for number in range(8)]
     with answering(len(prompts)):
         generate(model, prompts, Sampling(64, temperature=1.5, seed=1), tokenizer, batch_size=4)
@@ -163,9 +229,9 @@ def test_on_a_terminal_nothing_of_libraries_is_seen(tmp_path, tiny_model_dir, ti
         for row in screen.rows():
             assert "Warning" not in row and "it/s" not in row and "examples" not in row and not row.startswith("{"), row
             assert len(re.findall(r"step +\d+ of", row)) <= 1, "two lines in one"
-        assert f"/{30 if stage == 'sft' else 2} [" in screen.getvalue(), "no bar"
-        assert "\033[A" not in screen.getvalue(), "two bars at a time"
-        assert "Loading weights" not in screen.getvalue() and "\033[2m" not in screen.getvalue()
+        assert f"/{30 if stage == 'sft' else 2} steps" in screen.plain() and "/4 questions" in screen.plain(), "no bar"
+        assert not [row for row in screen.rows() if "━" in row] and screen.is_left_as_it_was(), "a bar is left"
+        assert "Loading weights" not in screen.plain() and "\033[2m" not in screen.getvalue()
 
 
 def _all_of(end):

@@ -17,7 +17,8 @@ from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, read_jsonl, read_rows, sha256_file, write_jsonl
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.tasks import examples
-from posttrain.tasks.answers import NUMBERS, grader_of
+from posttrain.tasks.answers import grader_of
+from posttrain.tasks.graders import NUMBERS
 from posttrain.training import dev
 from posttrain.training.rollouts import reward_functions
 

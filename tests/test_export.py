@@ -15,13 +15,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from posttrain.errors import UserError
-from posttrain.export import command, fidelity
-from posttrain.export.command import Request, Target, export, main
+from posttrain.export import command, fidelity, source
+from posttrain.export.command import export, main
 from posttrain.export.fidelity import divergence
 from posttrain.export.merged import in_parts, write_merged
+from posttrain.export.source import Request, Target
 from posttrain.hub.push import Request as PushRequest
 from posttrain.hub.push import read_release
 from posttrain.models.adapters import load_adapter
+from posttrain.models.base import load_base
 from posttrain.models.chat import stop_token
 from posttrain.models.folded import FoldedWeights, Tensor
 from posttrain.models.policy_copy import PolicyCopy
@@ -79,6 +81,19 @@ def test_a_merged_folder_stops_where_its_template_does(merged, sft_with_tokens):
     stop = tokenizer.convert_tokens_to_ids(stop_token(tokenizer))
     assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id == stop
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(sft_with_tokens / "adapter").chat_template
+
+
+def test_the_bases_own_sampling_is_nowhere(settings, tokenizer, tiny_model_dir, tmp_path):
+    """Many published bases have a temperature without do_sample, which transformers loads and refuses to save."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    sampling = {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.3, "eos_token_id": [0, 2]}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    own = settings.model_copy(update={"name_or_path": str(folder)})
+    load_base(own, "none", tokenizer).save_pretrained(tmp_path / "trained")
+    write_merged(FoldedWeights(own, "none", None), tokenizer, tmp_path / "merged")
+    for saved in (tmp_path / "trained", tmp_path / "merged"):
+        found = GenerationConfig.from_pretrained(saved)
+        assert (found.temperature, found.repetition_penalty, found.eos_token_id) == (None, None, tokenizer.eos_token_id)
 
 
 def test_an_export_says_what_it_is(merged, sft_with_tokens):
@@ -145,7 +160,7 @@ def broken(monkeypatch, scale):
 def test_a_merge_without_its_scale_is_caught(sft, tmp_path, monkeypatch, capsys):
     broken(monkeypatch, 1.0)  # in place of alpha / r = 2
     monkeypatch.setattr(sys, "argv", ["export", str(sft), "--format", "merged", "--out", str(tmp_path), "--questions", "3"])
-    monkeypatch.setattr(command, "LONGEST_ANSWER", 8)
+    monkeypatch.setattr(source, "LONGEST_ANSWER", 8)
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == command.CHANGED
@@ -245,6 +260,12 @@ def test_a_place_that_is_taken_is_refused_and_left_as_it_is(merged):
     with pytest.raises(UserError, match=r"merged is there already: choose another --out, or remove it"):
         export(request(folder.parent, folder))
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_an_answer_longer_than_the_context_is_refused(sft, tmp_path):
+    with pytest.raises(UserError, match=r"1025 new ones \(--max-new-tokens\) it leaves the model's context of 1024: set"):
+        export(request(sft, tmp_path / "merged", max_new_tokens=1025))
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_fails_leaves_nothing(sft, tmp_path, monkeypatch):

@@ -4,9 +4,11 @@ The same with faults that are injected into running processes is tests/reliabili
 """
 
 import errno
+import io
 import json
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +44,34 @@ def test_what_the_system_refuses_is_one_line_with_file_and_remedy(number, capsys
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.count("\n") == 1
     assert f"runs/x: {os.strerror(number)}: {REMEDIES[number]}" in told
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", b"Zo\\xeb\n"), ("latin-1", b"Zo\xeb\n"), ("utf-8", b"Zo\xc3\xab\n")])
+def test_a_line_that_the_terminal_has_no_signs_for_ends_nothing(encoding, written, monkeypatch):
+    taken = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(taken, encoding=encoding))
+    exit_on_user_error(lambda: print("Zoë"))
+    assert taken.getvalue() == written
+
+
+def test_a_closed_stream_ends_nothing(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    exit_on_user_error(lambda: print(f"read {sys.stdin.read()!r}", file=sys.stderr))
+
+
+def test_what_is_no_text_or_cannot_be_written_in_this_locale_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["chat.py", "caf\udce9"])
+    with pytest.raises(SystemExit):
+        exit_on_user_error(lambda: None)
+    assert (
+        "chat.py: the argument 'caf\\udce9' is no text in utf-8: use a terminal in UTF-8, or set PYTHONUTF8=1"
+        in capsys.readouterr().err
+    )
+    error = UnicodeEncodeError("ascii", "runs/é", 5, 6, "ordinal not in range(128)")
+    assert machine_trouble(error) is None  # in UTF-8 it is our fault
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert "'runs/é' cannot be written in ascii" in (machine_trouble(error) or "")
 
 
 def raised_while_handling(first, second):

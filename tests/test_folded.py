@@ -1,12 +1,15 @@
 """Weights folded tensor by tensor are those of the copy that generates, and PEFT's own."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_adapter_kinds import LORAS, OTHERS, other
-from transformers import AutoModelForCausalLM
+from test_adapter_kinds import LORAS, OTHERS, lora, other
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from posttrain.config.schema import Model
 from posttrain.errors import UserError
 from posttrain.kernels.nf4 import layers_to_pack, packed_linears
 from posttrain.models.adapters import load_adapter
@@ -23,6 +26,8 @@ REFUSED = {
     "the head": "first or last matrix",
     "BEFT": "biases",
 } | {kind: f"peft_type {kind}" for kind in DRAWN}
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def adapter_of(load, folder, config):
@@ -75,6 +80,22 @@ def test_it_is_what_peft_merges(name, load, settings, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(settings.name_or_path, dtype=torch.float32)
     merged = dict(PeftModel.from_pretrained(base, folder).merge_and_unload().named_parameters())
     folded = FoldedWeights(fp32, "none", folder)
+    for tensor in folded.tensors:
+        torch.testing.assert_close(folded.read(tensor), merged[tensor.name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_the_adapter_trained_are_in_the_folder(kind, bias, tmp_path):
+    """PEFT keeps them as the base's own parameters, beside A and B."""
+    config = LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    settings = Model(name_or_path=str(tmp_path / "base"), dtype="float32")
+    base = partial(AutoModelForCausalLM.from_pretrained, settings.name_or_path)
+    folder = adapter_of(base, tmp_path / "adapter", lora(bias=bias, use_dora=kind == "dora"))
+    merged = dict(PeftModel.from_pretrained(base(), folder).merge_and_unload().named_parameters())
+    folded = FoldedWeights(settings, "none", folder)
+    assert merged["model.layers.0.self_attn.q_proj.bias"].abs().max() > 0.01
     for tensor in folded.tensors:
         torch.testing.assert_close(folded.read(tensor), merged[tensor.name], rtol=0, atol=1e-6)
 

@@ -40,11 +40,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
 MODELS = {
     "Llama": ("LlamaConfig", {}),
     "Llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "Llama 3's positions": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "Llama with YaRN": ("LlamaConfig", {"rope_parameters": YARN}),
     "Qwen2": ("Qwen2Config", {}),
     "Qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
     "Gemma": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
@@ -172,6 +174,11 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "has positions of type dynamic",
     ),
+    ("LlamaConfig", {"hidden_act": "gelu"}, "has the activation gelu"),
+    ("Gemma2Config", GEMMA | {"hidden_activation": "silu"}, "has the activation silu"),
+    ("LlamaConfig", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "has positions with beta_fast 16"),
+    ("LlamaConfig", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "has positions with attention_factor 1.5"),
+    ("Qwen3Config", {"attention_bias": True}, "has biases in its attention"),
 ]
 
 
@@ -393,8 +400,9 @@ def test_one_file_in_two_folders_is_asked_once(sft, tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[gguf]")
     from test_export import request, with_data
 
-    from posttrain.export.command import Target, export
+    from posttrain.export.command import export
     from posttrain.export.runtimes import LlamaCpp
+    from posttrain.export.source import Target
 
     opened, begin = [], LlamaCpp.__init__
     monkeypatch.setattr(LlamaCpp, "__init__", lambda self, file, *rest: (opened.append(file.name), begin(self, file, *rest))[1])
@@ -405,3 +413,23 @@ def test_one_file_in_two_folders_is_asked_once(sft, tmp_path, monkeypatch):
     assert opened == ["run-f16.gguf", "run-q8_0.gguf"]
     assert (one.kl_mean, one.greedy_equal, one.tokens_per_second) == (same.kl_mean, same.greedy_equal, same.tokens_per_second)
     assert same.artefact == "ollama-f16" and same.accuracy["sentence"].startswith("ollama-f16") and other.kl_mean != one.kl_mean
+
+
+def test_an_untied_head_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    from posttrain.export.gguf_file import check_writable
+
+    monkeypatch.setitem(MODELS, "Gemma2", ("Gemma2Config", GEMMA | {"tie_word_embeddings": False}))
+    weights = FoldedWeights(Model(name_or_path=str(make("Gemma2", tmp_path)), dtype="float32"), "none", None)
+    with pytest.raises(UserError, match=r"no place for lm_head\.weight: use --format merged"):
+        check_writable(weights)
+
+
+def test_what_llama_cpp_says_of_a_file_is_told(tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[gguf]")
+    from posttrain.export.runtimes import LlamaCpp
+
+    written(make("Llama", tmp_path / "model"), tmp_path / "model.gguf")
+    content = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "half.gguf").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"does not load this model as GGUF \(.*\w.*\): use --format merged"):
+        LlamaCpp(tmp_path / "half.gguf", 0, 64)

@@ -79,3 +79,24 @@ def test_fsdp_trains_what_data_parallel_does(tmp_path, tiny_model_dir, tiny_data
     ddp, fsdp = (logged(tmp_path / "runs" / way, "loss") for way in ("ddp", "fsdp2"))
     assert len(fsdp) == 6 and fsdp[0] == pytest.approx(ddp[0], rel=1e-5)
     assert fsdp == pytest.approx(ddp, rel=1e-3)  # sums on a GPU come in any order
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_unpacked"])
+def test_grpo_under_fsdp_begins_as_data_parallel_does(tmp_path, tiny_model_dir, tiny_data_dir, quantization):
+    """Later steps sample by what a last bit decides; that the copy is the policy shows in `rollout/logp_difference`."""
+    workplace(tmp_path, tiny_model_dir)
+    same = (f"data.path={tiny_data_dir}", f"quantization={quantization}")
+    launcher = ("accelerate.commands.launch", "--config_file")
+    profiles = {way: CONFIGS / "accelerate" / f"{way}.yaml" for way in ("ddp", "fsdp2")}
+    sft = ("--config", CONFIGS / "sft_tiny.yaml", *same, "trainer.save_strategy=no")
+    launched(*launcher, profiles["fsdp2"], ROOT / "sft_train.py", *sft, cwd=tmp_path)
+    grpo = ("--config", CONFIGS / "grpo_tiny.yaml", *same, "trainer.per_device_train_batch_size=8", "trainer.max_steps=4")
+    for way, profile in profiles.items():
+        more = ("trainer.gradient_checkpointing=true", f"run_dir=runs/{way}")
+        launched(*launcher, profile, ROOT / "grpo_train.py", *grpo, *more, cwd=tmp_path)
+    for key in ("loss", "kl", "reward", "grad_norm"):
+        ddp, fsdp = (logged(tmp_path / "runs" / way, key)[0] for way in profiles)
+        assert fsdp == pytest.approx(ddp, rel=1e-3, abs=1e-6), key
+    assert max(logged(tmp_path / "runs" / "fsdp2", "rollout/logp_difference")) < 0.05

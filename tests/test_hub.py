@@ -6,13 +6,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import made_runs
 import pytest
+from commands import run_command
 from conftest import ROOT
 from hub_server import serve
 from huggingface_hub import ModelCard
@@ -57,7 +57,7 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
     from peft import PeftModel
 
     from posttrain.config.schema import Lora
-    from posttrain.models import adapters
+    from posttrain.models import adapter_modes, adapters
     from posttrain.models.base import load_base
     from posttrain.models.chat import load_tokenizer
 
@@ -81,7 +81,7 @@ def finished_run(folder, model_dir, data_dir, name_or_path, *, stage="sft", pare
             run.record(parent=above, chain=chain)
         if merge:
             start = adapters.load_adapter(base, parent / "adapter", trainable=True)
-            model = adapters.merged_with_new(start, lora, tokenizer, folder / "merged_base", 0)
+            model = adapter_modes.merged_with_new(start, lora, tokenizer, folder / "merged_base", 0)
             identity["name_or_path"] = str(folder / "merged_base")
         else:
             base.name_or_path = base.config._name_or_path = name_or_path
@@ -217,7 +217,9 @@ def environment(server, tmp_path, **changes):
 def execute(command, server, tmp_path, **changes):
     """Run a command against the server. Nothing that it prints or writes may hold the token."""
     before = holding_the_token(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment(server, tmp_path, **changes), capture_output=True, text=True)
+    python, *words = command
+    assert python == sys.executable
+    done = run_command(words, ROOT, environment(server, tmp_path, **changes))
     assert TOKEN not in done.stdout + done.stderr
     assert holding_the_token(tmp_path) == before
     return done

@@ -9,7 +9,7 @@ from scripts import retell, run
 from tiny_training import opened
 
 from posttrain.errors import UserError
-from posttrain.models.adapters import check_begun
+from posttrain.models.adapter_checks import check_begun
 from posttrain.records import write_jsonl
 from posttrain.runs.integrity import COMMIT, check_adapter, commit, damage, files_of, numbered, read_commit, written_hashes
 from posttrain.runs.manifest import read_manifest

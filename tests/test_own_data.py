@@ -486,6 +486,10 @@ BROKEN = {
     "lists.jsonl": (b'{"problem": "1+1?", "solution": "so", "final_answer": [2]}\n', "is a list, not text: name a part of it"),
     "lone.jsonl": (b'{"problem": "\\ud83d", "solution": "so", "final_answer": 2}\n', "'problem' holds half a character"),
     "words.jsonl": (b'{"problem": "1+1?", "solution": "so", "final_answer": "two"}\n', "is not a number: ' two'"),
+    "contrary_words.jsonl": (
+        b'{"problem": "1+1?", "solution": "1+1 is 3. So the answer is 3.", "final_answer": 2}\n',
+        ":1: the solution's last line says 3, and the row's answer is '2': '1+1 is 3. So the answer is 3.'",
+    ),
     "contrary.jsonl": (
         b'{"problem": "1+1?", "solution": "#### 3", "final_answer": 2}\n',
         "contrary.jsonl:1: the solution ends in #### 3, and the row's answer is '2'",

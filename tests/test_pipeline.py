@@ -198,7 +198,7 @@ def apart(one, other):
 @pytest.mark.slow
 def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     """They agree to the last bits of a sum. The bits of NF4 weights must survive the way between processes."""
-    rows = ("data.num_dev=0", "trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
+    rows = ("trainer.save_steps=3", "trainer.per_device_train_batch_size=4", "trainer.logging_steps=1")
     sft = ("--config", CONFIGS / "sft_tiny.yaml", *rows, "trainer.max_steps=6", "quantization=nf4")
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     sharded = (*two, ROOT / "tests" / "fsdp_on_cpu.py", "sft_train.py", *sft, "run_dir=runs/fsdp")
@@ -206,6 +206,8 @@ def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     launched(*sharded, cwd=place)
     ddp, fsdp = (metrics(place / "runs" / name, "loss") for name in ("ddp", "fsdp"))
     assert len(fsdp) == 6 and fsdp == pytest.approx(ddp, rel=1e-5)
+    ddp, fsdp = (metrics(place / "runs" / name, "dev/accuracy") for name in ("ddp", "fsdp"))
+    assert len(fsdp) == 2 and fsdp == ddp
     ddp, fsdp = (load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp"))
     assert ddp.keys() == fsdp.keys()
     assert all(torch.allclose(fsdp[name], ddp[name], atol=1e-4) for name in ddp)
@@ -215,6 +217,31 @@ def test_fsdp_trains_what_data_parallel_does_and_resumes(place):
     alone, ddp, fsdp = (exported(place, name) for name in ("alone", "ddp", "fsdp"))
     moved = apart(alone, unpacked_base(place))
     assert moved > 0 and apart(ddp, fsdp) < 1e-3 * moved and apart(alone, fsdp) < 0.05 * moved
+
+    whole = interrupt(place / "runs" / "fsdp", 3)
+    said = launched(*sharded, "--resume", cwd=place)
+    assert [line for line in said.splitlines() if "resuming" in line] == ["resuming from runs/fsdp/checkpoints/checkpoint-3"]
+    assert read_manifest(place / "runs" / "fsdp").adapter_sha256 == whole.adapter_sha256
+
+
+@pytest.mark.slow
+def test_grpo_under_fsdp_trains_what_data_parallel_does_and_resumes(place):
+    """Rollouts from a gathered copy, the reference by the sharded adapter "ref", dev accuracy, a window that a kill cuts.
+
+    Checkpointed layers share no prompts under DDP either: the same operations then, and a draw that a last bit would change is
+    the same draw.
+    """
+    often = ("trainer.max_steps=4", "trainer.save_steps=1", "trainer.num_iterations=2", "rollouts.correct_mismatch=true")
+    same = ("trainer.per_device_train_batch_size=8", "trainer.gradient_checkpointing=true")
+    grpo = ("--config", CONFIGS / "grpo_tiny.yaml", *often, *same)
+    two = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    sharded = (*two, ROOT / "tests" / "fsdp_on_cpu.py", "grpo_train.py", *grpo, "run_dir=runs/fsdp")
+    launched(*two, ROOT / "grpo_train.py", *grpo, "run_dir=runs/ddp", cwd=place)
+    launched(*sharded, cwd=place)
+    for key in ("loss", "kl", "reward", "rollout/logp_difference", "dev/accuracy"):
+        ddp, fsdp = (metrics(place / "runs" / name, key) for name in ("ddp", "fsdp"))
+        assert len(fsdp) >= 2 and fsdp == pytest.approx(ddp, rel=1e-4, abs=1e-7), key
+    assert metrics(place / "runs" / "fsdp", "kl")[0] == 0.0 < metrics(place / "runs" / "fsdp", "kl")[-1]
 
     whole = interrupt(place / "runs" / "fsdp", 3)
     said = launched(*sharded, "--resume", cwd=place)

@@ -14,6 +14,7 @@ from posttrain.training.planner import (
     Rollouts,
     Shape,
     Step,
+    cache_bytes,
     evaluation_seconds,
     fastest_that_fits,
     find_machine,
@@ -179,8 +180,8 @@ ROWS = {
         manifest("qwen2.5-coder-0.5b/grpo_plain_240", 4.52),
         H100,
     ),
-    "135M GRPO, 8 x 64, loop": (
-        grpo(SMOL_135M, 64, 8, 100, 68, group=16, longest=256, seats=False),
+    "135M GRPO, 8 x 64, loop, torch's kernels": (
+        grpo(SMOL_135M, 64, 8, 100, 68, group=16, longest=256, seats=False, fused=False),
         manifest("smollm2-135m/grpo_rft_seed42", 4.51),
         H100,
     ),
@@ -213,7 +214,7 @@ def off(predicted, measured):
     return predicted / measured - 1
 
 
-MISSED = {"135M GRPO, 8 x 64, loop"}  # the page says so; one that is met again is taken off
+MISSED = {"135M GRPO, 8 x 64, loop, torch's kernels"}  # the page says so and why; one that is met again is taken off
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -225,6 +226,25 @@ def test_a_measured_row_is_what_was_planned(name):
     if measured["s"]:
         held.append(abs(off(seconds(step, machine).total, measured["s"])) < 0.3)
     assert held and all(held) == (name not in MISSED)
+
+
+SIZES = {"grpo_seed42": (384, 512), "grpo_seed43": (384, 512), "grpo_rft_seed43": (384, 512), "grpo_rft_seed42": (384, 512, 640)}
+
+
+@pytest.mark.parametrize(("run", "sizes"), SIZES.items())
+def test_the_missed_row_held_the_buffers_of_an_earlier_decoder(run, sizes):
+    """Until commit 057487f each graph had keys and values of its own: for 512 rows, 256, 128 ... and for each capacity.
+
+    Capacities are the longest prompt and 256 tokens, in steps of 128: of 32 prompts of GSM8K that is 512 in every run, in two of
+    five also 384, in one of four 640. No run says which it met; these are the ones that the four runs' memory fits.
+    """
+    (name,) = MISSED
+    step, _, machine = ROWS[name]
+    rollouts = step.rollouts
+    one_set = rollouts.rows * (rollouts.prompt + rollouts.new)
+    tokens = (2 * rollouts.rows - 1) * sum(sizes)
+    held = memory(step, machine.is_gpu).total + (tokens - one_set) * cache_bytes(step.shape)
+    assert abs(off(held / GIB, manifest(f"smollm2-135m/{run}", None)["gib"])) < 0.1
 
 
 def row(name):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_command
 
 from posttrain import places
 from posttrain.bundled_model import WHEEL
@@ -61,6 +62,8 @@ SESSIONS = [(page, part) for page in TEXT for block in blocks(page, "console") f
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     # A make that runs these tests hands its own flags and variables down.
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "QUICK")}
+    if command[0] == sys.executable:
+        return run_command(command[1:], ROOT, environment)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 

@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_no_group_is_repeated_possessively() -> None:
     """Python before 3.11.5 lets `(?:ab?c)*+` match "a" (github.com/python/cpython/issues/106052): `(?>(?:ab?c)*)` is right."""
-    source = (ROOT / "rewards.py").read_text(encoding="utf-8")
-    assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", source) == []
+    for file in (ROOT / "rewards.py", *(ROOT / "posttrain" / "grading").glob("*.py")):
+        assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", file.read_text(encoding="utf-8")) == [], file
     assert re.findall(r"\)(?:[*+?]|\{+[0-9,]+\}+)\+", r"(?:a)*+ (?:b){{0,99}}+ (?:c)?+") == [")*+", "){{0,99}}+", ")?+"]
 
 
@@ -334,13 +334,17 @@ def seconds_to_grade(text: str, enough: float = 0.02) -> float:
     """Processor time, the least of five runs or the first below `enough`: other processes only add to it."""
     best = float("inf")
     for _ in range(5):
-        extract.cache_clear()
-        start = time.process_time()
-        grade(text, "42")
-        best = min(best, time.process_time() - start)
+        best = min(best, seconds_of_one_grade(text))
         if best < enough:
             break
     return best
+
+
+def seconds_of_one_grade(text: str) -> float:
+    extract.cache_clear()
+    start = time.process_time()
+    grade(text, "42")
+    return time.process_time() - start
 
 
 def is_quick(seconds: float) -> bool:
@@ -361,7 +365,8 @@ def repeated(unit: str, prefix: str, size: int) -> str:
 @pytest.mark.parametrize("prefix", ["", "1 ", "#### ", "the answer is "])
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_a_megabyte_is_graded_about_as_fast_as_its_digits_are_found(unit: str, prefix: str) -> None:
-    assert is_quick(seconds_to_grade(repeated(unit, prefix, 1_000_000)))
+    text = repeated(unit, prefix, 1_000_000)
+    assert any(is_quick(seconds_of_one_grade(text)) for _ in range(5))
 
 
 @pytest.mark.parametrize("unit", HOSTILE)

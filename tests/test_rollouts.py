@@ -1,6 +1,8 @@
 """What TRL gets from our rollouts and pays for them: groups in order, one prefill a group, draws by seed and step."""
 
 import itertools
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from tiny_training import by_content, pay
 import rewards
 from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as Settings
+from posttrain.generation.engines import generate
 from posttrain.models.base import load_base
 from posttrain.models.chat import chat_ids
-from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.policy_copy import GatheredCopy, PolicyCopy
 from posttrain.records import Example, read_jsonl
 from posttrain.training.rollouts import Rollouts, reward_functions
 
@@ -39,6 +42,21 @@ def repeated(questions, num_groups, size=4):
 
 def rollout(policy, tokenizer, trainer, prompts, seed=0, **settings):
     return Rollouts(policy, tokenizer, seed, Settings(**settings))(prompts, trainer)
+
+
+def test_a_gathered_copy_is_gone_after_the_rollout(settings, tokenizer, trainer, questions, monkeypatch):
+    """While a step is trained, no process holds the policy whole: graphs of decoding, which know their model, do not keep it."""
+    made = []
+
+    def generate_with_graphs(policy, *args):
+        policy.__dict__["_graphs"] = SimpleNamespace(model=policy)
+        made.append(weakref.ref(policy.model.layers[0].mlp.up_proj.weight))
+        return generate(policy, *args)
+
+    monkeypatch.setattr("posttrain.training.rollouts.generate", generate_with_graphs)
+    gathered = GatheredCopy(load_base(settings, "nf4", tokenizer))
+    rollout(gathered, tokenizer, trainer, repeated(questions, 2))
+    assert [weight() for weight in made] == [None]
 
 
 # --- what TRL gets ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_lora_linear import distance, make, run
@@ -16,15 +17,17 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GPTBigCodeConfig, OPTConfig
 
 from posttrain.config.load import load
 from posttrain.config.schema import GrpoConfig, Model, SftConfig
 from posttrain.errors import UserError
 from posttrain.kernels import lora_linear
-from posttrain.kernels.nf4 import flatten_scales
+from posttrain.kernels.nf4 import flatten_scales, layers_to_pack
 from posttrain.models.adapters import gather_sharded_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
+from posttrain.models.policy_copy import GatheredCopy, PolicyCopy
 from posttrain.runs.directory import check_machine
 from posttrain.training.callbacks import MovedShare, StopOnNonFinite
 from posttrain.training.label_head import LabelHead
@@ -108,8 +111,62 @@ def test_nf4_beside_no_adapter_is_refused(tiny_model_dir):
         base = load_base(settings, quantization, load_tokenizer(settings))
         model = get_peft_model(base, LoraConfig(target_modules=["layers.1.mlp.up_proj"]))
         shard_as_stored(SimpleNamespace(), model)  # of one process, or under DDP
-        with pytest.raises(UserError, match="layer 0 has no adapter") if refused else nullcontext():
+        with pytest.raises(UserError, match="model.layers.0 has no adapter") if refused else nullcontext():
             shard_as_stored(SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), model)
+
+
+def packed(config, target):
+    """A model whose linear layers are as a load as NF4 leaves them, but for the packing, with an adapter on some."""
+    base = AutoModelForCausalLM.from_config(config)
+    for name in layers_to_pack(base):
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, Linear4bit(*base.get_submodule(name).weight.shape[::-1]))
+    base.requires_grad_(False)
+    return get_peft_model(base, LoraConfig(target_modules=target))
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+BIG_CODE = GPTBigCodeConfig(n_embd=8, n_layer=2, n_head=2, vocab_size=9)
+OPT = OPTConfig(**SIZES, ffn_dim=8, word_embed_proj_dim=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "without"),
+    [
+        (BIG_CODE, ["c_attn"], None),
+        (BIG_CODE, r"transformer\.h\.0\..*c_attn", "transformer.h.1"),
+        (OPT, ["q_proj", "project_in"], None),
+        (OPT, ["q_proj"], "the part outside of the layers"),
+        (OPT, r".*(layers\.1\..*q_proj|project_in)", "model.decoder.layers.0"),
+    ],
+)
+def test_what_is_sent_together_is_found_in_every_family(config, target, without):
+    sharding = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    with pytest.raises(UserError, match=f"^{without} has no adapter") if without else nullcontext():
+        shard_as_stored(sharding, packed(config, target))
+
+
+def policies(tiny_model_dir, mesh, quantization, **lora):
+    """The same policy whole and sharded, as accelerate shards it."""
+    settings = Model(name_or_path=str(tiny_model_dir))
+    for is_sharded in (False, True):
+        base = load_base(settings, quantization, load_tokenizer(settings))
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(target_modules=["up_proj", "down_proj"], init_lora_weights=False, **lora))
+        for part in (*base.model.layers, [base.model.norm, base.lm_head], model) if is_sharded else ():
+            fully_shard(part, mesh=mesh)
+        yield model
+
+
+@pytest.mark.parametrize("form", [("nf4", {}), ("nf4_unpacked", {}), ("none", {}), ("none", {"use_dora": True})])
+def test_the_copy_that_generates_is_that_of_the_whole_policy(mesh, tiny_model_dir, monkeypatch, form):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    alone, shards = policies(tiny_model_dir, mesh, form[0], **form[1])
+    assert all(isinstance(p, DTensor) for p in shards.parameters())
+    wanted, copied = dict(PolicyCopy(alone).model.named_parameters()), GatheredCopy(shards).refresh()
+    assert len(wanted) == len(list(copied.parameters())) > 10
+    for name, parameter in copied.named_parameters():
+        assert not isinstance(parameter, DTensor) and torch.equal(parameter, wanted[name]), name
 
 
 def test_the_moved_share_and_the_check_for_non_numbers_read_them(mesh):
@@ -143,18 +200,27 @@ def test_what_is_saved_is_the_adapter_that_was_trained(mesh, tmp_path):
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
+MERGED = ["adapter_mode=merge_and_new", "lora={r: 4, alpha: 8, target_modules: [up_proj]}"]
+
+
 @pytest.mark.parametrize(
     "cls, name, overrides, told",
-    [(SftConfig, "sft", ["data.num_dev=4"], "data.num_dev=0"), (GrpoConfig, "grpo", [], "rollouts come from a whole copy")],
+    [
+        (SftConfig, "sft", ["lora=null", "quantization=none"], "or give lora"),
+        (GrpoConfig, "grpo", ["rollouts.engine=trl"], "or use rollouts.engine=transformers"),
+        (GrpoConfig, "grpo", ["update_tokens=2048"], "or remove it"),
+        (GrpoConfig, "grpo", MERGED, "or use rescale or continue"),
+    ],
 )
-def test_what_needs_a_whole_policy_is_refused(monkeypatch, cls, name, overrides, told):
+def test_what_needs_a_whole_model_is_refused(monkeypatch, cls, name, overrides, told):
     config = load(CONFIGS / f"{name}_tiny.yaml", overrides, cls)
     check_machine(config)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=f"FSDP shards the model: launch with configs/accelerate/ddp.yaml, {told}"):
         check_machine(config)
 
 
-def test_sft_without_dev_rows_is_not_refused(monkeypatch):
+@pytest.mark.parametrize(("cls", "name"), [(SftConfig, "sft"), (GrpoConfig, "grpo")])
+def test_training_with_dev_questions_is_not_refused(monkeypatch, cls, name):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_machine(load(CONFIGS / "sft_tiny.yaml", ["data.num_dev=0", "trainer.eval_strategy=no"], SftConfig))
+    check_machine(load(CONFIGS / f"{name}_tiny.yaml", [], cls))

@@ -165,6 +165,12 @@ FAMILIES = {
         "also stands before the answer",
     ),
     "an error": ("{{ raise_exception('no') }}", "does not take these messages (no)", "does not take these messages (no)"),
+    "another file": ("{% include 'x' %}", "does not take these messages (no loader", "does not take these messages (no loader"),
+    "a sum of text and number": (
+        "{{ 'a' + 1 }}",
+        "does not take these messages (can only",
+        "does not take these messages (can only",
+    ),
     "no Jinja": ("{% for %}", "cannot be read: line 1", "cannot be read: line 1"),
 }
 

@@ -5,12 +5,14 @@ The `trainer` block holds TRL's own keys. The installed TRL says which there are
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +45,16 @@ Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
 Tracking = Tracker | Literal["none"] | Annotated[list[Tracker], Field(min_length=1)]
 
 
+def _filled_in(path: str) -> str:
+    """A path with its `~`. What a shell or another tool would fill in besides is told: else a folder would get that name."""
+    if found := re.search(r"\$\{?[A-Za-z_]\w*\}?|\{[A-Za-z_]\w*\}", path):
+        raise PydanticCustomError("rule", "{name} is not filled in here: write it out", {"name": found[0]})
+    return os.path.expanduser(path)
+
+
+Place = Annotated[str, AfterValidator(_filled_in)]  # a path; where the Hub has such things, one of its ids
+
+
 class Need(NamedTuple):
     """What a machine or a launch must have for some setting."""
 
@@ -69,9 +81,8 @@ def _needs_trackers(tracking: Tracking) -> Iterator[Need]:
         yield Need(name, f"tracking {name} needs the package: pip install {name}, or leave it out of tracking")
 
 
-def _needs_whole_policy(what: str, remedy: str = "") -> Need:
-    launch = "launch with configs/accelerate/ddp.yaml"
-    return Need("unsharded", f"{what} come from a whole copy of the policy, and FSDP shards it: {remedy}{launch}")
+def _needs_whole_model(setting: str, why: str, remedy: str) -> Need:
+    return Need("unsharded", f"{setting} {why}, and FSDP shards the model: launch with configs/accelerate/ddp.yaml, or {remedy}")
 
 
 class Settings(BaseModel):
@@ -108,11 +119,11 @@ class Settings(BaseModel):
 
 
 class Tokenizer(Settings):
-    name_or_path: str
+    name_or_path: Place
     """A folder, or an id of the Hub. [in posttrain/models/chat.py]"""
     revision: str | None = None
     """The commit of a Hub id; null is its newest. [in posttrain/models/chat.py]"""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """A .jinja file to use in place of the tokenizer's template, or where it has none. [in posttrain/models/chat.py]"""
     template_kwargs: dict[str, bool | int | float | str] = {}
     """Arguments of the chat template, as enable_thinking: false; they are saved with the adapter.
@@ -134,7 +145,7 @@ class Model(Tokenizer):
     """How attention is computed; auto is varlen on a GPU and matmul on a CPU. [in posttrain/models/base.py]"""
     same_base: bool = False
     """true: this is the adapter's own base under another name, so the check of names and weights is left out.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_checks.py]"""
     kernels: Kernels = "auto"
     """Norm, rotary embedding and MLP: auto is Liger's on a GPU where it is installed, torch the model's own.
     [in posttrain/kernels/liger.py]"""
@@ -188,7 +199,7 @@ class Lora(Settings):
 class PassRate(Settings):
     """Keep the questions that an evaluation run over the train split solved in some samples, not in all."""
 
-    run_dir: str
+    run_dir: Place
     """An evaluation run of the train split with several samples of each question. [in posttrain/training/examples.py]"""
     low: Share = 0.1
     """Leave out questions that it solved in a smaller share of samples. [share, in posttrain/training/examples.py]"""
@@ -201,7 +212,7 @@ class PassRate(Settings):
 
 
 class TrainData(Settings):
-    path: str
+    path: Place
     """A folder that data_prep.py wrote. [in posttrain/training/examples.py]"""
     num_train: PositiveInt | None = None
     """The first so many rows of the train split; null is all. [rows, in posttrain/training/examples.py]"""
@@ -327,7 +338,7 @@ class Generation(Settings):
 
 
 class EvalData(Settings):
-    path: str
+    path: Place
     """A folder that data_prep.py wrote. [in evaluate.py]"""
     split: Literal["train", "dev", "test"] = "test"
     """Which of its splits is asked. [in evaluate.py]"""
@@ -344,7 +355,7 @@ class Prompt(Settings):
     """The user's message; {question} in it is where the question goes. [in posttrain/tasks/examples.py]"""
     num_shots: NonNegativeInt = 0
     """Solved examples before each question, with style few_shot. [examples, in posttrain/tasks/examples.py]"""
-    shots: str | None = None
+    shots: Place | None = None
     """JSONL of solved examples in GSM8K's form; null takes training rows, chosen by hash. [in posttrain/tasks/sources.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
@@ -379,12 +390,12 @@ class Answer(Settings):
     """What an answer is, and the last line of every solution. One grader follows from it for all stages (docs/answers.md)."""
 
     kind: Literal["number", "choice", "text", "expression"] = "number"
-    """What an answer is, and so when two are equal. [in posttrain/tasks/answers.py]"""
+    """What an answer is, and so when two are equal. [in posttrain/tasks/answer_kinds.py]"""
     form: str = HASHES
     """The last line of every solution: a line with {answer} in it, as `Answer: {answer}`. [in posttrain/tasks/forms.py]"""
     options: list[str] | None = None
     """The only answers there are: letters of a choice (null: A to E), or words such as yes and no.
-    [in posttrain/tasks/answers.py]"""
+    [in posttrain/tasks/answer_kinds.py]"""
 
     def problems(self) -> Iterator[tuple[KeyPath, str]]:
         before, *others = self.form.split("{answer}")
@@ -497,7 +508,7 @@ class HubSource(Mapped):
 class FilesSource(Mapped):
     kind: Literal["files"]
     """Files of any schema. [in posttrain/tasks/sources.py]"""
-    path: str | Annotated[dict[SplitName, str], Field(min_length=1)]
+    path: Place | Annotated[dict[SplitName, Place], Field(min_length=1)]
     """A file, a folder, a pattern with stars, or one of these for each split; .json, .jsonl, .csv, .tsv, .parquet,
     save_to_disk.
     [in posttrain/tasks/files.py]"""
@@ -513,7 +524,7 @@ class FilesSource(Mapped):
 class JsonlSource(Settings):
     kind: Literal["jsonl"]
     """GSM8K's two files, read byte by byte: a bad line spoils no other. [in posttrain/tasks/sources.py]"""
-    path: str
+    path: Place
     """A folder with train.jsonl and test.jsonl, rows of question and answer. [in posttrain/tasks/sources.py]"""
 
 
@@ -533,7 +544,7 @@ class GeneratorSource(Settings):
 class SvampSource(Settings):
     kind: Literal["svamp"]
     """SVAMP, as a test set. [in posttrain/tasks/sources.py]"""
-    path: str
+    path: Place
     """SVAMP.json; every row is a test row. [in posttrain/tasks/sources.py]"""
 
 
@@ -542,7 +553,7 @@ class RejectionSampledSource(Settings):
 
     kind: Literal["rejection_sampled"]
     """A policy's own right solutions of training questions. [in posttrain/tasks/sources.py]"""
-    run_dir: str
+    run_dir: Place
     """An evaluation run of the train split with several samples of each question. [in posttrain/tasks/sampled.py]"""
     max_per_question: PositiveInt = 4
     """At most so many solutions of a question. [rows, in posttrain/tasks/sampled.py]"""
@@ -578,7 +589,7 @@ class DataConfig(Settings):
 
     name: str
     """Of the data set; it begins the id of each row. [in posttrain/tasks/examples.py]"""
-    output_dir: str
+    output_dir: Place
     """The folder to write. [in data_prep.py]"""
     seed: NonNegativeInt = 0
     """Of generated questions. [in posttrain/tasks/sources.py]"""
@@ -618,14 +629,14 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """What SFT and GRPO share."""
 
-    run_dir: str
+    run_dir: Place
     """The run's folder: config, manifest, metrics, checkpoints, adapter. [in posttrain/runs/directory.py]"""
     model: Model
     """The base model. [in posttrain/models/base.py]"""
     quantization: Quantization = "nf4"
     """nf4 holds the base in 4 bits; nf4_unpacked holds the same values as bf16, faster and nearly four times as large.
     [in posttrain/models/base.py]"""
-    adapter: str | None = None
+    adapter: Place | None = None
     """What is continued: a run directory, an adapter's folder or a Hub id. [in posttrain/models/adapters.py]"""
     lora: Lora | None = None
     """The shape of a new adapter; null, and no adapter: all weights train. [in posttrain/models/adapters.py]"""
@@ -675,8 +686,7 @@ class TrainConfig(Settings):
 
     def needs(self) -> Iterator[Need]:
         if self.trains_all_weights:
-            ddp = "launch with configs/accelerate/ddp.yaml, or give lora"
-            yield Need("unsharded", f"lora null trains all weights, and that is not tried under FSDP: {ddp}")
+            yield _needs_whole_model("lora null", "trains all weights, and that is tried with whole ones alone", "give lora")
         yield from self.model.needs()
         yield from _needs_trackers(self.tracking)
         if self.trainer.get("tf32"):
@@ -688,8 +698,6 @@ class TrainConfig(Settings):
         if self.layer_graphs:
             yield _needs_cuda("layer_graphs", "set it to false")
             yield Need("one process", "layer_graphs is tried in one process alone: launch with python, or set it to false")
-        if self.data.num_dev:
-            yield _needs_whole_policy("dev accuracy", "set data.num_dev=0, or ")
 
     def less_memory(self, batch_size: int | None = None) -> str:
         """Overrides with which an optimizer step has the same rows, fewer of them at once."""
@@ -738,12 +746,12 @@ class GrpoConfig(TrainConfig):
     With `adapter: null` it starts from the model itself: a new adapter (`lora`), or all of its weights (`lora: null`).
     """
 
-    adapter: str | None
+    adapter: Place | None
     """What GRPO starts from: a run directory, an adapter's folder or a Hub id; null: the model itself.
     [in posttrain/models/adapters.py]"""
     adapter_mode: Literal["continue", "rescale", "merge_and_new"] = "continue"
     """continue its adapter, rescale it to lora.alpha, or merge it into the base under a new one.
-    [in posttrain/models/adapters.py]"""
+    [in posttrain/models/adapter_modes.py]"""
     rewards: Rewards = Rewards()
     """What a completion is paid for, and how much: further keys are rewards by name (docs/rewards.md).
     [in posttrain/training/rollouts.py]"""
@@ -796,14 +804,23 @@ class GrpoConfig(TrainConfig):
             yield Need("vllm", "trainer.use_vllm needs the package: pip install 'posttrain[vllm]' on a GPU machine, or remove it")
         if self.curriculum:
             yield Need("one process", "curriculum draws questions in one process: launch with python alone, or remove curriculum")
-        yield _needs_whole_policy("rollouts")
+        if self.rollouts.engine == "trl":
+            yield _needs_whole_model(
+                "rollouts.engine trl", "generates with the model that trains", "use rollouts.engine=transformers"
+            )
+        if self.update_tokens:
+            yield _needs_whole_model("update_tokens", "cuts each process's rows into parts of its own", "remove it")
+        if self.adapter_mode == "merge_and_new":
+            yield _needs_whole_model(
+                "adapter_mode merge_and_new", "writes a merged base in every process", "use rescale or continue"
+            )
         yield from super().needs()
 
 
 class EvalConfig(Settings):
     """evaluate.py"""
 
-    run_dir: str
+    run_dir: Place
     """The run's folder; {adapter} in it becomes the name of the adapter's run, or base. [in posttrain/runs/directory.py]"""
     name: str | None = None
     """The label in the report; null is the folder's name. [in evaluate.py]"""
@@ -811,7 +828,7 @@ class EvalConfig(Settings):
     """The base model. [in posttrain/models/base.py]"""
     quantization: Quantization = "nf4"
     """How the base is held: see quantization of the trainings. [in posttrain/models/base.py]"""
-    adapter: str | None = None
+    adapter: Place | None = None
     """A run directory, an adapter's folder or a Hub id; null is the base alone. [in posttrain/models/adapters.py]"""
     data: EvalData
     """Which questions are asked. [in evaluate.py]"""

@@ -6,7 +6,9 @@ fault. Faults are collected and not raised: the reader wants all of them at once
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +87,9 @@ class Document:
             node = _compose(text)
         except NotYaml as error:
             return self.fault(path, str(error), COMMAND_LINE)
+        if _cut_by_comment(node, text):
+            quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+            return self.fault(path, f"YAML takes the # for the begin of a comment: quote the value, {quoted}", COMMAND_LINE)
         parent[path[-1]] = self._build(node, path, COMMAND_LINE) if node else None
 
     def refuse_passwords(self) -> None:
@@ -174,6 +179,12 @@ def read(path: Path | str) -> Document:
     document = Document()
     document.values = document._build(node, ()) or {}
     return document
+
+
+def _cut_by_comment(node: Node | None, text: str) -> bool:
+    """Whether a # has ended the value of an override: "End with #### and the number" would be "End with"."""
+    plain = isinstance(node, ScalarNode) and node.style is None
+    return bool((node is None or plain) and re.search(r"(?:\A|\s)#", text))
 
 
 def _compose(text: str) -> Node | None:

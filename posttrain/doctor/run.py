@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from posttrain.config.load import ConfigError, load
 from posttrain.config.schema import DataConfig, EvalConfig, GrpoConfig, SftConfig, trackers_of
 from posttrain.doctor.findings import Check, Finding
+from posttrain.places import looks_local
 from posttrain.tracking import knows_wandb
 
 RunConfig: TypeAlias = SftConfig | GrpoConfig | EvalConfig
@@ -62,7 +63,7 @@ def tokenizer(config: DataConfig) -> Iterator[Finding]:
 
 def base(config: RunConfig) -> Iterator[Finding]:
     """Config, tokenizer and template, which a gated model gives to nobody without a token. Weights are not downloaded."""
-    from posttrain.models.chat import load_tokenizer, looks_local
+    from posttrain.models.chat import load_tokenizer
     from posttrain.models.checkpoint import check_base, check_rows_for, skeleton
     from posttrain.models.special_tokens import template_specials
 

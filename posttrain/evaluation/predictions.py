@@ -29,7 +29,7 @@ from posttrain.records import (
 )
 from posttrain.runs.contents import completions_sha256
 from posttrain.runs.process import num_processes, process_index
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 
 PARTS = "predictions.part*.jsonl"
 GATHERED = "predictions.jsonl"

@@ -20,7 +20,7 @@ from posttrain.export.runtimes import Answers, Runtime
 from posttrain.generation.guard import BOUNDS, difference
 from posttrain.models.chat import chat_ids, chat_text
 from posttrain.records import Example, Prediction, sha256_text
-from posttrain.tasks.answers import Grader
+from posttrain.tasks.graders import Grader
 
 NUM_COMPARED = 32  # questions whose answers are compared token by token
 NUM_TOKENS = 2048  # of those answers, at most: the logits of each are kept, 1.2 GB of them at a vocabulary of 150,000

@@ -33,6 +33,9 @@ ARCHITECTURES = {
 # llama.cpp has the order of layers with a window in its code (src/models/gemma*.cpp), one with full attention in so many.
 WINDOW_PERIODS = {"GEMMA2": 2, "GEMMA3": 6}
 ROPES = ("default", "linear", "llama3", "yarn")
+# YaRN's own settings that are not written. llama.cpp takes these values, which are transformers' where a config has none.
+YARN = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+BIASED = ("LLAMA", "QWEN2")  # llama.cpp reads the biases of attention in these
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -45,22 +48,34 @@ def check_architecture(config: Any, class_name: str) -> str:
     arch = ARCHITECTURES.get(class_name)
     if arch is None:
         raise UserError(f"{class_name} is not written as GGUF, only {', '.join(ARCHITECTURES)} are: use --format merged")
+    why = next(_computed_otherwise(config, arch), None)
+    if why:
+        raise UserError(f"this {class_name} has {why}, which llama.cpp's {arch.lower()} does not compute: use --format merged")
+    return arch
+
+
+def _computed_otherwise(config: Any, arch: str) -> Iterator[str]:
+    """What of this config llama.cpp leaves out, or has otherwise in its code."""
     kinds = list(getattr(config, "layer_types", None) or [])
     period = WINDOW_PERIODS.get(arch)
     expected = [
         "sliding_attention" if period and (layer + 1) % period else "full_attention" for layer in range(config.num_hidden_layers)
     ]
+    if kinds and kinds != expected:
+        yield "windows in other layers"
     scalar = getattr(config, "query_pre_attn_scalar", None)
-    rope = _rope(config).get("rope_type", "default")
-    why = (
-        "windows in other layers" if kinds and kinds != expected
-        else f"query_pre_attn_scalar {scalar}" if scalar not in (None, _head_dim(config))
-        else f"positions of type {rope}" if rope not in ROPES
-        else None
-    )  # fmt: skip
-    if why:
-        raise UserError(f"this {class_name} has {why}, which llama.cpp's {arch.lower()} does not compute: use --format merged")
-    return arch
+    if scalar not in (None, _head_dim(config)):
+        yield f"query_pre_attn_scalar {scalar}"
+    rope = _rope(config)
+    if (kind := rope.get("rope_type", "default")) not in ROPES:
+        yield f"positions of type {kind}"
+    yield from (f"positions with {key} {rope[key]}" for key in YARN if rope.get(key) not in (None, YARN[key]))
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    # Gemma's is GELU by tanh there. The exact one, in the first Gemma's config, differs from it by less than fp16 rounds.
+    if activation not in (("gelu", "gelu_pytorch_tanh") if arch.startswith("GEMMA") else ("silu", "swish")):
+        yield f"the activation {activation}"
+    if getattr(config, "attention_bias", False) and arch not in BIASED:
+        yield "biases in its attention"
 
 
 def _head_dim(config: Any) -> int:
@@ -71,6 +86,13 @@ def _rope(config: Any) -> dict[str, Any]:
     """The positions of the layers with full attention."""
     values = dict(config.rope_parameters or {})
     return dict(values.get("full_attention", values))
+
+
+def check_writable(weights: FoldedWeights) -> None:
+    """Refuse before a weight is read what `write_gguf` would refuse. UserError: an architecture, or a tensor without a place."""
+    arch = check_architecture(weights.config, type(weights.plain).__name__)
+    for _ in _entries(weights, arch, torch.float16):
+        pass
 
 
 def write_gguf(weights: FoldedWeights, tokenizer: PreTrainedTokenizerBase, file: Path, name: str, dtype: torch.dtype) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.models.checkpoint import INDEX, WHOLE
 from posttrain.models.folded import FoldedWeights, Tensor
+from posttrain.models.special_tokens import generation_config, special_roles
 
 PART_BYTES = 2**29  # of one file. Writing takes twice that of memory, and twice the largest tensor: safetensors copies a part
 
@@ -47,20 +48,12 @@ def in_parts(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
 
 
 def _write_configs(weights: FoldedWeights, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    config, settings = weights.config, weights.settings
+    config = weights.config
     config.architectures, config.dtype = [type(weights.plain).__name__], weights.dtype
-    try:
-        generation = GenerationConfig.from_pretrained(settings.name_or_path, revision=settings.revision)
-    except OSError:  # the base has none
-        generation = GenerationConfig()
-    for one in (config, generation):
-        one.eos_token_id, one.pad_token_id, one.bos_token_id = (
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            tokenizer.bos_token_id,
-        )
+    for name, token in special_roles(tokenizer).items():
+        setattr(config, name, token)
     config.save_pretrained(folder)
-    generation.save_pretrained(folder)
+    generation_config(tokenizer).save_pretrained(folder)
 
 
 def load_merged(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -94,10 +95,10 @@ class LlamaCpp:
         self.stop_id = stop_id
         library.llama_backend_init()
         self.threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        with _silent():
+        with _silent() as said:
             self.model = library.llama_model_load_from_file(os.fsencode(file), library.llama_model_default_params())
             if not self.model:
-                raise UserError(f"llama.cpp does not load {file}: see what `llama-cli -m {file}` says")
+                raise UserError(f"llama.cpp does not load this model as GGUF ({_last_line(said)}): use --format merged")
             settings = library.llama_context_default_params()
             settings.n_ctx, settings.n_seq_max = AT_ONCE * (-(-context // 256) * 256), AT_ONCE
             settings.n_batch = AT_ONCE * context
@@ -185,15 +186,21 @@ def quantize(source: Path, target: Path, quant: str) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without what llama.cpp's C code prints to file descriptors 1 and 2."""
-    null, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(1), os.dup(2)]
-    try:
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        yield
-    finally:
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-        os.close(null)
+def _silent() -> Iterator[BinaryIO]:
+    """What llama.cpp's C code prints to file descriptors 1 and 2 goes into the file that this gives."""
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as said:
+        try:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            yield said
+        finally:
+            for number, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, number)
+                os.close(old)
+
+
+def _last_line(said: BinaryIO) -> str:
+    said.seek(0)
+    lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it does not say why"

@@ -40,7 +40,7 @@ from posttrain.hub.card import (
 from posttrain.hub.predictions import message_of, prediction_files, repo_of
 from posttrain.hub.variants import holds, read_variants
 from posttrain.lineage import LINEAGE
-from posttrain.models.chat import looks_local
+from posttrain.places import looks_local
 from posttrain.records import sha256_file
 from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS, check_adapter
 from posttrain.runs.manifest import EXPORT, PUBLIC_MANIFEST, Manifest, lineage, model_sha256, read_manifest

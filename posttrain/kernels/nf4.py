@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from posttrain.kernels.sharded import whole
+
 
 def packed_linears(model: nn.Module) -> dict[str, nn.Module]:
     import bitsandbytes
@@ -19,10 +21,10 @@ def base_weight(module: nn.Module) -> torch.Tensor:
     """The weight that a linear layer's forward uses, (out_features, in_features), unpacked if it is NF4."""
     import bitsandbytes
 
-    weight = module.weight
+    weight = whole(module.weight.data)
     if isinstance(module, bitsandbytes.nn.Linear4bit):
-        return bitsandbytes.functional.dequantize_4bit(weight.data, _state(module)).to(module.compute_dtype or weight.dtype)
-    return weight.data
+        return bitsandbytes.functional.dequantize_4bit(weight, _state(module)).to(module.compute_dtype or weight.dtype)
+    return weight
 
 
 def layers_to_pack(model: PreTrainedModel) -> list[str]:

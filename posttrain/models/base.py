@@ -22,7 +22,7 @@ from posttrain.kernels import attention  # noqa: F401  # registers the names wit
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import packed_linears, unpack_nf4
 from posttrain.models.chat import from_hub
-from posttrain.models.checkpoint import weights_hash
+from posttrain.models.checkpoint import check_loaded, weights_hash
 from posttrain.models.special_tokens import align_special_tokens
 from posttrain.runs.process import is_sharded
 
@@ -50,7 +50,7 @@ def load_base(
         # FSDP2 shards only floating-point tensors, so the packed bytes are stored under a float dtype.
         bnb_4bit_quant_storage=getattr(torch, settings.dtype) if is_sharded() else torch.uint8,
     )
-    model = from_hub(
+    model, loading = from_hub(
         AutoModelForCausalLM,
         settings,
         dtype=getattr(torch, settings.dtype),
@@ -58,7 +58,9 @@ def load_base(
         device_map={"": to},
         quantization_config=packed if quantization != "none" else None,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    check_loaded(settings, loading["missing_keys"])
     if auto and model.config._attn_implementation == "sdpa":  # a model without SDPA loads as eager: leave it so
         model.set_attn_implementation(fastest_attention(to))
     for module in packed_linears(model).values():

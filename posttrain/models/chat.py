@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
 from posttrain.models.network import look_for_hub
 from posttrain.models.templates import argument_names, pin_arguments, pin_date
-from posttrain.places import found
+from posttrain.places import found, looks_local
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 # Llama-3 ships a token for right padding. With the end token as padding, whatever masks padding would mask the end, too.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
+# What transformers raises at a config.json or a tokenizer that it cannot make sense of.
+UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError)
 WITHOUT_SYSTEM = "put the system prompt into prompt.instruction (data_prep: prompt.system=null)"
 # What a template of a family has in it -> the one in configs/templates/ that can be trained on.
 TEMPLATES = {
@@ -38,7 +43,8 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: PreTrainedTokenizerBase = from_hub(AutoTokenizer, settings)
-    except ValueError as error:  # neither tokenizer.json nor what transformers makes one of
+    except UNREADABLE as error:  # neither tokenizer.json nor what transformers makes one of
+        config_of(settings)
         raise UserError(
             f"{settings.name_or_path} has no tokenizer: download the model whole, or copy its tokenizer.json and "
             "tokenizer_config.json there"
@@ -61,7 +67,10 @@ def load_tokenizer(settings: Tokenizer) -> PreTrainedTokenizerBase:
 def _read_template(file: Path) -> str:
     if not file.is_file():
         raise UserError(f"no chat template at {file}: check model.chat_template (relative to the working directory)")
-    return file.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8 ({error}): convert it, or choose another model.chat_template") from error
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -147,7 +156,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
 
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # what its own expressions raise
         way = f"{WITHOUT_SYSTEM}, or " if messages[0]["role"] == "system" else ""
         raise UserError(f"the chat template does not take these messages ({error}): {way}{pin_hint(tokenizer)}") from error
 
@@ -174,7 +183,8 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
     if not looks_local(name):
         look_for_hub()
     try:
-        return auto_class.from_pretrained(name, revision=settings.revision, **kwargs)
+        # Never code out of a model's folder: transformers would ask on a terminal whether to run it.
+        return auto_class.from_pretrained(name, revision=settings.revision, trust_remote_code=False, **kwargs)
     except OSError as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
             raise UserError(
@@ -182,12 +192,27 @@ def from_hub(auto_class: Any, settings: Tokenizer, **kwargs: Any) -> Any:
             ) from error
         if isinstance(error.__cause__, RepositoryNotFoundError):
             raise UserError(f"{name} is not on the Hub, or is private: check model.name_or_path and HF_TOKEN") from error
+        if looks_local(name):
+            raise UserError(f"{name} cannot be read ({str(error).splitlines()[0]}): get a whole copy of the model") from error
         raise UserError(
             f"{name} could not be loaded: no copy in the local cache and the Hub did not answer. "
             f"Connect to the network, or set model.name_or_path to a local folder ({str(error).splitlines()[0]})"
         ) from error
 
 
-def looks_local(name: str) -> bool:
-    """Whether a name means a folder on this disk and not an `owner/name` on the Hub."""
-    return Path(name).exists() or name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") != 1
+def config_of(settings: Tokenizer) -> PreTrainedConfig:
+    """The config of a model.
+
+    Raises:
+        UserError: it cannot be reached, is damaged, or of a family that this transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = from_hub(AutoConfig, settings)
+    except UNREADABLE as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{settings.name_or_path}: transformers cannot read its config.json ({why}): get a whole copy, or another model"
+        ) from error
+    return config

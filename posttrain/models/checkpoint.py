@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from posttrain.config.schema import Model, Tokenizer
 from posttrain.errors import UserError
-from posttrain.models.chat import from_hub
+from posttrain.models.chat import config_of
 from posttrain.models.special_tokens import template_specials
+from posttrain.records import read_object
 
+WHOLE_COPY = "get a whole copy of the model, with its own config.json"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def skeleton(settings: Tokenizer) -> PreTrainedModel:
     """The base without weights: names and shapes of its layers, in milliseconds."""
-    config = from_hub(AutoConfig, settings)
+    config = config_of(settings)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -48,6 +51,7 @@ def check_base(settings: Model, quantization: str, tokenizer: PreTrainedTokenize
     _check_files(settings)
     _check_form(settings, quantization)
     base = skeleton(settings)
+    _check_tensors(settings, base)
     check_rows_for(base, tokenizer, [template_specials(tokenizer), [tokenizer.pad_token_id]])
     return base
 
@@ -67,7 +71,7 @@ def _check_files(settings: Model) -> None:
 
 
 def _check_form(settings: Model, quantization: str) -> None:
-    form = getattr(from_hub(AutoConfig, settings), "quantization_config", None)
+    form = getattr(config_of(settings), "quantization_config", None)
     if form is None:
         return
     values = form if isinstance(form, dict) else form.to_dict()
@@ -80,6 +84,37 @@ def _check_form(settings: Model, quantization: str) -> None:
         f"{settings.name_or_path} is quantized ({method}): only NF4 and unquantized checkpoints are loaded; "
         "set model.name_or_path to the unquantized original"
     )
+
+
+def _check_tensors(settings: Model, base: PreTrainedModel) -> None:
+    """Refuse files that lack a tensor: transformers would draw it at random, with a warning. And a cut-off file, or other shapes.
+
+    Families whose tensors are stored otherwise than the model has them, as experts one by one, are left to `check_loaded`.
+    """
+    there: dict[str, tuple[int, ...]] = {}
+    for file in checkpoint_files(settings):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                there |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{file} cannot be read ({error}): get a whole copy of the model") from error
+    if get_model_conversion_mapping(base, add_legacy=False):
+        return
+    prefix = f"{base.base_model_prefix}."  # a model without its head is stored without it
+    found = {name.removeprefix(prefix): shape for name, shape in there.items()}
+    packed = any(name.endswith(".absmax") for name in there)
+    for name, parameter in base.named_parameters():
+        shape = found.get(name.removeprefix(prefix))
+        if shape is None or (shape != tuple(parameter.shape) and not packed):
+            other = f"has {name} as {shape}, where its config.json says {tuple(parameter.shape)}"
+            what = f"has no tensor {name}" if shape is None else other
+            raise UserError(f"{settings.name_or_path} {what}: {WHOLE_COPY}")
+
+
+def check_loaded(settings: Model, missing: Iterable[str]) -> None:
+    """Refuse a loaded model of which tensors were drawn at random, for its files lack them."""
+    if lacking := sorted(missing):
+        raise UserError(f"{settings.name_or_path} has no tensor {lacking[0]} ({len(lacking)} are missing): {WHOLE_COPY}")
 
 
 def check_rows_for(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> None:
@@ -117,7 +152,7 @@ def check_context(base: PreTrainedModel, longest: int, new: int, key: str) -> No
 def checkpoint_files(settings: Tokenizer) -> list[Path]:
     """The safetensors files of a checkpoint, in a folder or in the Hub's cache."""
     if index := _file(settings, INDEX):
-        names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted({*read_object(index, "get a whole copy of the model")["weight_map"].values()})
     else:
         names = [WHOLE]
     return [file for name in names if (file := _file(settings, name))]

@@ -28,7 +28,7 @@ from posttrain.kernels.nf4 import layers_to_pack, through_nf4
 from posttrain.models.adapter_kinds import ADAPTER_FILE, NEED_WEIGHTS, check_tensors, read_adapter_config
 from posttrain.models.base import device
 from posttrain.models.checkpoint import checkpoint_files, skeleton
-from posttrain.models.policy_copy import _has_a_matrix_of_its_own, _merged_layer, is_plain_lora, live_module
+from posttrain.models.policy_copy import _merged_layer, is_plain_lora, live_module, unties
 
 # How a LoRA may begin that leaves the base's weights alone. PiSSA and its like take from the base what they begin with.
 INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -90,7 +90,7 @@ class FoldedWeights:
     def _unties(self) -> bool:
         """Whether the adapter gives one end of the model a matrix of its own."""
         base = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
-        return any(_has_a_matrix_of_its_own(end) for end in (base.get_input_embeddings(), base.get_output_embeddings()))
+        return unties(base.get_input_embeddings(), base.get_output_embeddings())
 
     @torch.no_grad()
     def read(self, tensor: Tensor) -> torch.Tensor:
@@ -115,12 +115,10 @@ class FoldedWeights:
                 merged: torch.Tensor = adapter.get_merged_weights(adapter.active_adapters)
             return merged
         if not isinstance(module, BaseTunerLayer):
-            own = module._parameters[key]
-            assert own is not None
-            return weight if _is_placeholder(own) else own  # or a trained copy of the whole module
+            return _trained_or(module, key, weight)
         if is_plain_lora(module):
             if key != "weight":
-                return weight
+                return _trained_or(module.get_base_layer(), key, weight)
             for name in module.active_adapters:
                 weight = weight.float() + module.get_delta_weight(name).float()
             return weight
@@ -128,8 +126,9 @@ class FoldedWeights:
 
     def _merged(self, module: Any, owner: str, key: str) -> torch.Tensor:
         """What PEFT makes of a layer's tensor that is more than W + scale * B @ A."""
+        layer = module.get_base_layer()
         own = {name: tensor for tensor in self.tensors for prefix, _, name in [tensor.name.rpartition(".")] if prefix == owner}
-        with _holding(module.get_base_layer(), {name: self._base(tensor) for name, tensor in own.items()}):
+        with _holding(layer, {name: _trained_or(layer, name, self._base(tensor)) for name, tensor in own.items()}):
             merged = _merged_layer(module)._parameters[key]
         assert merged is not None
         return merged
@@ -171,6 +170,13 @@ def _on_placeholders(base: PreTrainedModel, folder: Path) -> PeftModel:
     check_tensors(folder, model)
     peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), low_cpu_mem_usage=True)
     return model.eval()
+
+
+def _trained_or(module: nn.Module, key: str, weight: torch.Tensor) -> torch.Tensor:
+    """What the adapter's file holds of the base's own tensor, as a bias or a whole copied module, or `weight`."""
+    own = module._parameters[key]
+    assert own is not None
+    return weight if _is_placeholder(own) else own
 
 
 def _is_placeholder(parameter: torch.Tensor) -> bool:

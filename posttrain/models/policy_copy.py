@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import base_weight, packed_linears
+from posttrain.kernels.sharded import whole
 from posttrain.models.base import base_of, compute_dtype
 
 
@@ -74,8 +75,7 @@ class PolicyCopy:
         """One matrix for both ends where the policy has one. An adapter of one end alone unties them."""
         if not base.config.tie_word_embeddings:
             return
-        ends = (base.get_input_embeddings(), base.get_output_embeddings())
-        if any(_has_a_matrix_of_its_own(end) for end in ends):
+        if unties(base.get_input_embeddings(), base.get_output_embeddings()):
             self.model.config.tie_word_embeddings = False
         else:
             self.model.tie_weights()  # fold trained token rows into one matrix, not into two
@@ -96,6 +96,20 @@ class PolicyCopy:
                 elif tensor is not None:
                     module._parameters[key].data.copy_(tensor)
         return self.model
+
+
+class GatheredCopy:
+    """`PolicyCopy` of a model that FSDP2 shards: each `refresh` gathers a whole one, which is gone with who uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.source = model
+
+    def refresh(self) -> PreTrainedModel:
+        """All processes must call this."""
+        return PolicyCopy(self.source).model
+
+
+Copy: TypeAlias = PolicyCopy | GatheredCopy
 
 
 def live_module(base: nn.Module, name: str) -> nn.Module:
@@ -126,6 +140,9 @@ def _merged_layer(layer: Any) -> nn.Module:
     if layer.disable_adapters:
         return layer.get_base_layer()
     merged = copy.deepcopy(layer).float()
+    for module in merged.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            module._parameters[key] = nn.Parameter(whole(parameter.data), parameter.requires_grad)
     plain = merged.get_base_layer()
     adds_bias = any(getattr(layer, "lora_bias", {}).values()) or hasattr(layer, "beft_bias")
     if adds_bias and plain.bias is None:
@@ -151,12 +168,19 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) or hasattr(module, "token_adapter") or bool(packed_linears(module))
 
 
-def _has_a_matrix_of_its_own(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not hasattr(module, "token_adapter")
+def unties(first: nn.Module, head: nn.Module) -> bool:
+    """Whether an adapter makes two matrices of the one at both ends of a tied model.
+
+    Trained token rows of both ends are one matrix only where PEFT has tied them, which it does if both name the same rows.
+    """
+    rows: list[Any] = [getattr(end, "token_adapter", None) for end in (first, head)]
+    if None not in rows:
+        return rows[1].tied_adapter is not rows[0]
+    return any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in (first, head))
 
 
 def _shared_tensor(module: nn.Module, key: str) -> torch.Tensor:
-    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else module._parameters[key].data
+    return base_weight(module) if key == "weight" and isinstance(module, nn.Linear) else whole(module._parameters[key].data)
 
 
 def _folded_weight(module: nn.Module) -> torch.Tensor:
@@ -165,5 +189,5 @@ def _folded_weight(module: nn.Module) -> torch.Tensor:
     weight = base_weight(_base_layer(module))
     if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
         for name in module.active_adapters:
-            weight = weight.float() + module.get_delta_weight(name).float()
+            weight = weight.float() + whole(module.get_delta_weight(name)).float()
     return weight

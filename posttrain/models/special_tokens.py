@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from posttrain.config.schema import Lora
@@ -62,10 +62,20 @@ def base_embedding(model: nn.Module) -> torch.Tensor:
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the model's config and its generation config the tokenizer's stop, pad and begin token."""
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config = generation_config(tokenizer)
+    for name, token in special_roles(tokenizer).items():
+        setattr(model.config, name, token)
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The three tokens, and nothing of the base's own: a run says itself how it samples, a penalty of the base's is in no
+    measurement, and transformers refuses to save settings that contradict each other (a temperature without do_sample).
+    """
+    return GenerationConfig(**special_roles(tokenizer))
+
+
+def special_roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
 
 
 def check_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,9 +11,10 @@ from typing import Any, cast
 from posttrain.config.schema import FORM_CUES, DataConfig
 from posttrain.errors import UserError
 from posttrain.records import Example, Message
-from posttrain.tasks.answers import NUMBERS, Grader, grader_of
+from posttrain.tasks.answers import grader_of
 from posttrain.tasks.forms import BOX, Form
 from posttrain.tasks.generated import GENERATED_KINDS
+from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.tasks.gsm8k import count_steps, solution_text
 from posttrain.tasks.made import MADE_KINDS
 from posttrain.tasks.rows import Row, asked, unit_hash
@@ -45,10 +46,11 @@ def in_form(row: Row, grader: Grader = NUMBERS) -> Row:
     """
     if row.problem:
         return row
+    stated = row.answer
     if row.gold is not None:
         row = dataclasses.replace(row, answer=worked(row.answer, row.gold, grader))
     solution = solution_text(row.answer, "strip")
-    if contrary := contrary_gold(solution, row.gold, grader):
+    if contrary := contrary_gold(solution, row.gold, grader) or contrary_words(stated, row.gold, grader):
         return dataclasses.replace(row, problem=contrary)
     if (gold := gold_or_none(solution, grader)) is None or grader.has_format(solution):
         return row
@@ -94,6 +96,20 @@ def contrary_gold(solution: str, gold: str | None, grader: Grader = NUMBERS) -> 
     if gold is None or stated is None or (given is not None and grader.equal(stated, given)):
         return ""
     return f"the solution ends in {grader.form.write(stated)}, and the row's answer is {gold.strip()[:60]!r}"
+
+
+def contrary_words(solution: str, gold: str | None, grader: Grader) -> str:
+    """A solution whose last line says in words or in a box what the answer is, "The answer is 18.", must say the row's own.
+
+    Texts and expressions are left out: there "The answer is the red house." says "red house" in other words.
+    """
+    if gold is None or grader.canonical(gold) is None or not (grader.kind == "number" or hasattr(grader, "options")):
+        return ""
+    last = solution.rstrip().rpartition("\n")[2]
+    said = grader.grade(last, gold)
+    if said.value is None or said.correct or said.method not in ("phrase", "boxed"):
+        return ""
+    return f"the solution's last line says {said.value}, and the row's answer is {gold.strip()[:60]!r}: {last[-60:]!r}"
 
 
 def gold_or_none(solution: str, grader: Grader) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.records import sha256_text
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.tasks.rows import Row, bare_words
 
 HUB_ID = "openai/gsm8k"

@@ -8,7 +8,6 @@ from typing import Any
 
 from posttrain.config.schema import HubSource
 from posttrain.errors import UserError
-from posttrain.models.network import look_for_hub
 from posttrain.tasks.files import arrow_table, is_saved
 from posttrain.tasks.rows import Table
 
@@ -33,6 +32,8 @@ def load_hub(source: HubSource) -> Mapping[str, Any]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    from posttrain.models.network import look_for_hub
 
     if is_saved(Path(source.repo_id)):
         raise UserError(f"{source.repo_id} is a folder of save_to_disk: use `source: {{kind: files, path: {source.repo_id}}}`")

@@ -11,8 +11,9 @@ from posttrain.errors import UserError
 from posttrain.records import Example, Prediction, read_jsonl, read_rows
 from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import read_manifest
-from posttrain.tasks.answers import NUMBERS, Grader, grader_of
+from posttrain.tasks.answers import grader_of
 from posttrain.tasks.examples import gold_problem
+from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.tasks.rows import Row, asked
 
 

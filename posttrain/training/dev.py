@@ -10,18 +10,18 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from posttrain.console import answering, close_bars, say
+from posttrain.console import answering, say
 from posttrain.evaluation.stats import wilson
 from posttrain.generation.engines import generate
 from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Sampling
 from posttrain.generation.steps import release_graphs
 from posttrain.models.chat import chat_ids
-from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.policy_copy import Copy, PolicyCopy
 from posttrain.phases import phase
 from posttrain.records import Example
 from posttrain.runs.process import is_main_process
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 
 
 def dev_accuracy(
@@ -29,7 +29,7 @@ def dev_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     dev: list[Example],
     max_new_tokens: int,
-    copy: PolicyCopy | None = None,
+    copy: Copy | None = None,
     guard: EngineGuard | None = None,
     grader: Grader = NUMBERS,
 ) -> dict[str, float]:
@@ -79,7 +79,6 @@ class DevAccuracy(TrainerCallback):
 
     def _run(self, state: Any) -> None:
         self.last_step = state.global_step
-        close_bars()  # there is one bar at a time
         began = time.monotonic()
         row = self.measure()
         self.seconds_each = time.monotonic() - began

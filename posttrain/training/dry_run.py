@@ -12,7 +12,7 @@ from posttrain.console import dimmed
 from posttrain.errors import UserError
 from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.training import examples, planner, plans
 from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
 from posttrain.training.planner import Machine, Memory, Shape, Step

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 
@@ -279,13 +279,22 @@ def shard_as_stored(state: Any, model: nn.Module) -> None:
             "FSDP2 cannot shard an embedding of which rows are trained: launch with configs/accelerate/ddp.yaml, "
             "or set lora.train_special_tokens=never where the base knows its template's tokens"
         )
-    for number, layer in enumerate(base_of(model).base_model.layers):
-        if packed_linears(layer) and not any(p.requires_grad for p in layer.parameters()):
+    base = base_of(model)
+    adapted = {sent_with(base, name) for name, p in base.named_parameters() if p.requires_grad}
+    for part in (sent_with(base, name) for name in packed_linears(base)):
+        if part not in adapted:
             raise UserError(
-                f"layer {number} has no adapter, and under FSDP2 NF4 weights beside none lose bits on the way: "
+                f"{part} has no adapter, and under FSDP2 NF4 weights beside none lose bits on the way: "
                 "name modules of every layer in lora.target_modules, or use quantization=nf4_unpacked"
             )
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def sent_with(base: PreTrainedModel, name: str) -> str:
+    """The decoder layer that FSDP2 sends a module or parameter with, whatever the family calls it, or the rest of the model."""
+    parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
+    layers = (parent for parent in parents if type(base.get_submodule(parent)).__name__ in base._no_split_modules)
+    return next(layers, "the part outside of the layers")
 
 
 def trains_tokens(model: nn.Module) -> bool:

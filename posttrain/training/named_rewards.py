@@ -30,7 +30,7 @@ from posttrain.config.messages import did_you_mean
 from posttrain.config.schema import Reward, Rewards, is_own_reward
 from posttrain.errors import UserError
 from posttrain.records import COLUMNS, Example, Message, column, columns_of, sha256_file
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 
 Function = Callable[..., Any]  # returns a list of numbers, or a coroutine of one
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # by TRL, beside the columns

@@ -16,7 +16,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback, Tra
 
 from posttrain.config.load import load
 from posttrain.config.schema import MODEL_FOLDER, EvalConfig, TrainConfig
-from posttrain.console import close_bars, duration, is_drawn, open_bar
+from posttrain.console import Bar, duration
 from posttrain.places import ROOT, as_typed
 from posttrain.records import read_rows
 from posttrain.runs.directory import Run
@@ -30,7 +30,8 @@ class Progress(TrainerCallback):
 
     def __init__(self, run: Run, dev: DevAccuracy | None) -> None:
         self.run, self.dev = run, dev
-        self.bar: Any = None
+        self.bar: Bar | None = None
+        self.in_step = 0.0  # the share of this step's micro-batches that are done
         self.began = time.monotonic()
         self.steps_and_seconds = [(0, 0.0)]  # at each logged row, the time of dev questions left out
 
@@ -46,13 +47,20 @@ class Progress(TrainerCallback):
             f"{state.max_steps} steps of {global_batch(args)} {of}{on}{dev}; all numbers: {self.run.folder}/metrics.jsonl"
         )
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and not args.disable_tqdm and not is_drawn(self.bar):  # dev questions took it away
-            self.bar = open_bar(state.max_steps, "step", state.global_step)
+        if not args.disable_tqdm:
+            self.bar = Bar(state.max_steps, "steps", state.global_step)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_step += 1 / args.gradient_accumulation_steps
+        self._show(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.in_step = 0.0
+        self._show(state)
+
+    def _show(self, state: Any) -> None:
+        if self.bar:
+            self.bar.show(state.global_step + self.in_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -67,7 +75,8 @@ class Progress(TrainerCallback):
             self.run.say(f"{_at(state)}  loss on dev rows {logs['eval_loss']:.4g}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        close_bars(self.bar)
+        if self.bar:
+            self.bar.close()
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began - (self.dev.seconds if self.dev else 0.0)

@@ -16,10 +16,11 @@ from posttrain.config.schema import Rollouts as RolloutSettings
 from posttrain.generation.engines import generate
 from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Completion, Sampling
+from posttrain.generation.steps import release_graphs
 from posttrain.models.chat import chat_ids
-from posttrain.models.policy_copy import PolicyCopy
+from posttrain.models.policy_copy import Copy, GatheredCopy
 from posttrain.phases import phase
-from posttrain.tasks.answers import NUMBERS, Grader
+from posttrain.tasks.graders import NUMBERS, Grader
 
 Reward = Callable[..., list[float]]
 
@@ -33,7 +34,7 @@ class Rollouts:
 
     def __init__(
         self,
-        copy: PolicyCopy,
+        copy: Copy,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         settings: RolloutSettings,
@@ -57,6 +58,8 @@ class Rollouts:
         with phase("fold"):
             policy = self.copy.refresh()
         generated = generate(policy, ids, sampling, self.tokenizer, batch_size, self.engine)
+        if isinstance(self.copy, GatheredCopy):
+            release_graphs(policy)  # they know the copy that knows them, and would keep it for a while
         flat = [completion for group in generated.completions for completion in group]
         self._report(trainer, time.perf_counter() - started, flat, generated.num_slots)
         return {

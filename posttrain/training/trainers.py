@@ -361,7 +361,8 @@ class GRPO(MasterWeights, GRPOTrainer):
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.layer_graphs and torch.is_grad_enabled():
             result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
-        elif self.args.gradient_checkpointing or width < 2:  # checkpointed layers keep no keys and values to share
+        elif self.args.gradient_checkpointing or self.is_fsdp_enabled or width < 2:
+            # Checkpointed layers keep no keys and values to share, and FSDP2 gathers a layer for what it returns alone.
             result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
         elif self._shared:
             shared, rows = self._shared
