@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.config.schema import Engine
 from posttrain.console import answering
 from posttrain.errors import UserError
-from posttrain.generation import decoder, seats
+from posttrain.generation import decoder, seats, vllm_engine
 from posttrain.generation.loop import Completion, Sampling, decode_batch, prepare_to_decode
 from posttrain.kernels.packed_linear import packed_weights
 
@@ -59,13 +58,17 @@ def rows_at_once(model: PreTrainedModel, num_tokens: int, num_processes: int = 1
 
     It counts the memory that the machine has, not what happens to be free: the same machine always gets the same batches.
     """
+    on_gpu = model.device.type == "cuda"
+    memory = memory_bytes(model.device) // (1 if on_gpu else num_processes)
+    return min(512 if on_gpu else 128, max(1, memory // 3 // (bytes_per_token(model) * num_tokens)))
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Of keys and values, in all layers."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # GPT-NeoX groups no heads
-    per_token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-    on_gpu = model.device.type == "cuda"
-    memory = memory_bytes(model.device) // (1 if on_gpu else num_processes)
-    return min(512 if on_gpu else 128, max(1, memory // 3 // (per_token * num_tokens)))
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -183,28 +186,16 @@ def _just_enough(inputs: Sequence[Sequence[int]], max_new_tokens: int) -> Contin
 
 
 def _vllm_engine(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, batches: Sequence[Batch]) -> Iterator[Finished]:
-    """vLLM on a folder with the merged weights. It gets all batches at once, and its own scheduler orders them."""
+    """vLLM gets all batches at once, and its own scheduler orders them."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("engine vllm needs vLLM: pip install 'posttrain[vllm]' on a GPU machine, or use engine=transformers")
-    import vllm
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        engine = vllm.LLM(folder, dtype=str(model.dtype).removeprefix("torch."), seed=sampling.seed)
-    settings = vllm.SamplingParams(
-        n=sampling.num_samples, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-        stop_token_ids=[tokenizer.eos_token_id], seed=sampling.seed, logprobs=0,
-    )  # fmt: skip
     order = [i for _, indices in batches for i in indices]
-    outputs = engine.generate([{"prompt_token_ids": list(prompts[i])} for i in order], settings)
-    yield Finished(order, [[_from_vllm(sample) for sample in output.outputs] for output in outputs])
-
-
-def _from_vllm(sample: Any) -> Completion:
-    ids = list(sample.token_ids)
-    logprobs = [entry[token].logprob for token, entry in zip(ids, sample.logprobs or [], strict=False)]
-    return Completion(ids, "stop" if sample.finish_reason == "stop" else "length", logprobs)
+    if not order:
+        return
+    longest = max(len(prompts[i]) for i in order) + sampling.max_new_tokens
+    rows = min(rows_at_once(model, longest), len(order) * sampling.num_samples)
+    room = vllm_engine.Room(rows, longest, bytes_per_token(model), memory_bytes(model.device))
+    yield Finished(order, vllm_engine.complete(model, prompts, order, sampling, tokenizer, room))
 
 
 def _as_completion(ids: list[int], stop_id: int) -> Completion:

@@ -13,12 +13,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
 from posttrain.models.chat import config_of
+from posttrain.runs.process import num_processes
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_engine(settings: Model, engine: str, remedy: str) -> None:
-    """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names."""
+    """Raises UserError, with the remedy in it, if `engine` would compute another model than `settings` names, or cannot start."""
+    number = num_processes()
+    if engine == "vllm" and number > 1:  # each would start it on the first GPU
+        raise UserError(f"engine vllm runs in one process, and there are {number}: start the script with python; {remedy}")
     config = config_of(settings)
     if reason := why_not(config, engine):
         raise UserError(f"engine {engine} cannot decode {settings.name_or_path}: {reason}; {remedy}")
