@@ -1,5 +1,7 @@
 """Rollouts in 8 bits: products against those of the rounded weights, what a copy decodes, and how what it drew is weighed."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -63,7 +65,8 @@ def test_a_row_of_zeros_and_a_weight_of_zeros_give_zeros():
 def policy(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.bfloat16)
+        # a copy: transformers notes the dtype in the config, which other tests share
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name]), dtype=torch.bfloat16)
         targets = ["q_proj", "v_proj", "down_proj"]
         model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     return model
