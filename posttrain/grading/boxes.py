@@ -13,8 +13,10 @@ MAX_BOX_CHARS = 300  # of a box are read
 DRESS = r"""\\(?:(?:math|text|operatorname)(?:bf|it|rm|sf|tt|normal)?|emph|bm|boldsymbol|bf|rm|it|f?box(?:ed)?|[mh]box|underline
     |[Ll]arge|LARGE|[Hh]uge|displaystyle|left|right|[Bb]igg?[lr]?|q?quad|approx|therefore|implies|[Rr]ightarrow|to)(?![A-Za-z])"""
 BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])")
-# A word or a unit in a box; a letter alone is an unknown, if it is not a unit or a label such as "(B)".
-_IN_BOX = rf"""(?>(?: \s | {DRESS} | \\[,;:!%$#&{{}} ()\[\]\\] | [{SIGNS}{{}}()\[\].,;:：*_`~'"’”“‘%％°/…。，（）]
+# A word or a unit in a box; a letter alone is an unknown, if it is not a unit or a label such as "(B)". A point that begins a
+# decimal (.5) is of the number; in "No.5" it ends a word.
+_IN_BOX = rf"""(?>(?: \s | {DRESS} | \\[,;:!%$#&{{}} ()\[\]\\]
+    | (?!(?<![A-Za-z])\.[0-9])[{SIGNS}{{}}()\[\].,;:：*_`~'"’”“‘%％°/…。，（）]
     | \^\{{?(?:\\circ|°)\}}? | (?<![A-Za-z])[mghlLsCFKJNWVAB](?![A-Za-z0-9]) | [A-Za-z](?=[):])
     | (?:(?<=[A-Za-z])|(?<=[A-Za-z]\}}))(?:\^\{{?[23]\}}?|[²³])
     | -(?=[A-Za-z]) | (?!(?:sqrt|log|ln|sin|cos|tan|exp|pi|mod|root|[abijnuvwxyz]{{1,3}})(?![A-Za-z]))
