@@ -48,22 +48,29 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="make gpu-tests, on a machine with a GPU"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_names():
+    """What transformers' modules hold that Liger puts its own in, noted before a fixture of any scope has loaded a model."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from posttrain.kernels.liger import MODEL_TYPES
+
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in MODEL_TYPES]
+    return [(module, dict(vars(module))) for module in modules]
+
+
 @pytest.fixture(autouse=True)
-def plain_models(request):
+def plain_models(request, own_names):
     """After a test on a GPU, models are transformers' own again.
 
     Liger puts its classes and functions in the place of transformers' for the whole process, and they run on a GPU alone.
     """
-    if not request.node.get_closest_marker("gpu"):
-        yield
-        return
-    from posttrain.kernels.liger import MODEL_TYPES
-
-    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in MODEL_TYPES]
-    own = [dict(vars(module)) for module in modules]
     yield
-    for module, names in zip(modules, own, strict=True):
-        vars(module).update(names)
+    if request.node.get_closest_marker("gpu"):
+        for module, names in own_names:
+            vars(module).update(names)
 
 
 CHATML = """{%- for message in messages -%}
