@@ -4,7 +4,9 @@ The fuzz run is marked slow; `-s` shows its slowest string, POSTTRAIN_FUZZ=... c
 """
 # ruff: noqa: RUF001 (the characters are meant)
 
+import gzip
 import heapq
+import json
 import os
 import random
 import re
@@ -466,3 +468,13 @@ def test_standard_library_only() -> None:
     without_packages = [sys.executable, "-I", "-S", "-c", code]
     done = subprocess.run(without_packages, capture_output=True, text=True, check=True)
     assert done.stdout == "4\n"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "results").glob("*/*/predictions.jsonl.gz")), ids=lambda file: "/".join(file.parts[-3:-1])
+)
+def test_published_completions_are_read_as_they_were(file: Path) -> None:
+    """A change of the grader that changes a published verdict is published with it: `evaluate.py --regrade`."""
+    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
+    answers = [extract(row["completion"]) for row in rows]
+    assert [(row["value"], row["method"]) for row in rows] == [(answer.value, answer.method) for answer in answers]
