@@ -282,7 +282,7 @@ def test_what_fails_leaves_nothing(sft, tmp_path, monkeypatch):
     ("change", "line"),
     [
         ({"exit": "interrupted at step 1 of 3"}, r"is not finished \(interrupted at step 1 of 3\)"),
-        ({"stage": "eval"}, "is a run of stage eval: only adapters are pushed"),
+        ({"stage": "eval"}, "is a run of stage eval, which has no adapter: give one of sft_train.py"),
     ],
 )
 def test_a_run_without_a_result_is_refused(sft, tmp_path, change, line):

@@ -845,7 +845,7 @@ REFUSED = {
     "no run": (lambda run: shutil.rmtree(run), "holds no run"),
     "an interrupted run": (change_manifest(exit="running"), r"is not finished \(running\)"),
     "a failed run": (change_manifest(exit="failed: OutOfMemoryError"), "--resume"),
-    "an evaluation": (change_manifest(stage="eval"), "only adapters are pushed"),
+    "an evaluation": (change_manifest(stage="eval"), "which has no adapter: give one of sft_train.py or grpo_train.py"),
     "only a pickle": (drop("adapter/adapter_model.safetensors"), "has no adapter_model.safetensors"),
     "no adapter config": (drop("adapter/adapter_config.json"), "has no adapter_config.json"),
     "weights of another run": (other_weights, "is not what .* finished with"),

@@ -199,7 +199,8 @@ def local_release(folder: Path, run_dir: Path, manifest: Manifest) -> Release:
 
 def check_finished(run_dir: Path, manifest: Manifest) -> None:
     if manifest.stage not in STAGES:
-        raise UserError(f"{run_dir} is a run of stage {manifest.stage}: only adapters are pushed")
+        adapters = "give one of sft_train.py or grpo_train.py"
+        raise UserError(f"{run_dir} is a run of stage {manifest.stage}, which has no adapter: {adapters}")
     if manifest.exit != "ok":
         raise UserError(f"{run_dir} is not finished ({manifest.exit}): finish it with --resume, then push")
     if manifest.all_weights:
