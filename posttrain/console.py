@@ -61,6 +61,7 @@ class Bar(Progress):
         self.speed_estimate_period = 600  # seconds: rich's 30 are less than a step may take
         self.add_task(unit, total=total, completed=done)
         self.start()
+        self.refresh()  # rich leaves a bar within another to the next tick of the outer one
         _bars.append(self)
 
     def show(self, done: float, doing: str = "") -> None:

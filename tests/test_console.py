@@ -100,6 +100,14 @@ def test_no_line_is_glued_to_a_bar_and_no_bar_is_left(num_bars):
     assert screen.is_left_as_it_was()
 
 
+def test_a_bar_within_another_is_seen_however_short_its_work_is():
+    with terminal() as screen:
+        outer, inner = Bar(10, "steps"), Bar(4, "questions")
+        inner.close()
+        outer.close()
+    assert "0/10 steps" in screen.plain() and "0/4 questions" in screen.plain()
+
+
 def test_a_command_that_fails_leaves_no_bar():
     with terminal() as screen, pytest.raises(ValueError), answering(3):
         raise ValueError
