@@ -164,7 +164,9 @@ def test_a_merge_without_its_scale_is_caught(sft, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == command.CHANGED
-    last = capsys.readouterr().out.splitlines()[-1]
+    *lines, last = capsys.readouterr().out.splitlines()
+    waits = [f"the {whose} answers 3 questions in transformers, at most 8 tokens each" for whose in ("policy", "artefact")]
+    assert [line for line in lines if "answers 3" in line] == waits
     assert last.startswith("export: merged is not the model that training measured: its weights are not the policy's")
     said = json.loads((tmp_path / "merged" / "fidelity.json").read_text())
     assert said["kl_mean"] > 0 and said["same_weights"] is False

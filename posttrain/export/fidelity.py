@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from posttrain.console import answering, say
 from posttrain.evaluation.comparison import compare
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.export.runtimes import Answers, Runtime
@@ -39,13 +40,19 @@ class Measured:
 
 def measure(policy: Runtime, examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Measured:
     prompts = [chat_ids(tokenizer, example.prompt, add_generation_prompt=True) for example in examples]
-    answers = policy.answer(prompts, max_new_tokens)
+    answers = _answers(policy, "policy", prompts, max_new_tokens)
     room, logits = NUM_TOKENS, list[torch.Tensor]()
     for prompt, answer in zip(prompts[:NUM_COMPARED], answers.tokens, strict=False):
         if room:
             logits.append(policy.logits(prompt, answer[:room]))
             room -= len(logits[-1])
     return Measured(examples, prompts, answers, logits, max_new_tokens)
+
+
+def _answers(runtime: Runtime, name: str, prompts: list[list[int]], max_new_tokens: int) -> Answers:
+    say(f"the {name} answers {len(prompts):,} questions in {runtime.name}, at most {max_new_tokens} tokens each")
+    with answering(len(prompts)):
+        return runtime.answer(prompts, max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ def ask(artefact: Runtime, measured: Measured, tokenizer: PreTrainedTokenizerBas
     """Ask an artefact what the policy was asked."""
     texts = [chat_text(tokenizer, example.prompt, add_generation_prompt=True) for example in measured.examples]
     same_prompts = all(artefact.tokenize(text) == ids for text, ids in zip(texts, measured.prompts, strict=True))
-    answers = artefact.answer(measured.prompts, measured.max_new_tokens)
+    answers = _answers(artefact, "artefact", measured.prompts, measured.max_new_tokens)
     return Said(artefact.name, same_prompts, answers, _token_by_token(measured, artefact))
 
 
