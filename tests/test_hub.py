@@ -745,15 +745,15 @@ def test_a_download_answers_as_the_run_does(runs, tmp_path, tiny_model_dir):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     manifest, weights = folder / "training_manifest.json", weights_hash(Model(name_or_path=str(tiny_model_dir)))
     record = json.loads(manifest.read_text())
-    there, here = run("posttrain.chat", runs / "local_run", *question), run("posttrain.chat", folder, *question)
+    there, here = run("posttrain.chat.command", runs / "local_run", *question), run("posttrain.chat.command", folder, *question)
     assert (there.code, here.code) == (0, 2) and "name it with --base" in here.err
-    here = run("posttrain.chat", folder, "--base", tiny_model_dir, *question)
+    here = run("posttrain.chat.command", folder, "--base", tiny_model_dir, *question)
     assert here.out.split("\n", 1)[1] == there.out.split("\n", 1)[1]
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "me/tiny-base"}))
     for recorded, code in ((weights, 0), ("e" * 16, 2)):  # under another name, the hash of the base decides
         manifest.write_text(json.dumps(record | {"model": record["model"] | {"weights": recorded}}))
-        assert run("posttrain.chat", folder, "--base", tiny_model_dir, *question).code == code
+        assert run("posttrain.chat.command", folder, "--base", tiny_model_dir, *question).code == code
 
 
 # --- the card beside the run's own files ----------------------------------------------------------------------------

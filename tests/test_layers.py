@@ -70,7 +70,7 @@ COMMANDS = (
     "posttrain.config.__main__",
     "posttrain.doctor.__main__",
     "posttrain.__main__",
-    "posttrain.chat",
+    "posttrain.chat.__main__",
     "posttrain.lineage",
     "posttrain.plan",
     "posttrain.gguf_model",
