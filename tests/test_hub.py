@@ -26,7 +26,7 @@ from posttrain.hub.reading import read_release
 from posttrain.hub.redaction import portable, refuse_private_text
 from posttrain.hub.release import Base, Request
 from posttrain.hub.repository import all_files
-from posttrain.lineage import lineage_of
+from posttrain.lineage.command import lineage_of
 from posttrain.models.checkpoint import weights_hash
 from posttrain.records import sha256_file
 from posttrain.runs.data_sets import data_entry

@@ -71,7 +71,7 @@ COMMANDS = (
     "posttrain.doctor.__main__",
     "posttrain.__main__",
     "posttrain.chat.__main__",
-    "posttrain.lineage",
+    "posttrain.lineage.__main__",
     "posttrain.plan",
     "posttrain.gguf_model",
     "posttrain.export.__main__",

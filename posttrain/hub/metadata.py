@@ -51,7 +51,7 @@ def scored(release: Release) -> list[Evaluation]:
 
 
 def legacy_result(evaluation: Evaluation) -> Any:
-    """The result as the head of a card has it , in `model-index`."""
+    """The result as the head of a card has it, in `model-index`."""
     from huggingface_hub import EvalResult
 
     data = evaluation.manifest.data

@@ -16,7 +16,7 @@ from posttrain.hub.card import model_card
 from posttrain.hub.metadata import eval_results_yaml
 from posttrain.hub.redaction import VOCABULARIES, portable
 from posttrain.hub.release import Base, Files, Release
-from posttrain.lineage import LINEAGE
+from posttrain.lineage.origins import LINEAGE
 from posttrain.records import sha256_file
 from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS
 from posttrain.runs.manifest import EXPORT, PUBLIC_MANIFEST, Manifest, lineage

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.lineage import sha256_in, short
+from posttrain.lineage.files import sha256_in, short
 from posttrain.records import read_object, sha256_file
 from posttrain.runs.integrity import NOT_READ
 from posttrain.runs.manifest import EXPORT, Manifest
