@@ -88,7 +88,8 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     from posttrain.records import columns_of
     from posttrain.training.before import Ready, check_grpo, check_trainer, max_completion_length
     from posttrain.training.examples import load_examples
-    from posttrain.training.named_rewards import named_rewards, try_rewards
+    from posttrain.training.named_rewards import named_rewards
+    from posttrain.training.reward_trial import try_rewards
     from posttrain.training.room import check_room
 
     check_machine(config)

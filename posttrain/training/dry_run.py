@@ -14,9 +14,10 @@ from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
 from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.training import examples, planner, plans
-from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
+from posttrain.training.named_rewards import NamedReward, named_rewards
 from posttrain.training.planner import Machine, Memory, Shape, Step
 from posttrain.training.plans import gib
+from posttrain.training.reward_trial import try_rewards
 
 
 def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:

@@ -38,7 +38,7 @@ def _weight_or_block(value: Any) -> str:
     return "block" if isinstance(value, dict | Reward) else "weight"
 
 
-BUILT_IN_REWARDS = ("overlong", "repetition", "tags")  # beside the two that grade (posttrain/training/named_rewards.py)
+BUILT_IN_REWARDS = ("overlong", "repetition", "tags")  # beside the two that grade (training/built_in_rewards.py)
 
 
 class Rewards(Settings):
