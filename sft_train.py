@@ -44,7 +44,7 @@ def main() -> None:
     grader = grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_sft_dry_run
-        from posttrain.training.planner import find_machine
+        from posttrain.training.machines import find_machine
 
         return show_sft_dry_run(config, grader, find_machine(args.gpu) if args.gpu else None)
     check_reusable(config, config.run_dir, args.resume)

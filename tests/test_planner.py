@@ -8,22 +8,9 @@ from statistics import fmean, median
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.training.planner import (
-    GIB,
-    MACHINES,
-    Rollouts,
-    Shape,
-    Step,
-    cache_bytes,
-    evaluation_seconds,
-    fastest_that_fits,
-    find_machine,
-    fits,
-    memory,
-    named,
-    padded,
-    seconds,
-)
+from posttrain.training.fitting import fastest_that_fits, fits
+from posttrain.training.machines import GIB, MACHINES, find_machine, named
+from posttrain.training.planner import Rollouts, Shape, Step, cache_bytes, evaluation_seconds, memory, padded, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 H100, CPU = MACHINES["h100"], MACHINES["cpu"]
