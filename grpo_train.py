@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from posttrain.records import Example
     from posttrain.tasks.graders import Grader
     from posttrain.training.before import Ready
-    from posttrain.training.trainers import GRPO
+    from posttrain.training.grpo_trainer import GRPO
 
 OTHER_ENGINE = "let transformers' own `generate` make the completions, rollouts.engine=trl"
 NO_DEV = "and no dev accuracy, data.num_dev=0"
@@ -162,9 +162,9 @@ def make_trainer(
     from posttrain.training.callbacks import Samples, UnmetRewards, add_callbacks
     from posttrain.training.curriculum import Curriculum
     from posttrain.training.dev import dev_accuracy
+    from posttrain.training.grpo_trainer import GRPO
     from posttrain.training.named_rewards import gated_columns, named_rewards
     from posttrain.training.rollouts import Rollouts, reward_functions
-    from posttrain.training.trainers import GRPO
 
     grader = grader_of(run.manifest.data.get("answer"))
     named = named_rewards(config.rewards, max_completion_length(config), columns_of(train))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from posttrain.models.policy import Policy
     from posttrain.records import Example
     from posttrain.training.before import Ready
-    from posttrain.training.trainers import SFT
+    from posttrain.training.sft_trainer import SFT
 
 NO_DEV = "train without dev accuracy, data.num_dev=0"
 
@@ -145,7 +145,7 @@ def make_trainer(
     from posttrain.training.before import dev_tokens, told_in_one_line
     from posttrain.training.callbacks import add_callbacks
     from posttrain.training.dev import dev_accuracy
-    from posttrain.training.trainers import SFT
+    from posttrain.training.sft_trainer import SFT
 
     if config.compile:
         compile_layers(model)

@@ -1,30 +1,4 @@
-"""TRL's two trainers with what this project changes in them. This file and masters.py, which both trainers share, hold every
-override of TRL's internals.
-
-1. Master weights. Both trainers cast the adapter of a quantized model to bf16 (trl 1.16: sft_trainer.py and
-   grpo_trainer.py, "the PEFT adapter weights are converted to bf16"). Here the adapter stays fp32, bit for bit as it was given.
-2. Output head. On CPU TRL's fused head scores every position, prompt included, and multiplies back in fp32
-   (trl/trainer/utils.py, `add_fused_lm_head`: "every position is scored instead"). With trained token rows TRL's head fails on
-   every device: it asks PEFT's TrainableTokensWrapper for `bias`. In both cases ours scores the labelled positions, in bf16.
-3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names. That misses
-   `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), and KL would not start at 0.
-4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all. Ours are sorted
-   by length, and each micro-batch is cut to its own longest.
-5. Shared prompts. TRL runs the prompt again for every completion. Ours runs each prompt once for all completions of an optimizer
-   step, or of a micro-batch if a step has more prompts than a micro-batch has rows. Without a gradient, a GPU scores several
-   micro-batches at once.
-6. TRL's own generation (rollouts.engine trl). TRL runs it outside autocast, where bf16 activations do not fit fp32 masters. Here
-   it runs inside. TRL's continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
-7. Adapted layers. posttrain/kernels/lora_linear.py computes what PEFT's layers do in a third of the operations.
-8. FSDP2. It sends weights as they are stored: otherwise NF4 packed into bf16 loses bits. Checkpoints hold the adapter alone, and
-   each process reads them back: accelerate's gathering fails on packed weights, and its reading never ends.
-9. Time. `_generate_and_score_completions` is wrapped to be timed, nothing else.
-10. Where a run ends and goes on. transformers trains a step more where the last checkpoint is inside an epoch (`_run_epoch`), and
-   calls a training finished that something stopped (`_maybe_log_save_evaluate`). TRL saves neither a generation window nor the
-   row that it has yet to log (`_save_checkpoint`, `_load_optimizer_and_scheduler`), and repeats the order of the first epoch.
-When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for time, in
-test_resume.py for the last, for the others in the files of the training tests.
-"""
+"""TRL's GRPOTrainer with what this project changes in it: the head of posttrain/training/__init__.py lists it."""
 
 from __future__ import annotations
 
@@ -34,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer, SFTTrainer
+from trl import GRPOTrainer
 
 from posttrain.errors import UserError
 from posttrain.phases import phase
@@ -56,7 +30,7 @@ from posttrain.training.before import token_ids
 from posttrain.training.curriculum import Curriculum, Group, Window
 from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
-from posttrain.training.packing import as_packed, check_packing, num_rows, parts_of_groups, prompt_groups
+from posttrain.training.packing import as_packed, parts_of_groups, prompt_groups
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -65,59 +39,6 @@ SCORED_AT_ONCE = {"cpu": 1, "cuda": 4}
 # Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each micro-batch, and
 # `top_entropy_quantile` is a quantile of each micro-batch.
 SPLIT_INVARIANT_LOSSES = ("grpo", "dr_grpo", "dapo")
-
-
-class SFT(MasterWeights, SFTTrainer):
-    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed, and what an optimizer step is made of."""
-
-    _packing_checked = False
-    _rows = 0  # that this process has trained on since the last logged row
-    _logged = (0, 0)  # optimizer steps and tokens at the last logged row
-
-    def carried(self) -> dict[str, Any]:
-        return super().carried() | {"rows": self._rows, "logged": self._logged}
-
-    def carry_on(self, carried: dict[str, Any]) -> None:
-        super().carry_on(carried)
-        self._rows, self._logged = carried["rows"], carried["logged"]
-
-    def packed_sizes(self) -> tuple[int, int]:
-        return self.args.per_device_train_batch_size * self.args.max_length, self.args.max_length
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self._rows += sum(num_rows(batch) for batch in batches)
-        return batches, items
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else starts autocast
-            self.check_head_once(inputs)
-            self._check_packing_once(inputs)
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
-        if "attention_mask" in inputs:  # packed rows have none, and no padding
-            self.log_useful_slots(inputs["attention_mask"])
-        return result
-
-    def _check_packing_once(self, inputs: dict[str, Any]) -> None:
-        if not self._packing_checked and "cu_seq_lens_q" in inputs and num_rows(inputs) > 1:
-            self._packing_checked = True
-            with torch.compiler.set_stance("force_eager"):
-                check_packing(self.model, inputs, self.model.get_base_model().dtype)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for mode in ("train", "eval"):
-            if any(math.isnan(value) for value in self._metrics[mode].get("entropy", [])):
-                del self._metrics[mode]["entropy"]
-        steps = self.state.global_step - self._logged[0]
-        if self.model.training and steps > 0:
-            rows = self.accelerator.reduce(torch.tensor(self._rows, device=self.accelerator.device))
-            self.report("update/rows", int(rows) / steps)
-            self.report("update/tokens", (self._total_train_tokens - self._logged[1]) / steps)
-            self._rows, self._logged = 0, (self.state.global_step, self._total_train_tokens)
-        super().log(logs, start_time)
 
 
 class GRPO(MasterWeights, GRPOTrainer):
