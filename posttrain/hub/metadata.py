@@ -9,6 +9,8 @@ from posttrain.hub.release import Evaluation, Release
 from posttrain.tasks import gsm8k
 from posttrain.tasks.answers import noun_of, where_strict
 
+EVAL_RESULTS = ".eval_results/gsm8k.yaml"
+
 
 def metadata(release: Release) -> str:
     """The YAML between the `---` of a card."""
@@ -67,7 +69,7 @@ def legacy_result(evaluation: Evaluation) -> Any:
 
 
 def eval_results_yaml(evaluation: Evaluation) -> str:
-    """.eval_results/gsm8k.yaml, which the Hub shows on the pages of model and benchmark (hub-docs, eval-results)."""
+    """The text of EVAL_RESULTS, which the Hub shows on the pages of model and benchmark (hub-docs, eval-results)."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from ruamel.yaml import YAML
 

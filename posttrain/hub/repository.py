@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.config.schema import MODEL_FOLDER
 from posttrain.errors import UserError
 from posttrain.hub.card import model_card
-from posttrain.hub.metadata import eval_results_yaml
+from posttrain.hub.metadata import EVAL_RESULTS, eval_results_yaml
 from posttrain.hub.redaction import VOCABULARIES, portable
 from posttrain.hub.release import Base, Files, Release
 from posttrain.lineage.origins import LINEAGE
@@ -22,7 +22,6 @@ from posttrain.runs.integrity import CONFIG, NOT_READ, WEIGHTS
 from posttrain.runs.manifest import EXPORT, PUBLIC_MANIFEST, Manifest, lineage
 from posttrain.tasks.prompts import PROMPT_FILE, prompt_form
 
-EVAL_RESULTS = ".eval_results/gsm8k.yaml"
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 

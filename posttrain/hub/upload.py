@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from posttrain.hub.metadata import EVAL_RESULTS
 from posttrain.hub.redaction import without_secrets
 from posttrain.hub.release import Files
-from posttrain.hub.repository import EVAL_RESULTS
 from posttrain.runs.manifest import EXPORT
 from posttrain.tasks.prompts import PROMPT_FILE
 
