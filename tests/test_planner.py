@@ -10,7 +10,16 @@ import pytest
 from posttrain.errors import UserError
 from posttrain.training.fitting import fastest_that_fits, fits
 from posttrain.training.machines import GIB, MACHINES, find_machine, named
-from posttrain.training.planner import Rollouts, Shape, Step, cache_bytes, evaluation_seconds, memory, padded, seconds
+from posttrain.training.planner import (
+    Rollouts,
+    Shape,
+    Step,
+    cache_bytes,
+    evaluation_seconds,
+    memory,
+    padded,
+    seconds,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 H100, CPU = MACHINES["h100"], MACHINES["cpu"]
