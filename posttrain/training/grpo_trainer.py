@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,16 +88,20 @@ class GRPO(MasterWeights, GRPOTrainer):
         self._to_weigh: dict[str, Any] | None = None  # a part of a micro-batch, until its log-probabilities are there
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
+        self._check_settings()
+        copy_to_reference(self.model, reference_is_base)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that TRL takes and under which this trainer would compute something else."""
         if self.use_transformers_continuous_batching:
             raise UserError(
                 "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
                 "use rollouts.engine=continuous_batching, which runs on a copy"
             )
-        if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+        if self.skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
-        if update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+        if self.update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("update_tokens: entropy terms are of a whole micro-batch and not of its parts: remove one of the two")
-        copy_to_reference(self.model, reference_is_base)
 
     def packed_sizes(self) -> tuple[int, int]:
         prompts = token_ids(self.processing_class, list(self.train_dataset["prompt"]), add_generation_prompt=True)
@@ -286,43 +290,53 @@ class GRPO(MasterWeights, GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        score = super()._get_per_token_logps_and_entropies
-        width = input_ids.shape[1] - logits_to_keep
+        trl_score, width = super()._get_per_token_logps_and_entropies, input_ids.shape[1] - logits_to_keep
+
+        def score(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, size: int | None = None) -> Any:
+            return trl_score(model, ids, mask, keep, size, *args, **kwargs)
+
         if self.label_head:  # nobody reads the reference's entropy, which costs passes over all of its logits
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.layer_graphs and torch.is_grad_enabled():
-            result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
-        elif self.layer_graphs and model is self.model:  # the reference and the old policy, a part of the update at a time
-            parts = self._packed_parts(input_ids[:, :width], attention_mask[:, :width], attention_mask[:, width:])
-            scores = [
-                score(as_packed(model, width), input_ids[rows], attention_mask[rows], logits_to_keep, None, *args, **kwargs)
-                for rows in parts
-            ]
-            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+            result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep)
+        elif self.layer_graphs and model is self.model:
+            result = self._score_packed(score, model, input_ids, attention_mask, width)
         elif self.args.gradient_checkpointing or self.is_fsdp_enabled or width < 2:
             # Checkpointed layers keep no keys and values to share, and FSDP2 gathers a layer for what it returns alone.
-            result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+            result = score(model, input_ids, attention_mask, logits_to_keep, batch_size)
         elif self._shared:
             shared, rows = self._shared
-            result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+            result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size)
         else:
-            size = batch_size or len(input_ids)
-            if not torch.is_grad_enabled():
-                size *= SCORED_AT_ONCE[input_ids.device.type]
-            shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
-            with self.accelerator.autocast():  # TRL begins it only within `score`
-                shared.run(size)
-            scores, parts = [], rows_by_length(attention_mask[:, width:], size)
-            for rows in parts:
-                keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
-                ids, mask = (whole[rows, : width + keep] for whole in (input_ids, attention_mask))
-                scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
-            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+            result = self._score_sharing_prompts(score, model, input_ids, attention_mask, width, batch_size or len(input_ids))
         self._last_logps = result[0].detach()
         if self._to_weigh is not None:
             self._weigh(self._to_weigh, self._last_logps)
             self._to_weigh = None
         return result
+
+    def _score_packed(
+        self, score: Callable[..., Any], model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, ...]:
+        """By the reference or the old policy, packed as in the update, a part of it at a time. Prompts are `width` wide."""
+        parts, longest = self._packed_parts(ids[:, :width], mask[:, :width], mask[:, width:]), ids.shape[1] - width
+        scores = [score(as_packed(model, width), ids[rows], mask[rows], longest) for rows in parts]
+        return tuple(in_row_order(column, parts, longest) for column in zip(*scores, strict=True))
+
+    def _score_sharing_prompts(
+        self, score: Callable[..., Any], model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, width: int, size: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Each prompt is run once for its completions, and those are scored `size` rows at a time, of like length."""
+        if not torch.is_grad_enabled():
+            size *= SCORED_AT_ONCE[ids.device.type]
+        shared = SharedPrompts(model, ids[:, : width - 1], mask[:, : width - 1])
+        with self.accelerator.autocast():  # TRL begins it only within `score`
+            shared.run(size)
+        scores, parts = [], rows_by_length(mask[:, width:], size)
+        for rows in parts:
+            keep = max(1, int(mask[rows, width:].sum(1).max()))
+            scores.append(score(shared.scorer(rows), ids[rows, : width + keep], mask[rows, : width + keep], keep))
+        return tuple(in_row_order(column, parts, ids.shape[1] - width) for column in zip(*scores, strict=True))
 
     def _weigh(self, inputs: dict[str, Any], logps: torch.Tensor) -> None:
         """Weigh each token's advantage, which TRL reads after this: its loss is linear in it, and KL has none."""
