@@ -20,7 +20,6 @@ from posttrain.training.dev import DevAccuracy
 from posttrain.training.masters import MasterWeights
 from posttrain.training.progress import use_own_progress
 
-
 COUNTED_AT_ONCE = 2**22  # entries
 
 

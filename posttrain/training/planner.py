@@ -122,6 +122,7 @@ class Step:
     fused: bool = True  # Liger's norm, rotary embedding and MLP
     fast_adapter: bool = True
     probabilities: bool = False  # attention keeps them, as by matrix products on a CPU
+    moments: float = 8  # bytes that the optimizer keeps of a trained parameter: Adam's two in fp32
     rollouts: Rollouts | None = None
 
     @property
@@ -165,7 +166,7 @@ class Memory:
     """Bytes at the peak of a step, by what they are for."""
 
     weights: float
-    optimizer: float  # fp32 weights, gradients and Adam's moments of what is trained
+    optimizer: float  # fp32 weights, gradients and the optimizer's moments of what is trained
     activations: float
     logits: float  # of GRPO's completions, where the head keeps them
     rollouts: float  # the copy that generates, with its keys and values
@@ -191,7 +192,7 @@ def memory(step: Step, on_gpu: bool) -> Memory:
         cache = rollouts.rows * places * cache_bytes(shape) + copy_bytes(step)
         reference = 4.0 * (shape.linear + shape.embedding) if step.all_weights and rollouts.reference else 0.0
     process = 0.0 if on_gpu else CPU_PROCESS
-    return Memory(weights, 16 * step.trained, activation_bytes(step), logits, cache, reference, process)
+    return Memory(weights, (8 + step.moments) * step.trained, activation_bytes(step), logits, cache, reference, process)
 
 
 def cache_bytes(shape: Shape) -> int:
