@@ -99,6 +99,7 @@ class Rollouts:
     reference: bool  # KL to a reference: a further pass
     group: int  # completions of a question
     width: float = 2  # bytes of a weight of the copy, but for its head's
+    cached: float = 2  # bytes of an entry of keys and values
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def memory(step: Step, on_gpu: bool) -> Memory:
         logits = step.rows_at_once * rollouts.new * shape.vocab * 4 if on_gpu and not step.replayed else 0.0
         places = rollouts.prompt + rollouts.new
         places = math.ceil(places / 64) * 64 if rollouts.seats else places
-        cache = rollouts.rows * places * cache_bytes(shape) + copy_bytes(step)
+        cache = rollouts.rows * places * cache_bytes(shape) * rollouts.cached / 2 + copy_bytes(step)
         reference = 4.0 * (shape.linear + shape.embedding) if step.all_weights and rollouts.reference else 0.0
     process = 0.0 if on_gpu else CPU_PROCESS
     return Memory(weights, (8 + step.moments) * step.trained, activation_bytes(step), logits, cache, reference, process)

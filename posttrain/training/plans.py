@@ -103,6 +103,7 @@ def grpo_step(config: GrpoConfig, shape: Shape, value: dict[str, Any], machine: 
         reference=bool(value["beta"]),
         group=group,
         width=1 if config.rollouts.weights else 2,
+        cached=1 if config.rollouts.cache else 2,
     )
     step = step_of(config, shape, value, row, rows * row, on_gpu)
     return replace(step, part_tokens=config.update_tokens, rollouts=rollouts)
