@@ -53,14 +53,16 @@ def whole(x: Product) -> torch.Tensor:
     return scaled(*x) if isinstance(x, Scaled) else x
 
 
-def _products(x: Product) -> torch.Tensor:
-    return x.products if isinstance(x, Scaled) else x
+def _parts(x: Product) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The products, and their factors if there are any."""
+    return (x.products, (x.rows, x.columns)) if isinstance(x, Scaled) else (x, None)
 
 
 def add_norm(x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of `x`, (rows, hidden), or of x + residual, which then holds that sum."""
-    if use_triton(_products(x)):
-        return triton_kernels().add_norm(x, residual, weight, eps)
+    products, factors = _parts(x)
+    if use_triton(products):
+        return triton_kernels().add_norm(products, factors, residual, weight, eps)
     x = whole(x)
     if residual is not None:
         x = residual.add_(x)
@@ -107,8 +109,9 @@ def scaled(products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
 
 def add_norm_fp8(x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
     """`add_norm`, and `fp8_rows` of what it gives."""
-    if use_triton(_products(x)):
-        return Fp8Rows(*triton_kernels().add_norm_fp8(x, residual, weight, eps))
+    products, factors = _parts(x)
+    if use_triton(products):
+        return Fp8Rows(*triton_kernels().add_norm_fp8(products, factors, residual, weight, eps))
     return fp8_rows(add_norm(x, residual, weight, eps))
 
 
@@ -141,6 +144,11 @@ class Fp8Cache(NamedTuple):
 Cache: TypeAlias = "torch.Tensor | Fp8Cache"  # keys or values of all rows
 
 
+def _kept(cache: Cache) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The entries, and their factors if there are any."""
+    return cache if isinstance(cache, Fp8Cache) else (cache, None)
+
+
 def tensors_of(cache: Cache) -> tuple[torch.Tensor, ...]:
     """What a cache is made of, rows and heads and places first: to be moved. torch does not move every 8-bit format."""
     return (cache.values.view(torch.uint8), cache.scale) if isinstance(cache, Fp8Cache) else (cache,)
@@ -160,8 +168,10 @@ def rotate_and_store(
 
     That takes a `qkv` that is whole.
     """
-    if use_triton(_products(qkv)):
-        return triton_kernels().rotate_and_store(qkv, cos, sin, place, keys, values, norms, seat)
+    products, factors = _parts(qkv)
+    if use_triton(products):
+        assert seat is None or factors is None, "rotated keys go into what is whole"
+        return triton_kernels().rotate_and_store(products, factors, cos, sin, place, _kept(keys), _kept(values), norms, seat)
     qkv = whole(qkv)
     rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
     heads = qkv.view(rows, -1, head_dim)
@@ -191,7 +201,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of one token of each row, (rows, heads * head_dim)."""
     if use_triton(query):
-        return triton_kernels().attend(query, keys, values, place, window, scale)
+        return triton_kernels().attend(query, _kept(keys), _kept(values), place, window, scale)
     rows, heads, head_dim = query.shape
     kv_heads, end = keys.shape[1], int(place.max()) + 1
     at = torch.arange(end, device=query.device)

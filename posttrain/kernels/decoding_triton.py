@@ -1,44 +1,47 @@
-"""The Triton half of decoding.py, with the same signatures. Imported only where Triton can run."""
+"""The Triton half of decoding.py. Imported only where Triton can run.
+
+The signatures are the same, but that products to scale and keys and values come with their factors beside them, or None.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 
-from posttrain.kernels.decoding import Cache, Fp8Cache, Product, Scaled
+Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor] | None"  # of rows and of columns
+Kept: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None]"  # keys or values, and their factors
 
 # --- norm and MLP -----------------------------------------------------------------------------------------------------
 
 
-def add_norm(x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    products = x.products if isinstance(x, Scaled) else x
-    return _normed(x, residual, weight, eps, torch.empty_like(products), None)
+def add_norm(x: torch.Tensor, factors: Factors, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _normed(x, factors, residual, weight, eps, torch.empty_like(x), None)
 
 
 def add_norm_fp8(
-    x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, factors: Factors, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    products = x.products if isinstance(x, Scaled) else x
-    out, scale = _no_fp8_rows(len(products), products.shape[1], products.device)
-    return _normed(x, residual, weight, eps, out, scale), scale
+    out, scale = _no_fp8_rows(len(x), x.shape[1], x.device)
+    return _normed(x, factors, residual, weight, eps, out, scale), scale
 
 
 def _normed(
-    x: Product,
+    x: torch.Tensor,
+    factors: Factors,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    products, of_row, of_column = x if isinstance(x, Scaled) else (x, weight, weight)
-    rows, hidden = products.shape
+    rows, hidden = x.shape
+    of_row, of_column = factors or (weight, weight)
     _add_norm[(rows,)](
-        products, of_row, of_column, products if residual is None else residual, weight, out, out if scale is None else scale,
-        eps, hidden, isinstance(x, Scaled), residual is not None, scale is not None, triton.next_power_of_2(hidden),
+        x, of_row, of_column, x if residual is None else residual, weight, out, out if scale is None else scale,
+        eps, hidden, factors is not None, residual is not None, scale is not None, triton.next_power_of_2(hidden),
     )  # fmt: skip
     return out
 
@@ -163,25 +166,26 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr) -> None:  # type: ignore
 
 
 def rotate_and_store(
-    qkv: Product,
+    qkv: torch.Tensor,
+    factors: Factors,
     cos: torch.Tensor,
     sin: torch.Tensor,
     place: torch.Tensor,
-    keys: Cache,
-    values: Cache,
+    keys: Kept,
+    values: Kept,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,
     seat: torch.Tensor | None,
 ) -> torch.Tensor:
-    assert seat is None or not isinstance(qkv, Scaled), "rotated keys go into what is whole"
-    products, of_row, of_column = qkv if isinstance(qkv, Scaled) else (qkv, cos, cos)
-    (k, k_scale), (v, v_scale) = (x if isinstance(x, Fp8Cache) else (x, x) for x in (keys, values))
-    rows, (_, kv_heads, capacity, head_dim) = len(products), keys.shape
-    heads = products.shape[1] // head_dim - 2 * kv_heads
-    query = products.new_empty(rows, heads, head_dim)
+    of_row, of_column = factors or (cos, cos)
+    (k, k_scale), (v, v_scale) = keys, values
+    rows, (_, kv_heads, capacity, head_dim) = len(qkv), k.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    query = qkv.new_empty(rows, heads, head_dim)
     q_norm, k_norm, eps = norms or (cos, cos, 0.0)
     _rotate_and_store[(rows,)](
-        products, of_row, of_column, cos, sin, place, place if seat is None else seat, query, k, v, k_scale, v_scale,
-        q_norm, k_norm, eps, capacity, isinstance(qkv, Scaled), isinstance(keys, Fp8Cache), norms is not None, seat is not None,
+        qkv, of_row, of_column, cos, sin, place, place if seat is None else seat, query,
+        k, v, k if k_scale is None else k_scale, v if v_scale is None else v_scale,
+        q_norm, k_norm, eps, capacity, factors is not None, k_scale is not None, norms is not None, seat is not None,
         heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads),
     )  # fmt: skip
     return query
@@ -251,13 +255,11 @@ FP8_KEYS_AT_ONCE, FP8_WARPS = 64, 2  # as many bytes at once; on no GPU yet
 PROGRAMS = 512  # about four for each multiprocessor of an H100: fewer rows than that share out their keys
 
 
-def attend(
-    query: torch.Tensor, keys: Cache, values: Cache, place: torch.Tensor, window: int | None, scale: float
-) -> torch.Tensor:
+def attend(query: torch.Tensor, keys: Kept, values: Kept, place: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
     rows, heads, head_dim = query.shape
-    kv_heads, capacity = keys.shape[1:3]
-    fp8 = isinstance(keys, Fp8Cache)
-    (k, k_scale), (v, v_scale) = (x if isinstance(x, Fp8Cache) else (x, x) for x in (keys, values))
+    (k, k_scale), (v, v_scale) = keys, values
+    fp8 = k_scale is not None
+    kv_heads, capacity = k.shape[1:3]
     at_once, warps = (FP8_KEYS_AT_ONCE, FP8_WARPS) if fp8 else (KEYS_AT_ONCE, WARPS)
     parts = triton.next_power_of_2(max(1, min(PROGRAMS // (rows * kv_heads), capacity // at_once, 32)))
     out = query.new_empty(rows, heads * head_dim)
@@ -265,7 +267,8 @@ def attend(
     weight = query.new_empty(rows, heads, parts, 2, dtype=torch.float32) if parts > 1 else out
     group = heads // kv_heads
     _attend[(rows, kv_heads, parts)](
-        query, k, v, k_scale, v_scale, place, partial, weight, scale, capacity, window or 0,
+        query, k, v, k if k_scale is None else k_scale, v if v_scale is None else v_scale,
+        place, partial, weight, scale, capacity, window or 0,
         fp8, parts, kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim, at_once,
         num_warps=warps if head_dim <= 128 else 4, num_stages=STAGES,
     )  # fmt: skip
