@@ -196,7 +196,7 @@ class StopSignals:
             os.write(2, f"{name}: the run stops at the end of this step; a second signal leaves at once\n".encode())
 
     def _is_echo(self) -> bool:
-        return int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() - self._at < self.ECHO_SECONDS
+        return "LOCAL_RANK" in os.environ and time.monotonic() - self._at < self.ECHO_SECONDS
 
 
 stop = StopSignals()
