@@ -1,8 +1,8 @@
 """torchrun to which a stop is one wish, however often it is said: cluster/launch.sh calls it.
 
 Slurm, systemd and a terminal signal every process of a job, and launch.sh hands on what a container's first process alone gets. A
-second signal breaks into torchrun's wait for its processes (torch/distributed/elastic/multiprocessing/api.py), and it kills them before
-their checkpoint.
+second signal breaks into torchrun's wait for its processes (torch/distributed/elastic/multiprocessing/api.py), and it kills them
+before their checkpoint.
 """
 
 import signal
