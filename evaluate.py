@@ -65,7 +65,7 @@ def main() -> None:
         raise UserError(f"{config.data.path}/{config.data.split}.jsonl has no question: choose another data.split")
     if args.dry_run:
         from posttrain.training.dry_run import show_eval_dry_run
-        from posttrain.training.planner import find_machine
+        from posttrain.training.machines import find_machine
 
         machine = find_machine(args.gpu) if args.gpu else None
         return show_eval_dry_run(config, asked, grader_of(data.get("answer")), machine)

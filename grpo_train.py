@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from posttrain.records import Example
     from posttrain.tasks.graders import Grader
     from posttrain.training.before import Ready
-    from posttrain.training.trainers import GRPO
+    from posttrain.training.grpo_trainer import GRPO
 
 OTHER_ENGINE = "let transformers' own `generate` make the completions, rollouts.engine=trl"
 NO_DEV = "and no dev accuracy, data.num_dev=0"
@@ -47,7 +47,7 @@ def main() -> None:
     grader = grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_grpo_dry_run
-        from posttrain.training.planner import find_machine
+        from posttrain.training.machines import find_machine
 
         return show_grpo_dry_run(config, grader, find_machine(args.gpu) if args.gpu else None)
     check_reusable(config, config.run_dir, args.resume)
@@ -88,7 +88,8 @@ def get_ready(config: GrpoConfig, grader: Grader) -> Ready:
     from posttrain.records import columns_of
     from posttrain.training.before import Ready, check_grpo, check_trainer, max_completion_length
     from posttrain.training.examples import load_examples
-    from posttrain.training.named_rewards import named_rewards, try_rewards
+    from posttrain.training.named_rewards import named_rewards
+    from posttrain.training.reward_trial import try_rewards
     from posttrain.training.room import check_room
 
     check_machine(config)
@@ -161,9 +162,9 @@ def make_trainer(
     from posttrain.training.callbacks import Samples, UnmetRewards, add_callbacks
     from posttrain.training.curriculum import Curriculum
     from posttrain.training.dev import dev_accuracy
+    from posttrain.training.grpo_trainer import GRPO
     from posttrain.training.named_rewards import gated_columns, named_rewards
     from posttrain.training.rollouts import Rollouts, reward_functions
-    from posttrain.training.trainers import GRPO
 
     grader = grader_of(run.manifest.data.get("answer"))
     named = named_rewards(config.rewards, max_completion_length(config), columns_of(train))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from posttrain.models.policy import Policy
     from posttrain.records import Example
     from posttrain.training.before import Ready
-    from posttrain.training.trainers import SFT
+    from posttrain.training.sft_trainer import SFT
 
 NO_DEV = "train without dev accuracy, data.num_dev=0"
 
@@ -44,7 +44,7 @@ def main() -> None:
     grader = grader_of(data.get("answer"))  # it needs a package? Then say so before anything is made
     if args.dry_run:
         from posttrain.training.dry_run import show_sft_dry_run
-        from posttrain.training.planner import find_machine
+        from posttrain.training.machines import find_machine
 
         return show_sft_dry_run(config, grader, find_machine(args.gpu) if args.gpu else None)
     check_reusable(config, config.run_dir, args.resume)
@@ -145,7 +145,7 @@ def make_trainer(
     from posttrain.training.before import dev_tokens, told_in_one_line
     from posttrain.training.callbacks import add_callbacks
     from posttrain.training.dev import dev_accuracy
-    from posttrain.training.trainers import SFT
+    from posttrain.training.sft_trainer import SFT
 
     if config.compile:
         compile_layers(model)

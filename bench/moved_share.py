@@ -27,7 +27,7 @@ from posttrain.models.adapters import load_adapter, new_adapter, resolve_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl
-from posttrain.training.trainers import SFT
+from posttrain.training.sft_trainer import SFT
 
 RATES = (1e-4, 3e-5, 1e-5)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -24,7 +24,7 @@ from posttrain.places import found
 from posttrain.runs.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from posttrain.training.planner import Machine
+    from posttrain.training.machines import Machine
     from posttrain.training.plans import Stage
 
 STAGES: dict[str, type[Any]] = {"sft_train.py": SftConfig, "grpo_train.py": GrpoConfig, "evaluate.py": EvalConfig}
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--gpu", metavar="NAME", required=True, help="the card to plan for, as h100 or h100=2.50 (dollars)")
     args = parser.parse_args()
 
-    from posttrain.training.planner import find_machine
+    from posttrain.training.machines import find_machine
 
     machine = find_machine(args.gpu)
     configs = list(read_commands(Path(args.file)))
@@ -81,7 +81,7 @@ def planned(config: SftConfig | GrpoConfig | EvalConfig, machine: Machine) -> St
 def told(runs: list[Planned], machine: Machine) -> Iterator[str]:
     """A line a run, and their sum."""
     from posttrain.runs.process import num_processes
-    from posttrain.training.planner import PRICED
+    from posttrain.training.machines import PRICED
 
     cards, width = num_processes(), max((len(run.run_dir) for run in runs), default=0)
     yield f"planned for {cards} x {machine.title}, before anything runs (computed, see docs/planning.md):"

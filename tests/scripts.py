@@ -62,7 +62,7 @@ def start(script, *arguments, cwd=".", **environment):
 def fork_server():
     """Forks from a process that runs nothing. A fork of this one could inherit a lock that a thread of some test holds."""
     context = multiprocessing.get_context("forkserver")
-    heavy = ("posttrain.models.policy", "posttrain.generation.engines", "posttrain.training.trainers", "datasets", "tqdm")
+    heavy = ("posttrain.models.policy", "posttrain.generation.engines", "posttrain.training.grpo_trainer", "datasets", "tqdm")
     context.set_forkserver_preload(["scripts", "data_prep", "sft_train", "grpo_train", "evaluate", *heavy, "forked"])
     return context
 

@@ -19,7 +19,7 @@ from tiny_training import (
 from trl import GRPOTrainer
 
 from posttrain.errors import UserError
-from posttrain.training import trainers
+from posttrain.training import grpo_trainer
 from posttrain.training.batches import by_length, groups_without_signal, rows_with_signal, trim
 
 
@@ -151,7 +151,7 @@ def test_micro_batches_by_length_take_the_same_step(tiny, sft, fp32, monkeypatch
             return trainer
 
     for sort in (by_length, lambda batches, *_: batches):
-        monkeypatch.setattr("posttrain.training.trainers.by_length", sort)
+        monkeypatch.setattr("posttrain.training.grpo_trainer.by_length", sort)
         widths.append([])
         manager = tiny.grpo(sft, split | {"loss_type": loss_type, "beta": 0.1}, **fp32)
         results.append(first_step(Ragged(manager, by_content)))
@@ -161,7 +161,7 @@ def test_micro_batches_by_length_take_the_same_step(tiny, sft, fp32, monkeypatch
 
 @pytest.mark.parametrize(("size", "at_once"), [(1, 1), (3, 1), (8, 1), (None, 1), (1, 4), (3, 4)])
 def test_the_reference_is_scored_in_parts_by_length_and_put_back_in_order(tiny, sft, fp32, monkeypatch, size, at_once):
-    monkeypatch.setitem(trainers.SCORED_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(grpo_trainer.SCORED_AT_ONCE, "cpu", at_once)
     with pay_tiny(tiny, sft, {"beta": 0.1, "gradient_checkpointing": False}, **fp32) as trainer:
         stir(trainer.model)
         inputs = ragged(scored(trainer), LENGTHS)

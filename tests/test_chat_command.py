@@ -9,7 +9,9 @@ import sys
 import pytest
 from scripts import CONFIGS, run
 
-from posttrain import chat
+from posttrain.chat.answering import vote
+from posttrain.chat.loading import asked
+from posttrain.chat.policies import Policy
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.evaluation.stats import majority
 from posttrain.generation.loop import Sampling, decode_batch, prepare_to_decode
@@ -48,7 +50,7 @@ def questions(place):
 
 @pytest.fixture
 def ask(place):
-    return lambda *arguments: run("posttrain.chat", *arguments, cwd=place)
+    return lambda *arguments: run("posttrain.chat.command", *arguments, cwd=place)
 
 
 # --- the same as evaluation -------------------------------------------------------------------------------------------
@@ -58,21 +60,21 @@ SAMPLED = ("--temperature", "0.9", "--top-p", "0.95", "--seed", "5")
 
 
 @pytest.mark.parametrize(
-    ("voice", "evaluation", "settings"),
+    ("run_dir", "evaluation", "settings"),
     [
         (SFT, "one_by_one_sft", ()),
         ("runs/one_by_one_base", "one_by_one_base", ()),
         ("runs/one_by_one_base", "one_by_one_sampled", SAMPLED),
     ],
 )
-def test_an_answer_is_the_prediction_of_evaluation(place, ask, questions, voice, evaluation, settings):
+def test_an_answer_is_the_prediction_of_evaluation(place, ask, questions, run_dir, evaluation, settings):
     """A base of random weights goes on for 80 tokens, in which the loop's buffers grow twice while it is watched."""
     predictions = read_jsonl(place / "runs" / evaluation / "predictions.jsonl", Prediction)
     for example, predicted in zip(questions, predictions, strict=False):
-        done = ask(voice, example.question, "--gold", example.answer, *NEW, *settings)
+        done = ask(run_dir, example.question, "--gold", example.answer, *NEW, *settings)
         opening, rest = done.out.split("\n", 1)
         text, verdict = rest.rsplit("-> ", 1)
-        assert (opening, text) == (f"== {voice}", f"{predicted.completion}\n")
+        assert (opening, text) == (f"== {run_dir}", f"{predicted.completion}\n")
         assert done.code == (0 if predicted.correct else 1)
         assert verdict.startswith("no answer" if predicted.value is None else f"{predicted.value} ({predicted.method}): ")
 
@@ -116,7 +118,7 @@ def test_a_question_that_speaks_of_the_form_is_only_text():
     assert form.ask(" what is {question}? ") == [{"role": "user", "content": "{question} 1\n\nQ: what is {question}?\nA:"}]
 
 
-# --- several voices ---------------------------------------------------------------------------------------------------
+# --- several runs -----------------------------------------------------------------------------------------------------
 
 
 def test_base_and_runs_answer_in_turn_each_under_its_name(ask, questions):
@@ -149,7 +151,7 @@ def test_the_vote_is_told_in_a_line(answers, gold, said):
     example = Example("a", "test", "?", [], [], gold or "0", 0)
     texts = [f"#### {word}" if word.isdigit() else "well" for word in answers.split()]
     rows = [grade_completion(example, number, text, "stop", 3) for number, text in enumerate(texts)]
-    assert chat.vote(rows, *majority(rows), gold) == said
+    assert vote(rows, *majority(rows), gold) == said
 
 
 @pytest.mark.parametrize(
@@ -162,15 +164,15 @@ def test_the_vote_is_told_in_a_line(answers, gold, said):
     ],
 )
 def test_without_a_gold_the_answer_is_read_all_the_same(spec, text, value):
-    voice = chat.Voice("x", None, "none", None, None, PromptForm(None, "", "{question}"), {"answer": spec or None})
-    assert grade_completion(chat.asked(voice, "?"), 0, text, "stop", 3, grader_of(spec)).value == value
+    policy = Policy("x", None, "none", None, None, PromptForm(None, "", "{question}"), {"answer": spec or None})
+    assert grade_completion(asked(policy, "?"), 0, text, "stop", 3, grader_of(spec)).value == value
 
 
 def test_a_merged_folder_answers_as_its_run(place, ask, questions):
     done = run("posttrain.export.command", SFT, "--format", "merged", "--questions", "1", cwd=place)
     assert done.code == 0, done.err
     merged = f"{SFT}/export/merged"
-    said = {voice: ask(voice, questions[0].question, *NEW).out.partition("\n")[2] for voice in (SFT, merged)}
+    said = {run_dir: ask(run_dir, questions[0].question, *NEW).out.partition("\n")[2] for run_dir in (SFT, merged)}
     assert said[merged] == said[SFT]
     made = json.loads((place / merged / "export.json").read_text()) | {"format": "gguf"}
     (place / merged / "export.json").write_text(json.dumps(made))

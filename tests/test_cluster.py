@@ -19,6 +19,8 @@ from posttrain.config.schema import SftConfig
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.training import planner
+from posttrain.training.fitting import fastest_that_fits, fits
+from posttrain.training.machines import GIB, MACHINES
 from posttrain.training.planner import Rollouts, Shape, Step
 
 CLUSTER = ROOT / "cluster"
@@ -174,7 +176,7 @@ def test_wrong_settings_end_a_node_before_it_waits_for_others(place):
 
 # --- what several cards give, by the planner --------------------------------------------------------------------------
 
-H100 = planner.MACHINES["h100"]
+H100 = MACHINES["h100"]
 MODELS = {  # by their config.json
     "3B": Shape(3072, 8192, 28, 24, 1024, 128256, True),
     "8B": Shape(4096, 14336, 32, 32, 1024, 128256, False),
@@ -201,13 +203,13 @@ def grpo_plan(shape):
 
 def cells(step, done):
     """How it fits one card, GiB of it, and what 1, 8 and 64 cards do in a second."""
-    found = (step, []) if planner.fits(step, H100) else planner.fastest_that_fits(step, H100)
+    found = (step, []) if fits(step, H100) else fastest_that_fits(step, H100)
     if not found:
         return ["does not fit", "", "", "", ""]
     fitting, changed = found
     rate = done / planner.seconds(fitting, H100).total
     how = ", ".join(f"`{word}`" for word in changed) or "as it is"
-    return [how, f"{planner.memory(fitting, True).total / planner.GIB:.0f}", *(f"{rate * cards:,.0f}" for cards in (1, 8, 64))]
+    return [how, f"{planner.memory(fitting, True).total / GIB:.0f}", *(f"{rate * cards:,.0f}" for cards in (1, 8, 64))]
 
 
 def table():

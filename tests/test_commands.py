@@ -13,7 +13,7 @@ WORDS = {
     "a script": ("sft_train.py", "--config", "configs/sft_demo.yaml", "--print-config"),
     "a user's mistake": ("grpo_train.py", "--config", "configs/grpo_demo.yaml", "sead=1"),
     "a room": ("-m", "posttrain.hub", "--help"),
-    "a module that others import": ("-m", "posttrain.lineage", "nowhere"),
+    "a room that others import": ("-m", "posttrain.lineage", "nowhere"),
     "code": ("-c", SHOWS, "one", "two"),
     "words as exit code": ("-c", "raise SystemExit('no')"),
     "what is left for the end": (

@@ -20,8 +20,8 @@ from posttrain.export.command import export, main
 from posttrain.export.fidelity import divergence
 from posttrain.export.merged import in_parts, write_merged
 from posttrain.export.source import Request, Target
-from posttrain.hub.push import Request as PushRequest
-from posttrain.hub.push import read_release
+from posttrain.hub.reading import read_release
+from posttrain.hub.release import Request as PushRequest
 from posttrain.models.adapters import load_adapter
 from posttrain.models.base import load_base
 from posttrain.models.chat import stop_token

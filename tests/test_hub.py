@@ -21,9 +21,12 @@ from scripts import run
 
 from posttrain.config.schema import Model, SftConfig, TrainData
 from posttrain.errors import UserError
-from posttrain.hub import card
-from posttrain.hub.push import Request, all_files, read_release, refuse_private_text
-from posttrain.lineage import lineage_of
+from posttrain.hub.card import model_card
+from posttrain.hub.reading import read_release
+from posttrain.hub.redaction import portable, refuse_private_text
+from posttrain.hub.release import Base, Request
+from posttrain.hub.repository import all_files
+from posttrain.lineage.command import lineage_of
 from posttrain.models.checkpoint import weights_hash
 from posttrain.records import sha256_file
 from posttrain.runs.data_sets import data_entry
@@ -315,14 +318,14 @@ def test_the_manifest_says_what_was_done_and_not_where(run_dir, server, tmp_path
     ],
 )
 def test_paths_of_this_machine_are_cut(text, shown):
-    assert card.portable(text) == shown
+    assert portable(text) == shown
 
 
 def test_secrets_of_the_environment_are_blotted(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    assert card.portable(f"x={TOKEN} 0123456789abcdef false") == "x=*** *** false"
+    assert portable(f"x={TOKEN} 0123456789abcdef false") == "x=*** *** false"
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
@@ -398,7 +401,7 @@ def assert_same_policy(logits, base_dir, adapter_dir):
 )
 def test_the_cards_python_fits_the_base(runs, changes, said, unsaid):
     release = read_release(Request(runs / "grpo_run", REPO))
-    text = card.model_card(replace(release, base=replace(release.base, **changes)))
+    text = model_card(replace(release, base=replace(release.base, **changes)))
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     compile(code, "the card", "exec")
     assert all(part in code for part in said) and not any(part in code for part in unsaid)
@@ -409,13 +412,13 @@ def test_the_cards_python_fits_the_base(runs, changes, said, unsaid):
 )
 def test_the_card_says_of_how_many_processes_a_run_was(runs, changes, said):
     release = read_release(Request(runs / "grpo_run", REPO))
-    text = card.model_card(replace(release, manifest=replace(release.manifest, **changes)))
+    text = model_card(replace(release, manifest=replace(release.manifest, **changes)))
     assert re.findall(r"cores of .*?, (.*)torch \d", text) == [said]
 
 
 def test_what_a_run_says_is_never_taken_for_the_template(runs):
     release = read_release(Request(runs / "grpo_run", REPO))
-    text = card.model_card(replace(release, manifest=replace(release.manifest, name="{{ seed }} {% if %} {# #} <b>")))
+    text = model_card(replace(release, manifest=replace(release.manifest, name="{{ seed }} {% if %} {# #} <b>")))
     assert "\n- grpo `{{ seed }} {% if %} {# #} <b>`: adapter `" in text
 
 
@@ -457,7 +460,7 @@ def test_what_the_llama_licence_asks_for(runs, server, tmp_path):
     ],
 )
 def test_license_follows_the_family_of_the_base(name, license):
-    assert card.Base(name, None, None, "none", None).license == license
+    assert Base(name, None, None, "none", None).license == license
 
 
 def test_gsm8k_scores_are_those_of_the_evaluation(runs, server, tmp_path, gsm8k_dir):
@@ -652,7 +655,7 @@ def test_two_evaluations_of_one_name_are_no_data_set(runs, server, tmp_path):
 
 
 def test_the_card_has_paired_tests_limits_and_the_whole_chain(runs, tmp_path):
-    text = card.model_card(read_release(Request(runs / "grpo_run", REPO, evals=evaluated_twice(runs, tmp_path))))
+    text = model_card(read_release(Request(runs / "grpo_run", REPO, evals=evaluated_twice(runs, tmp_path))))
     manifest = json.loads((runs / "grpo_run/manifest.json").read_text())
     assert "- this adapter is 40.00 points above sft (sft_run) (20.00 % -> 60.00 %, n = 50," in text and "exact McNemar p" in text
     assert "## Limits" in text and "Nothing was trained or measured for safety" in text
@@ -745,15 +748,15 @@ def test_a_download_answers_as_the_run_does(runs, tmp_path, tiny_model_dir):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     manifest, weights = folder / "training_manifest.json", weights_hash(Model(name_or_path=str(tiny_model_dir)))
     record = json.loads(manifest.read_text())
-    there, here = run("posttrain.chat", runs / "local_run", *question), run("posttrain.chat", folder, *question)
+    there, here = run("posttrain.chat.command", runs / "local_run", *question), run("posttrain.chat.command", folder, *question)
     assert (there.code, here.code) == (0, 2) and "name it with --base" in here.err
-    here = run("posttrain.chat", folder, "--base", tiny_model_dir, *question)
+    here = run("posttrain.chat.command", folder, "--base", tiny_model_dir, *question)
     assert here.out.split("\n", 1)[1] == there.out.split("\n", 1)[1]
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "me/tiny-base"}))
     for recorded, code in ((weights, 0), ("e" * 16, 2)):  # under another name, the hash of the base decides
         manifest.write_text(json.dumps(record | {"model": record["model"] | {"weights": recorded}}))
-        assert run("posttrain.chat", folder, "--base", tiny_model_dir, *question).code == code
+        assert run("posttrain.chat.command", folder, "--base", tiny_model_dir, *question).code == code
 
 
 # --- the card beside the run's own files ----------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from scripts import retell, run
 
-from posttrain.lineage import Link, as_text, lineage_of
+from posttrain.lineage.command import as_text, lineage_of
+from posttrain.lineage.links import Link
 
 OTHER = "e" * 64
 
@@ -93,7 +94,7 @@ def test_a_broken_link_is_named_and_is_an_exit_code(place, change, stage, why):
     change(place / "runs")
     state, said = states(place / "runs" / "eval_tiny_grpo_tiny")[stage]
     assert (state, why in said) == ("broken", True), said
-    done = run("posttrain.lineage", "runs/eval_tiny_grpo_tiny")
+    done = run("posttrain.lineage.command", "runs/eval_tiny_grpo_tiny")
     assert done.code == 1 and "BROKEN" in done.out and "do not hold" in done.out.splitlines()[-1]
 
 
@@ -111,7 +112,7 @@ def test_what_is_not_here_is_neither_whole_nor_broken(place, change, stage, why)
     change(place / "runs")
     state, said = states(place / "runs" / "eval_tiny_grpo_tiny")[stage]
     assert (state, why in said) == ("unchecked", True), said
-    done = run("posttrain.lineage", "runs/eval_tiny_grpo_tiny", "--json")
+    done = run("posttrain.lineage.command", "runs/eval_tiny_grpo_tiny", "--json")
     assert (done.code, json.loads(done.out)["state"]) == (0, "unchecked")
 
 
@@ -132,5 +133,5 @@ def test_a_line_for_each_link_and_one_for_all():
 
 @pytest.mark.parametrize("folder", ["nowhere", "data", "models/tiny"])
 def test_a_folder_of_something_else_is_refused(place, folder):
-    done = run("posttrain.lineage", folder)
+    done = run("posttrain.lineage.command", folder)
     assert (done.code, done.out) == (2, "") and "holds no run" in done.err

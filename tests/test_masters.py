@@ -20,8 +20,9 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.config.schema import Lora
 from posttrain.models.adapters import adapter_sha256, count_trainable, live_adapter_sha256, load_adapter, new_adapter
 from posttrain.records import Example, as_dataset, read_jsonl
+from posttrain.training.grpo_trainer import GRPO
 from posttrain.training.masters import train_once
-from posttrain.training.trainers import GRPO, SFT
+from posttrain.training.sft_trainer import SFT
 
 FP32 = {"dtype": "float32"}
 

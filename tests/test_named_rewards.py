@@ -17,8 +17,10 @@ from posttrain.errors import UserError
 from posttrain.records import Example, as_dataset, columns_of, read_jsonl
 from posttrain.tasks.answers import grader_of
 from posttrain.training.batches import gated, groups_paid
+from posttrain.training.built_in_rewards import BUILT_IN, tags
 from posttrain.training.callbacks import UnmetRewards
-from posttrain.training.named_rewards import BUILT_IN, gated_columns, named_rewards, tags, try_rewards
+from posttrain.training.named_rewards import gated_columns, named_rewards
+from posttrain.training.reward_trial import try_rewards
 from posttrain.training.rollouts import reward_functions
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")

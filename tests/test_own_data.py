@@ -11,7 +11,7 @@ from test_data_prep import prepare, refused  # noqa: F401
 
 from posttrain.errors import UserError
 from posttrain.records import Example, as_dataset, read_jsonl
-from posttrain.tasks.fields import proposed, scalar
+from posttrain.tasks.keys import proposed, scalar
 
 FIELDS = {"question": "problem", "solution": "solution", "answer": "final_answer"}
 

@@ -72,7 +72,9 @@ def test_the_report_reads_the_run_directories(place):
 
 
 def test_the_card_is_made_of_the_run(place):
-    from posttrain.hub.push import Request, all_files, read_release
+    from posttrain.hub.reading import read_release
+    from posttrain.hub.release import Request
+    from posttrain.hub.repository import all_files
 
     evaluations = tuple(place / "runs" / f"eval_tiny_{name}" for name in EVALUATIONS)
     request = Request(place / "runs" / "grpo_tiny", "me/tiny-grpo", evals=evaluations, base_model="me/tiny")

@@ -9,7 +9,7 @@ from scripts import CONFIGS, workplace
 
 from posttrain import plan
 from posttrain.errors import UserError
-from posttrain.training.planner import MACHINES
+from posttrain.training.machines import MACHINES
 
 COMMANDS = f"""
 data_prep.py --config {CONFIGS}/data_tiny.yaml

@@ -8,19 +8,15 @@ from statistics import fmean, median
 import pytest
 
 from posttrain.errors import UserError
+from posttrain.training.fitting import fastest_that_fits, fits
+from posttrain.training.machines import GIB, MACHINES, find_machine, named
 from posttrain.training.planner import (
-    GIB,
-    MACHINES,
     Rollouts,
     Shape,
     Step,
     cache_bytes,
     evaluation_seconds,
-    fastest_that_fits,
-    find_machine,
-    fits,
     memory,
-    named,
     padded,
     seconds,
 )

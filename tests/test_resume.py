@@ -16,7 +16,7 @@ from posttrain.errors import Interrupted, UserError, exit_on_user_error, stop
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
 from posttrain.training.checkpoints import last_checkpoint, save_adapter
-from posttrain.training.trainers import GRPO
+from posttrain.training.grpo_trainer import GRPO
 
 
 class Killed(Exception):

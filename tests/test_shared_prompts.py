@@ -53,7 +53,7 @@ def test_prompts_are_shared_across_a_step_of_as_many_rows_and_the_step_is_the_sa
             return trainer
 
     for prompts in (SharedPrompts, OwnPrompts):
-        monkeypatch.setattr("posttrain.training.trainers.SharedPrompts", prompts)
+        monkeypatch.setattr("posttrain.training.grpo_trainer.SharedPrompts", prompts)
         seen.append([])
         with Watched(tiny.grpo(sft, settings, **fp32, rollouts={"skip_zero_signal": skip}), by_content) as trainer:
             stir(trainer.model)
@@ -87,7 +87,7 @@ def test_sharing_prompts_changes_no_score_and_no_gradient(tiny, any_sft, fp32, m
         loss, gradient = loss_and_gradient(trainer, inputs)
         logps = trainer._last_logps
         hook.remove()
-        monkeypatch.setattr("posttrain.training.trainers.SharedPrompts", OwnPrompts)
+        monkeypatch.setattr("posttrain.training.grpo_trainer.SharedPrompts", OwnPrompts)
         whole_loss, whole_gradient = loss_and_gradient(trainer, inputs)
     prompt = inputs["prompt_mask"].sum(1).max()
     assert len({int(row.sum()) for row in inputs["prompt_mask"]}) == 2, "both prompts have one length: padding is not tested"

@@ -11,7 +11,9 @@ from test_resume import FOUR_STEPS, interrupted_and_resumed, straight
 from tiny_training import LORA, largest_difference, pay_tiny, scored
 
 from posttrain.errors import UserError
-from posttrain.hub.push import Request, all_files, read_release
+from posttrain.hub.reading import read_release
+from posttrain.hub.release import Request
+from posttrain.hub.repository import all_files
 from posttrain.models.base import base_of, compute_dtype
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import sha256_file

@@ -1,6 +1,6 @@
 """What the two trainers really do: what they learn from, loss, advantages, KL; and what upstream does where ours differs.
 
-A test named `test_upstream_...` holds a behaviour of TRL, PEFT or transformers that an override in posttrain/training/trainers.py
+A test named `test_upstream_...` holds a behaviour of TRL, PEFT or transformers that an override in posttrain/training/
 answers to. When one fails after an upgrade, the override may have become unnecessary, or may have to change.
 """
 

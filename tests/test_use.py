@@ -9,7 +9,8 @@ import sys
 import pytest
 from scripts import ROOT, run
 
-from posttrain import chat
+from posttrain.chat.answering import verdict
+from posttrain.chat.policies import Policy
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example
 from posttrain.tasks.prompts import PromptForm
@@ -54,15 +55,15 @@ def test_every_way_to_load_it_is_run():
 def test_the_recording_is_read_as_it_says():
     """What stands after `->` is what the grader makes of the answer above it, and the line is the command's own."""
     [recording] = re.findall(r"(?ms)^```text\n(\$ QUESTION=.*?)^```", (ROOT / "docs/use.md").read_text(encoding="utf-8"))
-    voice = chat.Voice("", None, "none", None, None, PromptForm(None, "", "{question}"), {})
+    policy = Policy("", None, "none", None, None, PromptForm(None, "", "{question}"), {})
     read = []
     for command, said in re.findall(r"(?ms)^\$ (.*?posttrain\.chat[^\n]*)\n(.*?)(?=^\$ |\Z)", recording):
         gold = match[1] if (match := re.search(r"--gold (\S+)", command)) else None
-        for answer, verdict in re.findall(r"(?ms)^== (?!vote)[^\n]*\n(.*?)^-> ([^\n]*)$", said):
+        for answer, shown in re.findall(r"(?ms)^== (?!vote)[^\n]*\n(.*?)^-> ([^\n]*)$", said):
             example = Example("asked", "test", "", [], [], gold or "0", 0)
-            prediction = grade_completion(example, 0, answer.removesuffix("\n"), "stop", 9, voice.grader)
-            assert chat.verdict(prediction, gold, voice) == verdict
-            read.append(verdict)
+            prediction = grade_completion(example, 0, answer.removesuffix("\n"), "stop", 9, policy.grader)
+            assert verdict(prediction, gold, policy) == shown
+            read.append(shown)
     assert len(read) == 4 and read[2].endswith(": right")
 
 

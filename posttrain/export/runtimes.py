@@ -122,6 +122,8 @@ class LlamaCpp:
         seated = {seat: waiting.pop(0) for seat in range(min(AT_ONCE, len(prompts)))}
         self._forget()
         while seated:
+            # llama.cpp takes sequences with consecutive numbers, in their order, together: others in several passes.
+            seated = dict(sorted(seated.items()))
             feed = {seat: answers[number][-1:] or list(prompts[number]) for seat, number in seated.items()}
             starts = {seat: len(prompts[seated[seat]]) + len(answers[seated[seat]]) - len(ids) for seat, ids in feed.items()}
             chosen = self._decode(feed, starts, dict.fromkeys(feed, 1)).argmax(-1).tolist()

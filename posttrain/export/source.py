@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import MODEL_FOLDER, Model
 from posttrain.errors import UserError
-from posttrain.hub.card import Release
-from posttrain.hub.push import Request as PushRequest
-from posttrain.hub.push import read_release
+from posttrain.hub.reading import read_release
+from posttrain.hub.release import Release
+from posttrain.hub.release import Request as PushRequest
 from posttrain.records import Example, read_jsonl
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import check_writable

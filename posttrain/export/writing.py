@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.export.source import Source, Target
-from posttrain.hub.card import Artefact, model_card
+from posttrain.hub.card import model_card
+from posttrain.hub.release import Artefact
 from posttrain.records import sha256_file, write_atomic
 from posttrain.runs.integrity import files_of, sync_files
 from posttrain.runs.manifest import EXPORT, git_state, hardware, model_sha256, utc, versions

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from posttrain.errors import UserError
 from posttrain.evaluation.summary import with_interval
-from posttrain.hub.card import Evaluation, Release, decoding, portable
+from posttrain.hub.redaction import portable
+from posttrain.hub.release import Evaluation, Release
 from posttrain.records import Prediction, read_jsonl, read_rows, to_json
 from posttrain.runs.contents import check_contents
 
@@ -69,7 +70,7 @@ def data_card(release: Release, names: list[str]) -> str:
 def line(name: str, evaluation: Evaluation) -> str:
     manifest, results = evaluation.manifest, evaluation.results
     accuracy = with_interval(results["accuracy"]["lenient"])
-    cells = [f"`{name}`", evaluation.label, manifest.data["name"], f"{results['n']:,}", accuracy, decoding(evaluation)]
+    cells = [f"`{name}`", evaluation.label, manifest.data["name"], f"{results['n']:,}", accuracy, evaluation.decoding]
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} | `{portable(manifest.command)}` |"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.lineage import sha256_in, short
+from posttrain.lineage.files import sha256_in, short
 from posttrain.records import read_object, sha256_file
 from posttrain.runs.integrity import NOT_READ
 from posttrain.runs.manifest import EXPORT, Manifest
@@ -88,11 +87,3 @@ def read_variant(folder: Path, manifest: Manifest) -> Variant:
         raise UserError(f"{folder} cannot be a folder of the repository under that name: rename it, as gguf-q8_0")
     fidelity = read_object(folder / FIDELITY, "export the run again") if (folder / FIDELITY).is_file() else {}
     return Variant(folder, made, fidelity)
-
-
-def holds(file: Path, texts: Sequence[str]) -> str | None:
-    """The first of these texts that stands in a file of any size."""
-    if not file.stat().st_size:
-        return None
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return next((text for text in texts if content.find(text.encode()) >= 0), None)

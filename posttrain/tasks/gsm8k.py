@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, is_text
 from posttrain.records import sha256_text
 from posttrain.tasks.graders import NUMBERS, Grader
 from posttrain.tasks.rows import Row, bare_words
@@ -129,7 +129,7 @@ def checked_row(row: Mapping[str, Any], file: str, number: int, split: str) -> R
             return Row(
                 file, number, split, problem=f"{key!r} has {len(row[key]):,} characters; a text may have {MOST_CHARACTERS:,}"
             )
-        if re.search("[\ud800-\udfff]", row[key]):
+        if not is_text(row[key]):
             return Row(file, number, split, problem=f"{key!r} holds half a character, as \\ud83d alone is")
     return Row(file, number, split, row["question"], row["answer"])
 

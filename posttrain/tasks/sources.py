@@ -12,12 +12,13 @@ from posttrain.errors import UserError
 from posttrain.places import found
 from posttrain.records import sha256_text
 from posttrain.tasks.answers import grader_of
-from posttrain.tasks.fields import mapped_rows, wanted_keys
 from posttrain.tasks.files import file_tables
 from posttrain.tasks.generated import generated_rows
 from posttrain.tasks.gsm8k import file_rows, jsonl_rows
 from posttrain.tasks.hub import hub_tables
+from posttrain.tasks.keys import wanted_keys
 from posttrain.tasks.made import made_rows
+from posttrain.tasks.mapped import mapped_rows
 from posttrain.tasks.rows import Row
 from posttrain.tasks.sampled import sampled_rows, sampled_source
 from posttrain.tasks.svamp import svamp_rows

@@ -192,7 +192,7 @@ def save_adapter(trainer: Any, run: Run, tokenizer: PreTrainedTokenizerBase, sta
 def write_card(run: Run, folder: Path, sha256: str | None) -> None:
     """README.md beside weights: what they are and how to load them, in the place of PEFT's, which says nothing."""
     from posttrain.hub.card import model_card
-    from posttrain.hub.push import local_release
+    from posttrain.hub.reading import local_release
 
     manifest = dataclasses.replace(run.manifest, adapter_sha256=sha256)
     write_atomic(folder / "README.md", model_card(local_release(folder, run.folder, manifest)))

@@ -13,10 +13,12 @@ from posttrain.errors import UserError
 from posttrain.records import Example, columns_of
 from posttrain.runs.process import num_processes
 from posttrain.tasks.graders import NUMBERS, Grader
-from posttrain.training import examples, planner, plans
-from posttrain.training.named_rewards import NamedReward, named_rewards, try_rewards
-from posttrain.training.planner import Machine, Memory, Shape, Step
+from posttrain.training import examples, machines, planner, plans
+from posttrain.training.machines import Machine
+from posttrain.training.named_rewards import NamedReward, named_rewards
+from posttrain.training.planner import Memory, Shape, Step
 from posttrain.training.plans import gib
+from posttrain.training.reward_trial import try_rewards
 
 
 def show_sft_dry_run(config: SftConfig, grader: Grader = NUMBERS, machine: Machine | None = None) -> None:
@@ -239,5 +241,5 @@ def show_time(step: Step, steps: int, machine: Machine) -> None:
 
 def hours_and_cost(seconds: float, machine: Machine, what: str = "") -> str:
     hours, cards, price = seconds / 3600, num_processes(), machine.dollars
-    cost = f", {hours * cards * price:,.2f} dollars at {price:.2f} an hour ({planner.PRICED})" if price else ""
+    cost = f", {hours * cards * price:,.2f} dollars at {price:.2f} an hour ({machines.PRICED})" if price else ""
     return f"{hours:.2f} hours{what} on {cards} x {machine.title}{cost}"

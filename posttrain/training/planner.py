@@ -1,4 +1,4 @@
-"""What an optimizer step takes: memory, seconds, dollars. Arithmetic on a model's shape and a config's numbers, for `--dry-run`.
+"""What an optimizer step takes: memory and seconds. Arithmetic on a model's shape and a config's numbers, for `--dry-run`.
 
 Bytes of a layer are those that bench/kept.py counts. The rates are fitted to rows of results/; docs/planning.md has what is
 predicted beside what was measured, and tests/test_planner.py holds it.
@@ -6,44 +6,12 @@ predicted beside what was measured, and tests/test_planner.py holds it.
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from posttrain.errors import UserError
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A card, or the two cores of a CPU that rows were measured on."""
-
-    title: str
-    flops: float  # a second, dense, bf16 with fp32 sums (T4: fp16)
-    bandwidth: float  # bytes a second of its memory
-    memory: float  # bytes that the driver gives
-    dollars: float | None  # an hour, of one card
-    trains_at: float = 0.55  # share of `flops` that a layer's products reach, its other kernels included
-    is_gpu: bool = True
-    has_bf16: bool = True
-
-
-# Flops and bandwidth: NVIDIA's data sheets, sparsity not counted. Dollars: list prices on demand, of Modal as read by
-# techbytes.app on 7 May 2026, and of RunPod for the RTX 4090, as read by deploybase.ai in March 2026. They change.
-PRICED = "list price, May 2026"
-MACHINES = {
-    "h100": Machine("H100 80GB SXM", 989e12, 3.35e12, 79.6 * GIB, 3.95),
-    "a100": Machine("A100 80GB SXM", 312e12, 2.04e12, 79.2 * GIB, 2.50),
-    "l40s": Machine("L40S", 362e12, 0.864e12, 44.7 * GIB, 1.95),
-    "4090": Machine("RTX 4090", 165e12, 1.01e12, 23.9 * GIB, 0.60),
-    "t4": Machine("T4", 65e12, 0.32e12, 14.7 * GIB, 0.59, has_bf16=False),
-    # Products of the size of a layer, measured: EXPERIMENTS.md, 2026-11-25. Its bandwidth: what attention reads there.
-    "cpu": Machine("two cores of an AMD EPYC", 0.95e12, 31e9, 24 * GIB, None, trains_at=0.38, is_gpu=False),
-}
+from posttrain.training.machines import GIB, Machine
 
 # Seconds to launch the kernels of one layer in one direction. Work of the host's CPU, so taken for every card (EXPERIMENTS.md,
 # 2026-11-27: every step waits for Python). PEFT's layers launch half as many again, lean ones a seventh.
@@ -133,28 +101,6 @@ class Step:
     def parts(self) -> int:
         """Of a micro-batch."""
         return math.ceil(self.positions / self.part_tokens) if self.part_tokens else 1
-
-
-def find_machine(text: str) -> Machine:
-    """`h100`, or `h100=2.50` with dollars an hour.
-
-    Raises:
-        UserError: no such card, or no price.
-    """
-    name, _, price = text.partition("=")
-    if name.lower() not in MACHINES:
-        raise UserError(f"--gpu {text}: no card of that name: {', '.join(MACHINES)}, each with =DOLLARS an hour if you like")
-    machine = MACHINES[name.lower()]
-    if not price:
-        return machine
-    if not price.replace(".", "", 1).isdigit():
-        raise UserError(f"--gpu {text}: dollars an hour are a number, as in --gpu {name}=2.50")
-    return replace(machine, dollars=float(price))
-
-
-def named(device: str) -> Machine | None:
-    """By the driver's name of a card, as `NVIDIA H100 80GB HBM3`; None of one that is not planned for."""
-    return next((machine for name, machine in MACHINES.items() if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -307,51 +253,7 @@ def rows_at_once(shape: Shape, tokens: float, machine: Machine) -> int:
     return min(512 if machine.is_gpu else 128, max(1, int(machine.memory / 3 / (cache_bytes(shape) * tokens))))
 
 
-# --- what fits --------------------------------------------------------------------------------------------------------
-
-
-def fits(step: Step, machine: Machine) -> bool:
-    """Whether the peak leaves room for CUDA's context and for a twentieth that the allocator cannot use."""
-    return memory(step, machine.is_gpu).total * 1.05 + CONTEXT <= machine.memory
-
-
-def smaller_steps(step: Step) -> Iterator[tuple[Step, list[str]]]:
-    """The same batch of an optimizer step in less memory, with the overrides that say so. The base is packed last."""
-    whole = step.rows * step.micro_batches
-    # Where a micro-batch is learnt from in parts, those are made smaller.
-    sizes = [rows for rows in range(step.rows, 0, -1) if whole % rows == 0 and (rows == step.rows or not step.part_tokens)]
-    tokens = [step.part_tokens // times for times in (1, 2, 4, 8)] if step.part_tokens else [None]
-    rounds = (1, 2, 4, 8) if step.rollouts else (1,)
-    choices = (step.nf4, True), rounds, (step.checkpointing, True), sizes, tokens
-    for nf4, times, checkpointing, rows, at_once in itertools.product(*choices):
-        if (nf4 and step.all_weights) or (at_once and at_once < step.length):
-            continue
-        # Without checkpointing a group shares its prompt; the prompt is a small part of a GRPO row either way.
-        part = rows / step.rows
-        sized = replace(step, rows=rows, micro_batches=whole // rows, positions=step.positions * part, part_tokens=at_once)
-        other = replace(sized, nf4=nf4, checkpointing=checkpointing)
-        changed = []
-        if step.rollouts and times > 1:
-            fewer = replace(step.rollouts, rows=math.ceil(step.rollouts.rows / times), steps=step.rollouts.steps / times)
-            other = replace(other, rollouts=fewer)
-            changed.append(f"rollouts.batch_size={fewer.rows}")
-        if rows != step.rows:
-            changed.append(f"trainer.per_device_train_batch_size={rows}")
-            changed.append(f"trainer.gradient_accumulation_steps={whole // rows}")
-        if at_once != step.part_tokens:
-            changed.append(f"update_tokens={at_once}")
-        if checkpointing != step.checkpointing:
-            changed.append("trainer.gradient_checkpointing=true")
-        if nf4 != step.nf4:
-            changed.append("quantization=nf4")
-        yield other, changed
-
-
-def fastest_that_fits(step: Step, machine: Machine) -> tuple[Step, list[str]] | None:
-    """Of the smaller steps, the one that takes least time; with a packed base only where no other fits."""
-    found = [(other, changed) for other, changed in smaller_steps(step) if fits(other, machine)]
-    plain = [(other, changed) for other, changed in found if other.nf4 == step.nf4]
-    return min(plain or found, key=lambda pair: seconds(pair[0], machine).total, default=None)
+# --- what a step is planned of -----------------------------------------------------------------------------------------
 
 
 def padded(lengths: Sequence[int], rows: int, by_length: bool) -> float:

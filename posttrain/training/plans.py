@@ -15,8 +15,9 @@ from posttrain.console import duration
 from posttrain.errors import UserError
 from posttrain.records import Example, read_jsonl
 from posttrain.runs.process import num_processes
-from posttrain.training import examples, planner
-from posttrain.training.planner import Machine, Shape, Step
+from posttrain.training import examples, fitting, machines, planner
+from posttrain.training.machines import Machine
+from posttrain.training.planner import Shape, Step
 
 LEAST_KEPT = 2  # checkpoints: one is left if the disk damages the other
 PROMPT = 256  # tokens, where prompts are not counted
@@ -275,17 +276,17 @@ def this_machine() -> Machine | None:
     from posttrain.models.base import device
 
     if device().type != "cuda":
-        return planner.MACHINES["cpu"]
+        return machines.MACHINES["cpu"]
     import torch
 
-    return planner.named(torch.cuda.get_device_name(device()))
+    return machines.named(torch.cuda.get_device_name(device()))
 
 
 def fitted(step: Step, machine: Machine, value: dict[str, Any]) -> tuple[Step, tuple[str, ...]] | None:
     """The step as it fits a card, with the overrides that make it so; None where no part of the batch does."""
-    if planner.fits(step, machine):
+    if fitting.fits(step, machine):
         return step, ()
-    if not (found := planner.fastest_that_fits(step, machine)):
+    if not (found := fitting.fastest_that_fits(step, machine)):
         return None
     smaller, changed = found
     if value.get("steps_per_generation") and smaller.rows != step.rows:  # it counts micro-batches

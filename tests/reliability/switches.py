@@ -99,7 +99,7 @@ def trainers_own_end():
 
 
 def nothing_carried():
-    from posttrain.training.trainers import GRPO
+    from posttrain.training.grpo_trainer import GRPO
 
     GRPO.carry_on = lambda self, carried: None
 

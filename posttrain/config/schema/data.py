@@ -146,14 +146,14 @@ class Mapped(Settings):
     [in posttrain/tasks/fields.py]"""
     split_column: str | None = None
     """The key that says a row's split: train, dev (validation, valid, val) or test, or a name in splits.
-    [in posttrain/tasks/fields.py]"""
+    [in posttrain/tasks/mapped.py]"""
     splits: Annotated[dict[SplitName, str | list[str]], Field(min_length=1)] | None = None
-    """The source's own names of train, dev and test; its other splits are left out. [in posttrain/tasks/fields.py]"""
+    """The source's own names of train, dev and test; its other splits are left out. [in posttrain/tasks/mapped.py]"""
     test_fraction: Annotated[float, Field(ge=0, le=0.9)] | None = None
     """Share of train that becomes test, by a hash of the question; null: 0.2 of rows that nothing gives a split, else 0.
-    [share, in posttrain/tasks/fields.py]"""
+    [share, in posttrain/tasks/mapped.py]"""
     where: dict[str, Scalar | list[Scalar]] | None = None
-    """Only rows whose key has this value, or one of these. [in posttrain/tasks/fields.py]"""
+    """Only rows whose key has this value, or one of these. [in posttrain/tasks/mapped.py]"""
     columns: list[str] | None = None
     """Further keys that prepared rows keep, for rewards. [in posttrain/tasks/fields.py]"""
 

@@ -38,7 +38,7 @@ def _weight_or_block(value: Any) -> str:
     return "block" if isinstance(value, dict | Reward) else "weight"
 
 
-BUILT_IN_REWARDS = ("overlong", "repetition", "tags")  # beside the two that grade (posttrain/training/named_rewards.py)
+BUILT_IN_REWARDS = ("overlong", "repetition", "tags")  # beside the two that grade (training/built_in_rewards.py)
 
 
 class Rewards(Settings):
@@ -89,9 +89,9 @@ class Rollouts(Settings):
     """Completions that are decoded at once; null is the whole generation batch.
     [completions, in posttrain/training/rollouts.py]"""
     skip_zero_signal: bool = False
-    """Leave completions without an advantage out of the update; needs trainer.beta 0. [in posttrain/training/trainers.py]"""
+    """Leave completions without an advantage out of the update; needs trainer.beta 0. [in posttrain/training/grpo_trainer.py]"""
     correct_mismatch: bool = False
-    """Clip against the sampler's log-probabilities instead of the trainer's. [in posttrain/training/trainers.py]"""
+    """Clip against the sampler's log-probabilities instead of the trainer's. [in posttrain/training/grpo_trainer.py]"""
     weights: Literal["fp8"] | None = None
     """fp8 rounds the copy that generates to 8 bits, and each token's gain is weighed for that; null keeps model.dtype.
     [in posttrain/kernels/fp8_linear.py]"""
@@ -135,7 +135,7 @@ class GrpoConfig(TrainConfig):
     """How completions are made and used. [in posttrain/training/rollouts.py]"""
     update_tokens: PositiveInt | None = None
     """Positions that the update runs at once, padding included; null: those of a micro-batch.
-    [tokens, in posttrain/training/trainers.py]"""
+    [tokens, in posttrain/training/grpo_trainer.py]"""
     trainer: Annotated[dict[str, Any], TrlKeys("GRPOConfig")] = {}
     """TRL's keys of GRPOConfig, checked against the installed TRL. [in posttrain/training/arguments.py]"""
     trl_class: ClassVar[str] = "GRPOConfig"

@@ -1,40 +1,14 @@
-"""TRL's two trainers with what this project changes in them. This file and masters.py, which both trainers share, hold every
-override of TRL's internals.
-
-1. Master weights. Both trainers cast the adapter of a quantized model to bf16 (trl 1.16: sft_trainer.py and
-   grpo_trainer.py, "the PEFT adapter weights are converted to bf16"). Here the adapter stays fp32, bit for bit as it was given.
-2. Output head. On CPU TRL's fused head scores every position, prompt included, and multiplies back in fp32
-   (trl/trainer/utils.py, `add_fused_lm_head`: "every position is scored instead"). With trained token rows TRL's head fails on
-   every device: it asks PEFT's TrainableTokensWrapper for `bias`. In both cases ours scores the labelled positions, in bf16.
-3. The KL reference. TRL copies the adapter to "ref" by matching ".default." in parameter names. That misses
-   `trainable_tokens_delta.default` (grpo_trainer.py, `ref_name = name.replace(...)`), and KL would not start at 0.
-4. Learner batches. TRL deals a step's completions out at random and pads each micro-batch to the longest of all. Ours are sorted
-   by length, and each micro-batch is cut to its own longest.
-5. Shared prompts. TRL runs the prompt again for every completion. Ours runs each prompt once for all completions of an optimizer
-   step, or of a micro-batch if a step has more prompts than a micro-batch has rows. Without a gradient, a GPU scores several
-   micro-batches at once.
-6. TRL's own generation (rollouts.engine trl). TRL runs it outside autocast, where bf16 activations do not fit fp32 masters. Here
-   it runs inside. TRL's continuous batching is refused: it casts the trained model to bf16 for good (`unwrapped_model.to`).
-7. Adapted layers. posttrain/kernels/lora_linear.py computes what PEFT's layers do in a third of the operations.
-8. FSDP2. It sends weights as they are stored: otherwise NF4 packed into bf16 loses bits. Checkpoints hold the adapter alone, and
-   each process reads them back: accelerate's gathering fails on packed weights, and its reading never ends.
-9. Time. `_generate_and_score_completions` is wrapped to be timed, nothing else.
-10. Where a run ends and goes on. transformers trains a step more where the last checkpoint is inside an epoch (`_run_epoch`), and
-   calls a training finished that something stopped (`_maybe_log_save_evaluate`). TRL saves neither a generation window nor the
-   row that it has yet to log (`_save_checkpoint`, `_load_optimizer_and_scheduler`), and repeats the order of the first epoch.
-When upstream changes any of them, tests fail: in tests/test_pipeline.py for FSDP2, in test_callbacks.py for time, in
-test_resume.py for the last, for the others in the files of the training tests.
-"""
+"""TRL's GRPOTrainer with what this project changes in it: the head of posttrain/training/__init__.py lists it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer, SFTTrainer
+from trl import GRPOTrainer
 
 from posttrain.errors import UserError
 from posttrain.phases import phase
@@ -56,7 +30,7 @@ from posttrain.training.before import token_ids
 from posttrain.training.curriculum import Curriculum, Group, Window
 from posttrain.training.label_head import LabelHead
 from posttrain.training.masters import MasterWeights, copy_to_reference
-from posttrain.training.packing import as_packed, check_packing, num_rows, parts_of_groups, prompt_groups
+from posttrain.training.packing import as_packed, parts_of_groups, prompt_groups
 from posttrain.training.shared_prompts import SharedPrompts
 
 # Micro-batches that are scored at once without a gradient, as for the reference: nothing is kept for a backward pass, and with
@@ -65,59 +39,6 @@ SCORED_AT_ONCE = {"cpu": 1, "cuda": 4}
 # Losses that are the same whichever rows share a micro-batch. bnpo averages over the tokens of each micro-batch, and
 # `top_entropy_quantile` is a quantile of each micro-batch.
 SPLIT_INVARIANT_LOSSES = ("grpo", "dr_grpo", "dapo")
-
-
-class SFT(MasterWeights, SFTTrainer):
-    """SFTTrainer with fp32 master weights. It logs entropy only if entropy is computed, and what an optimizer step is made of."""
-
-    _packing_checked = False
-    _rows = 0  # that this process has trained on since the last logged row
-    _logged = (0, 0)  # optimizer steps and tokens at the last logged row
-
-    def carried(self) -> dict[str, Any]:
-        return super().carried() | {"rows": self._rows, "logged": self._logged}
-
-    def carry_on(self, carried: dict[str, Any]) -> None:
-        super().carry_on(carried)
-        self._rows, self._logged = carried["rows"], carried["logged"]
-
-    def packed_sizes(self) -> tuple[int, int]:
-        return self.args.per_device_train_batch_size * self.args.max_length, self.args.max_length
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self._rows += sum(num_rows(batch) for batch in batches)
-        return batches, items
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        with phase("forward"), self.accelerator.autocast():  # under FSDP2 nothing else starts autocast
-            self.check_head_once(inputs)
-            self._check_packing_once(inputs)
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.check_loss(result[0] if return_outputs else result, inputs["input_ids"])
-        if "attention_mask" in inputs:  # packed rows have none, and no padding
-            self.log_useful_slots(inputs["attention_mask"])
-        return result
-
-    def _check_packing_once(self, inputs: dict[str, Any]) -> None:
-        if not self._packing_checked and "cu_seq_lens_q" in inputs and num_rows(inputs) > 1:
-            self._packing_checked = True
-            with torch.compiler.set_stance("force_eager"):
-                check_packing(self.model, inputs, self.model.get_base_model().dtype)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for mode in ("train", "eval"):
-            if any(math.isnan(value) for value in self._metrics[mode].get("entropy", [])):
-                del self._metrics[mode]["entropy"]
-        steps = self.state.global_step - self._logged[0]
-        if self.model.training and steps > 0:
-            rows = self.accelerator.reduce(torch.tensor(self._rows, device=self.accelerator.device))
-            self.report("update/rows", int(rows) / steps)
-            self.report("update/tokens", (self._total_train_tokens - self._logged[1]) / steps)
-            self._rows, self._logged = 0, (self.state.global_step, self._total_train_tokens)
-        super().log(logs, start_time)
 
 
 class GRPO(MasterWeights, GRPOTrainer):
@@ -167,16 +88,20 @@ class GRPO(MasterWeights, GRPOTrainer):
         self._to_weigh: dict[str, Any] | None = None  # a part of a micro-batch, until its log-probabilities are there
         self._step_prompts: SharedPrompts | None = None  # shared by all micro-batches of this optimizer step
         self._shared: tuple[SharedPrompts, torch.Tensor] | None = None  # while a micro-batch is scored, with its rows
+        self._check_settings()
+        copy_to_reference(self.model, reference_is_base)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that TRL takes and under which this trainer would compute something else."""
         if self.use_transformers_continuous_batching:
             raise UserError(
                 "trainer.use_transformers_continuous_batching casts the trained weights to bf16: "
                 "use rollouts.engine=continuous_batching, which runs on a copy"
             )
-        if skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+        if self.skip_zero_signal and (self.beta or self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("rollouts.skip_zero_signal needs trainer.beta 0 and no entropy terms: those reach every completion")
-        if update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
+        if self.update_tokens and (self._entropy_bonus_enabled or self.top_entropy_quantile < 1):
             raise UserError("update_tokens: entropy terms are of a whole micro-batch and not of its parts: remove one of the two")
-        copy_to_reference(self.model, reference_is_base)
 
     def packed_sizes(self) -> tuple[int, int]:
         prompts = token_ids(self.processing_class, list(self.train_dataset["prompt"]), add_generation_prompt=True)
@@ -365,43 +290,53 @@ class GRPO(MasterWeights, GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        score = super()._get_per_token_logps_and_entropies
-        width = input_ids.shape[1] - logits_to_keep
+        trl_score, width = super()._get_per_token_logps_and_entropies, input_ids.shape[1] - logits_to_keep
+
+        def score(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int, size: int | None = None) -> Any:
+            return trl_score(model, ids, mask, keep, size, *args, **kwargs)
+
         if self.label_head:  # nobody reads the reference's entropy, which costs passes over all of its logits
             self.label_head.outputs = ("entropy",) if kwargs.get("compute_entropy") else ()
         if self.layer_graphs and torch.is_grad_enabled():
-            result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep, None, *args, **kwargs)
-        elif self.layer_graphs and model is self.model:  # the reference and the old policy, a part of the update at a time
-            parts = self._packed_parts(input_ids[:, :width], attention_mask[:, :width], attention_mask[:, width:])
-            scores = [
-                score(as_packed(model, width), input_ids[rows], attention_mask[rows], logits_to_keep, None, *args, **kwargs)
-                for rows in parts
-            ]
-            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+            result = score(as_packed(model, width), input_ids, attention_mask, logits_to_keep)
+        elif self.layer_graphs and model is self.model:
+            result = self._score_packed(score, model, input_ids, attention_mask, width)
         elif self.args.gradient_checkpointing or self.is_fsdp_enabled or width < 2:
             # Checkpointed layers keep no keys and values to share, and FSDP2 gathers a layer for what it returns alone.
-            result = score(model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+            result = score(model, input_ids, attention_mask, logits_to_keep, batch_size)
         elif self._shared:
             shared, rows = self._shared
-            result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs)
+            result = score(shared.scorer(rows), input_ids, attention_mask, logits_to_keep, batch_size)
         else:
-            size = batch_size or len(input_ids)
-            if not torch.is_grad_enabled():
-                size *= SCORED_AT_ONCE[input_ids.device.type]
-            shared = SharedPrompts(model, input_ids[:, : width - 1], attention_mask[:, : width - 1])
-            with self.accelerator.autocast():  # TRL begins it only within `score`
-                shared.run(size)
-            scores, parts = [], rows_by_length(attention_mask[:, width:], size)
-            for rows in parts:
-                keep = max(1, int(attention_mask[rows, width:].sum(1).max()))
-                ids, mask = (whole[rows, : width + keep] for whole in (input_ids, attention_mask))
-                scores.append(score(shared.scorer(rows), ids, mask, keep, None, *args, **kwargs))
-            result = tuple(in_row_order(column, parts, logits_to_keep) for column in zip(*scores, strict=True))
+            result = self._score_sharing_prompts(score, model, input_ids, attention_mask, width, batch_size or len(input_ids))
         self._last_logps = result[0].detach()
         if self._to_weigh is not None:
             self._weigh(self._to_weigh, self._last_logps)
             self._to_weigh = None
         return result
+
+    def _score_packed(
+        self, score: Callable[..., Any], model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, ...]:
+        """By the reference or the old policy, packed as in the update, a part of it at a time. Prompts are `width` wide."""
+        parts, longest = self._packed_parts(ids[:, :width], mask[:, :width], mask[:, width:]), ids.shape[1] - width
+        scores = [score(as_packed(model, width), ids[rows], mask[rows], longest) for rows in parts]
+        return tuple(in_row_order(column, parts, longest) for column in zip(*scores, strict=True))
+
+    def _score_sharing_prompts(
+        self, score: Callable[..., Any], model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, width: int, size: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Each prompt is run once for its completions, and those are scored `size` rows at a time, of like length."""
+        if not torch.is_grad_enabled():
+            size *= SCORED_AT_ONCE[ids.device.type]
+        shared = SharedPrompts(model, ids[:, : width - 1], mask[:, : width - 1])
+        with self.accelerator.autocast():  # TRL begins it only within `score`
+            shared.run(size)
+        scores, parts = [], rows_by_length(mask[:, width:], size)
+        for rows in parts:
+            keep = max(1, int(mask[rows, width:].sum(1).max()))
+            scores.append(score(shared.scorer(rows), ids[rows, : width + keep], mask[rows, : width + keep], keep))
+        return tuple(in_row_order(column, parts, ids.shape[1] - width) for column in zip(*scores, strict=True))
 
     def _weigh(self, inputs: dict[str, Any], logps: torch.Tensor) -> None:
         """Weigh each token's advantage, which TRL reads after this: its loss is linear in it, and KL has none."""
