@@ -81,7 +81,7 @@ def free_ports(count):
 
 
 def until(holds, what):
-    end = time.monotonic() + HANGS / 3
+    end = time.monotonic() + HANGS
     while not (found := holds()):
         assert time.monotonic() < end, what()
         time.sleep(0.5)
