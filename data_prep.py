@@ -22,6 +22,7 @@ from posttrain.config.schema import DataConfig
 from posttrain.console import Bar
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import Example, sha256_file, write_atomic, write_jsonl
+from posttrain.runs.alone import alone
 from posttrain.runs.data_sets import read_data_manifest
 from posttrain.runs.directory import check_writable, make_folder
 from posttrain.runs.manifest import git_state
@@ -63,10 +64,9 @@ def main() -> None:
     shots = few_shot_rows(rows, source.shots, config, specials)
     examples = [to_example(row, config, shots) for row in rows]
     manifest = describe(examples, config, source, repeats | {"contradictions": len(contrary)}, len(rejected), tokenizer)
-    print("\n".join([*shortened(contrary), summary(manifest)]))
     if not args.dry_run:
         write(folder, examples, rejected, manifest)
-        print(f"wrote {folder}")
+    print("\n".join([*shortened(contrary), summary(manifest), *([] if args.dry_run else [f"wrote {folder}"])]))
 
 
 def refuse_none(rows: list[Row], config: DataConfig) -> None:
@@ -175,7 +175,7 @@ def is_current(config: DataConfig, source: Source, folder: Path) -> bool:
 
 
 # What a kill in the first write leaves behind.
-BEFORE_MANIFEST = frozenset(("manifest.json.partial",))
+BEFORE_MANIFEST = frozenset((".lock", "manifest.json.partial"))
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -195,12 +195,13 @@ def refuse_foreign(folder: Path) -> None:
 def write(folder: Path, examples: list[Example], rejected: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
     """Write the files and last their hashes: until then, and after a kill, no stage takes the folder for a data set."""
     make_folder(folder)
-    write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": {}}, indent=2) + "\n")
-    for split in SPLITS:
-        write_jsonl(folder / f"{split}.jsonl", [example for example in examples if example.split == split])
-    write_jsonl(folder / "rejected.jsonl", rejected)
-    files = {name: sha256_file(folder / name) for name in (*(f"{split}.jsonl" for split in SPLITS), "rejected.jsonl")}
-    write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": files}, indent=2) + "\n")
+    with alone(folder, "output_dir", appears=False):
+        write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": {}}, indent=2) + "\n")
+        for split in SPLITS:
+            write_jsonl(folder / f"{split}.jsonl", [example for example in examples if example.split == split])
+        write_jsonl(folder / "rejected.jsonl", rejected)
+        files = {name: sha256_file(folder / name) for name in (*(f"{split}.jsonl" for split in SPLITS), "rejected.jsonl")}
+        write_atomic(folder / "manifest.json", json.dumps(manifest | {"files": files}, indent=2) + "\n")
 
 
 def spread(what: str, tokens: dict[str, int]) -> str:

@@ -25,6 +25,7 @@ from posttrain.errors import UserError, exit_on_user_error
 from posttrain.evaluation import summary
 from posttrain.evaluation.predictions import PartFiles, grade_completion, regraded
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_text, write_atomic, write_jsonl
+from posttrain.runs.alone import alone
 from posttrain.runs.contents import check_contents, content_hashes
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.directory import Run, check_reusable, open_run
@@ -308,8 +309,9 @@ def regrade(folder: Path) -> None:
         raise UserError(f"{folder}/predictions.jsonl answers {min(unknown)}, which questions.jsonl does not ask: restore both")
     grader = grader_of(read_manifest(folder).data.get("answer"))
     predictions = [regraded(row, examples[row.id], grader) for row in rows]
-    write_jsonl(folder / "predictions.jsonl", predictions)
-    write_results(folder, predictions)
+    with alone(folder, "run_dir", appears=False):
+        write_jsonl(folder / "predictions.jsonl", predictions)
+        write_results(folder, predictions)
 
 
 if __name__ == "__main__":

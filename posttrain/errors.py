@@ -18,10 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from posttrain.places import as_typed
 
@@ -56,7 +56,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             main()
         _leave_group()
     except AlreadyDone as done:
-        print(done)
+        go_on_unread()
+        print(done, flush=True)
     except UserError as error:
         _refuse(str(error))
     except Interrupted as early:
@@ -69,13 +70,54 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         _refuse(trouble)
 
 
+class _Stream(io.FileIO):
+    """stdout or stderr. Where nobody reads it any more, it takes all and says nothing, once that is `unread_is_fine`."""
+
+    unread_is_fine = False
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._is_terminal = self.isatty()  # a terminal that was closed says no more that it is one
+
+    def write(self, line: Any, /) -> int:
+        try:
+            return super().write(line)
+        except OSError as error:
+            gone = error.errno == errno.EPIPE or (error.errno == errno.EIO and self._is_terminal)
+            if not gone or not (self.unread_is_fine or self.fileno() == 2):
+                raise
+            return len(line)
+
+
+def go_on_unread() -> None:
+    """From here on a reader that goes away ends nothing, as `head` does after its lines: what is written is worth more."""
+    _Stream.unread_is_fine = True
+
+
 def _open_streams() -> None:
     """Let no line end a command: one that the terminal's encoding has no sign for is escaped, a closed stream takes all."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    _Stream.unread_is_fine = False
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         if (stream := getattr(sys, name)) is None:  # as `>&-` and some daemons leave it
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+        elif number and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # no buffer under PYTHONUNBUFFERED
+            if type(stream) is io.TextIOWrapper and type(raw) is io.FileIO and stream.fileno() == number:
+                setattr(sys, name, _that_may_go_unread(stream))
+
+
+def _that_may_go_unread(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The same stream by way of `_Stream`. Libraries keep what they find, so this comes before their import."""
+    stream.flush()
+    raw = _Stream(stream.fileno())
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw) if isinstance(stream.buffer, io.BufferedWriter) else raw,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _check_arguments() -> None:
@@ -195,7 +237,8 @@ class StopSignals:
         if not self._held:
             self.leave(f"stopped by {name}: the same command goes on", f"interrupted by {name}")
         if self.speaks():  # print would fail where the signal came in the middle of a print
-            os.write(2, f"{name}: the run stops at the end of this step; a second signal leaves at once\n".encode())
+            with suppress(OSError):  # nobody reads it
+                os.write(2, f"{name}: the run stops at the end of this step; a second signal leaves at once\n".encode())
 
     def _is_echo(self) -> bool:
         return "LOCAL_RANK" in os.environ and time.monotonic() - self._at < self.ECHO_SECONDS

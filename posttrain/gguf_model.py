@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import UserError, exit_on_user_error
 from posttrain.records import sha256_file
+from posttrain.runs.alone import alone, appearing
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -37,9 +38,8 @@ def main() -> None:
     if args.folder.exists():
         raise UserError(f"{args.folder} is there already: remove it, or choose another folder")
     print(f"{args.file}: sha256 {found}{'' if args.sha256 else ' (not compared: --sha256 names what it must be)'}")
-    partial = args.folder.with_name(args.folder.name + ".partial")
-    convert(args.file, partial)
-    partial.replace(args.folder)
+    with alone(args.folder, "folder", appears=True), appearing(args.folder, "folder") as partial:
+        convert(args.file, partial)
     print(f"wrote {args.folder}")
 
 

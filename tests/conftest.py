@@ -236,6 +236,20 @@ def tokenizer(settings):
 
 
 @pytest.fixture(scope="module")
+def fp32_settings(settings):
+    """For tests in which equal means equal."""
+    return settings.model_copy(update={"dtype": "float32"})
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(settings):
+    """`tokenizer`, for test files that have one of their own of that name."""
+    from posttrain.models.chat import load_tokenizer
+
+    return load_tokenizer(settings)
+
+
+@pytest.fixture(scope="module")
 def load(settings, tokenizer):
     """Loads the base in one of its forms, with changes to its settings."""
     from posttrain.models.base import load_base

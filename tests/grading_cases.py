@@ -59,6 +59,46 @@ MORE_THAN_A_NUMBER: list[tuple[str, str]] = [
     ("#### 42 ≤ x ≤ 43", "42"), ("#### 3x = 42", "42"), ("#### 2x + 3 = 42", "42"), (r"\boxed{3x = 42}", "42"),
     ("#### 10 - x = 3", "10"),
     ("#### x/2 = 42", "42"),
+    # one quantity in two units: 3h 30min is neither 3 nor 30 of anything
+    *(
+        (form.format(time), gold)
+        for time, golds in (
+            ("3h 30min", ("3", "30")), ("3h30min", ("3", "30")), ("3h30", ("3",)), ("3 h 30 min", ("3",)),
+            ("2 min 30 s", ("2", "30")),
+            ("2m 30s", ("2",)), ("2min30s", ("2",)), ("3d 4h", ("3", "4")), ("5'10\"", ("5", "10")), ("5' 10\"", ("5",)),
+            ("5′10″", ("5", "10")),
+        )
+        for gold in golds
+        for form in ("So\n#### {}", "The answer is {}.", r"So \boxed{{{}}}.", "So it takes {}.")
+    ),
+    ("#### 5 ft. 10 in.", "5"), ("#### 5ft10in", "5"), ("#### 2 kg 300 g", "2"), ("#### 1 yr 6 mo", "1"),
+    ("#### 3 min. 20 sec.", "3"), ("#### 3 miles 20 yards", "3"), ("#### 3 gallons 2 quarts", "3"), ("#### 10°30'", "10"),
+    (r"#### $3\text{ h }30\text{ min}$", "3"), (r"#### 3 \text{ hours}, 30 \text{ minutes}", "3"),
+    # decimals that repeat
+    *(
+        (form.format(more), gold)
+        for more, gold in (
+            ("0.(3)", "0"), ("0.(3)", "3"), ("0.1(6)", "0.1"), ("1.(3)", "1"), (r"0.\overline{3}", "0"),
+            (r"0.\overline{3}", "3"),
+            (r"0.3\overline{3}", "0.3"), (r"0.\bar{3}", "3"), ("0.3̅", "0.3"),
+        )
+        for form in ("So\n#### {}", "The answer is {}.", r"So \boxed{{{}}}.", "So it is {}.")
+    ),
+    # other bases
+    *(
+        (form.format(more), gold)
+        for more, gold in (
+            ("0b101", "0"), ("0b101", "101"), ("0x1F", "0"), ("0x1F", "1"), ("0x10", "10"), ("0X1F", "0"),
+            ("0o17", "0"), ("0o17", "17"),
+            ("101_2", "101"), ("101_{2}", "101"), ("1F_{16}", "1"), ("101₂", "101"),
+        )
+        for form in ("So\n#### {}", "The answer is {}.", r"So \boxed{{{}}}.")
+    ),
+    ("So it is 0x1F.", "0"), ("So it is 0b101.", "0"), ("So it is 0o17", "0"),
+    ("#### (101)_2", "101"), ("#### 101 (base 2)", "101"), ("#### 101 in base two", "101"), ("#### $101$ base 2", "101"),
+    # fractions of decimals, but for those in LaTeX
+    ("#### 1/.5", "1"), ("#### .5/1", "5"), ("#### .5/1", "0.5"), ("So it is .5/2", "2"), (r"\boxed{1/.5}", "1"),
+    (r"\boxed{\frac{\frac{1}{2}}{3}}", "3"), (r"#### \frac{\frac{1}{2}}{3}", "3"), (r"\boxed{\frac{.5}{0}}", "0.5"),
 ]  # fmt: skip
 
 VERDICTS: list[tuple[str, str, bool, str]] = [
@@ -222,6 +262,18 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     (r"#### -\frac{1}{2}", "-0.5", True, "negative LaTeX fraction"),
     (r"#### 3\frac{1}{2}", "3.5", True, "LaTeX mixed number"),
     (r"#### $\dfrac{84}{2}$", "42", True, "display fraction"),
+    (r"#### \frac{.5}{1}", "0.5", True, "a fraction of a decimal without its zero"),
+    (r"#### \frac{.5}{1}", "1", False, "not its denominator"),
+    (r"\boxed{\frac{1}{.5}}", "2", True, "the decimal below"),
+    (r"\boxed{\tfrac{1.5}{0.5}}", "3", True, "decimals above and below, in a small fraction"),
+    (r"\boxed{2\cfrac{.5}{1}}", "2.5", True, "in a mixed number"),
+    (r"So x = \dfrac{-.5}{2}", "-0.25", True, "negative"),
+    ("#### 10 in 5 days", "10", True, "in is no inch"),
+    ("#### 42 m (2 of them wet)", "42", True, "a unit and a remark"),
+    ("#### 5'", "5", True, "feet alone"),
+    ("#### 42 (base 10)", "42", True, "the base that all are in"),
+    ("#### 0 boxes", "0", True, "a zero and a word"),
+    ("So it is 0.5", "0.5", True, "a decimal, no base"),
     ("#### 5/0", "5", False, "a division by zero is no number"),
     ("#### 1/2/3", "1", False, "neither a date nor a fraction"),
     ("#### 1e3", "1000", True, "scientific notation"),

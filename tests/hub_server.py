@@ -229,6 +229,8 @@ class Handler(BaseHTTPRequestHandler):
         if not (repo := self.repo(repo_id, write=True)):
             return
         header, *operations = map(json.loads, body.splitlines())
+        if header["value"].get("parentCommit", repo.sha) != repo.sha:
+            return self.reply(412, {"error": "A commit has happened since. Please refresh and try again."})
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "deletedFile":

@@ -12,7 +12,7 @@ from tiny_training import LORA, finished_sft
 from posttrain.config.load import config_sha256
 from posttrain.config.schema import Lora, Model
 from posttrain.errors import UserError
-from posttrain.models.adapter_checks import check_adapter_fits
+from posttrain.models.adapter_checks import check_adapter_fits, check_start
 from posttrain.models.adapters import resolve_adapter, targets_met
 from posttrain.models.base import fingerprint, load_base
 from posttrain.models.chat import load_tokenizer
@@ -193,9 +193,47 @@ def saying(**changes):
     return change
 
 
+def holding(**changes):
+    """Other tensors: `change(tensors)` for a name of the file, a new one where there is none."""
+
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: make(tensors) for name, make in changes.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def with_one(name, value):
+    def make(tensors):
+        tensor = tensors[name].clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return holding(**{name: make})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 DAMAGED = {  # what is wrong with a folder -> what is told
     "a tensor is missing": (without_a_layer, "has no tensor model.layers.1.mlp.up_proj.weight: get a whole copy"),
     "a layer is missing": (saying(num_hidden_layers=3), "has no tensor model.layers.2."),
+    "a layer too many": (saying(num_hidden_layers=1), r"has model.layers.1.\S+, which its config.json has no place for \(9 such"),
+    "a bias that nothing adds": (
+        holding(**{"model.layers.0.self_attn.q_proj.bias": lambda _: torch.zeros(64)}),
+        r"has model.layers.0.self_attn.q_proj.bias, which its config.json has no place for \(1 such",
+    ),
+    "a norm of another family": (
+        holding(**{"model.layers.0.self_attn.q_norm.weight": lambda _: torch.ones(16)}),
+        "has model.layers.0.self_attn.q_norm.weight, which its config.json has no place for",
+    ),
+    "NaN": (with_one(UP, float("nan")), f"has NaN or infinity in {UP}: its training has diverged"),
+    "infinity": (with_one(NORM, float("-inf")), f"has NaN or infinity in {NORM}"),
+    "two ends that are said to be one": (
+        holding(**{"lm_head.weight": lambda tensors: tensors[EMBEDDING] * 2}),
+        "holds lm_head.weight and model.embed_tokens.weight with different values",
+    ),
     "another width": (saying(intermediate_size=96), r"has model.layers.0.mlp.\w+.weight as \(.*, where its config.json says"),
     "cut off": (cut_off, "model.safetensors cannot be read .*: get a whole copy"),
     "an unknown family": (saying(model_type="foobar"), "transformers cannot read its config.json .*foobar"),
@@ -217,6 +255,65 @@ def test_a_damaged_base_is_told_and_nothing_is_drawn_at_random(change, told, tin
     change(tmp_path / "base")
     with pytest.raises(UserError, match=told):
         check_base(settings, "none", load_tokenizer(settings))
+
+
+LEFT_OUT = {  # what nothing reads and no model is another for
+    "buffers": holding(**{"model.layers.0.self_attn.rotary_emb.inv_freq": lambda _: torch.ones(8)}),
+    "a tied head twice": holding(**{"lm_head.weight": lambda tensors: tensors[EMBEDDING].clone()}),
+    "a vision tower": holding(
+        **{"vision_tower.layers.7.weight": lambda _: torch.ones(8), "model.mtp.norm.weight": lambda _: torch.ones(8)}
+    ),
+    "a layer ahead": lambda folder: (
+        saying(num_nextn_predict_layers=1)(folder),
+        holding(**{"model.layers.2.eh_proj.weight": lambda _: torch.ones(8)})(folder),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_no_model_of_the_family_reads_may_be_in_its_files(change, tiny_model_dir, tmp_path):
+    settings = base_at(tiny_model_dir, tmp_path / "base")
+    change(tmp_path / "base")
+    check_base(settings, "none", load_tokenizer(settings))
+    load_base(settings, "none", load_tokenizer(settings))
+
+
+def test_a_weight_beyond_the_dtype_of_the_run_is_told(tiny_model_dir, tmp_path):
+    settings = base_at(tiny_model_dir, tmp_path / "base")
+    with_one(UP, 1e5)(tmp_path / "base")
+    check_base(settings, "none", load_tokenizer(settings))
+    with pytest.raises(UserError, match=rf"has 99840 in {UP}, beyond float16: set model.dtype=bfloat16"):
+        check_base(settings.model_copy(update={"dtype": "float16"}), "none", load_tokenizer(settings))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_no_number_is_told(run, settings, tiny_model_dir, tmp_path, value):
+    folder = shutil.copytree(run / "adapter", tmp_path / "foreign" / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file, {"format": "pt"})
+    tokenizer = load_tokenizer(settings)
+    with pytest.raises(UserError, match=f"adapter .* has NaN or infinity in {name}: its training has diverged"):
+        check_start(folder, settings, "none", skeleton(settings), tokenizer, train=True, stores=False)
+
+
+def test_experts_and_layers_that_nothing_reads_are_told(tmp_path, tokenizer):
+    from families import make_model
+
+    settings = Model(name_or_path=str(make_model("Mixtral", tmp_path / "base", tokenizer)), dtype="float32")
+    check_base(settings, "none", tokenizer)
+    saying(num_hidden_layers=3)(tmp_path / "base")
+    with pytest.raises(
+        UserError, match="has model.layers.3.block_sparse_moe.experts.0.w1.weight, which its config.json has no place"
+    ):
+        check_base(settings, "none", tokenizer)
+    with pytest.raises(UserError, match="has model.layers.3.input_layernorm.weight, which its config.json has no place"):
+        load_base(settings, "none", tokenizer)
+    saying(num_hidden_layers=4, num_local_experts=2)(tmp_path / "base")
+    with pytest.raises(UserError, match="has model.layers.0.mlp.experts.down_proj as .*4, 64, 128.*, where its config.json says"):
+        load_base(settings, "none", tokenizer)
 
 
 def test_what_is_drawn_at_random_is_told_of_families_stored_otherwise_too(settings, tokenizer, tiny_model_dir, tmp_path):

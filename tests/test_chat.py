@@ -167,6 +167,25 @@ REFUSED = {
         TURNS.replace("<|im_end|>", "{% if loop.last and m['role'] == 'user' %} (think){% endif %}<|im_end|>") + HEADER,
         "differently once it is answered",
     ),
+    "loops within loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + TURNS + HEADER,
+        "does not take these messages .its loops do not come to an end in any reasonable time",
+    ),
+    "a loop in each of many": (
+        "{% for a in range(999) %}{{ range(99999) | list | length }}{% endfor %}" + TURNS + HEADER,
+        "its loops do not come to an end",
+    ),
+    "loops over each sign": (
+        "{% for a in messages[0]['content'] * 99 %}{% for b in range(9999) %}{% endfor %}{% endfor %}" + TURNS + HEADER,
+        "its loops do not come to an end",
+    ),
+    "a macro that calls itself": ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}" + TURNS + HEADER, "recursion"),
+    "a loop that calls itself": (
+        "{% for m in messages recursive %}{{ loop([m, m]) }}{% endfor %}" + TURNS + HEADER,
+        "does not take these messages .maximum recursion",
+    ),
+    "a power": ("{{ 10 ** 1000000000 }}" + TURNS + HEADER, "it computes a power of 1000000000"),
+    "a text without end": ("{{ 'a' * 1000000000 }}" + TURNS + HEADER, "its loops do not come to an end"),
     "a count of the messages": ("{{ messages | length }}" + TURNS + HEADER, "differently once it is answered"),
 }
 
@@ -175,6 +194,24 @@ REFUSED = {
 def test_a_template_that_cannot_be_trained_on_is_refused(tiny_model_dir, tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(settings(tiny_model_dir, template(tmp_path, text)))
+
+
+def test_a_long_loop_that_only_some_messages_meet_is_told(tiny_model_dir, tmp_path):
+    loops = "{% for a in range(99999) %}{% for b in 'ab' %}{% endfor %}{% endfor %}"
+    slow = "{% if messages[0]['role'] == 'system' %}" + loops + "{% endif %}"
+    tokenizer = load_tokenizer(settings(tiny_model_dir, template(tmp_path, slow + TURNS + HEADER)))
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    assert chat_ids(tokenizer, asked[1:], add_generation_prompt=True)
+    with pytest.raises(UserError, match="its loops do not come to an end"):
+        chat_ids(tokenizer, asked, add_generation_prompt=True)
+
+
+def test_a_template_that_looks_at_every_sign_of_a_long_prompt_is_taken(tiny_model_dir, tmp_path):
+    signs = (
+        "{% for m in messages %}{% for sign in m['content'] %}{% for one in 'abcdefghij' %}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(settings(tiny_model_dir, template(tmp_path, signs + TURNS + HEADER)))
+    assert chat_ids(tokenizer, [{"role": "user", "content": "1+1? " * 2000}], add_generation_prompt=True)
 
 
 def test_an_added_token_that_is_not_special_ends_no_turn(tiny_model_dir, tmp_path):

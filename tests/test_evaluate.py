@@ -18,6 +18,7 @@ from posttrain.evaluation import summary
 from posttrain.evaluation.lm_eval import write_lm_eval_files
 from posttrain.evaluation.predictions import grade_completion
 from posttrain.records import Example, Prediction, read_jsonl, read_rows, sha256_file, write_jsonl
+from posttrain.runs.alone import alone
 from posttrain.runs.manifest import read_manifest
 from posttrain.tasks.answers import grader_of
 
@@ -258,6 +259,9 @@ def test_regrading_repeats_every_byte_and_mends_what_was_changed(place, monkeypa
     evaluate(place, "runs/one", *SAMPLED)
     folder = place / "runs" / "one"
     expected = tree(folder)
+    with alone(folder, "run_dir", appears=False):
+        done = run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", "run_dir=runs/one", "--regrade", cwd=place)
+        assert done.code == 2 and "one is in use by another process" in done.err
     # No model is loaded: there is none to load.
     (place / "models" / "tiny").unlink()
     evaluate(place, "runs/one", "--regrade")

@@ -28,6 +28,7 @@ from posttrain.models.chat import stop_token
 from posttrain.models.folded import FoldedWeights, Tensor
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Prediction, read_jsonl, sha256_file
+from posttrain.runs.alone import alone
 from posttrain.runs.data_sets import data_entry
 from posttrain.runs.manifest import parent_of_model, read_manifest
 
@@ -262,6 +263,25 @@ def test_a_place_that_is_taken_is_refused_and_left_as_it_is(merged):
     with pytest.raises(UserError, match=r"merged is there already: choose another --out, or remove it"):
         export(request(folder.parent, folder))
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_two_exports_into_one_place_are_one_after_the_other(sft, tmp_path, monkeypatch):
+    folder = tmp_path / "merged"
+    with alone(folder, "--out", appears=True), pytest.raises(UserError, match="merged is in use by another process: wait for it"):
+        export(request(sft, folder))
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(command, "read_source", meanwhile(command.read_source, folder.mkdir))  # the first has ended just now
+    with pytest.raises(UserError, match="merged is there already: choose another --out"):
+        export(request(sft, folder))
+
+
+def meanwhile(function, other):
+    def called(*arguments):
+        found = function(*arguments)
+        other()
+        return found
+
+    return called
 
 
 def test_an_answer_longer_than_the_context_is_refused(sft, tmp_path):

@@ -1,7 +1,6 @@
 """Generation against transformers' own and against arithmetic: tokens, log-probabilities, draws, and what must not matter."""
 
 import collections
-import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -9,16 +8,16 @@ import math
 
 import pytest
 import torch
-from tiny_training import LORA, liven
+from tiny_training import LORA, ending_in, liven
 
-from posttrain.config.schema import Lora, Model
+from posttrain.config.schema import Lora
 from posttrain.errors import UserError
 from posttrain.generation import engines, loop, steps
 from posttrain.generation.engines import auto_batch_size, plan_batches
 from posttrain.generation.loop import Sampling, choose, decode_batch, prepare_to_decode
 from posttrain.models.adapters import new_adapter
 from posttrain.models.base import load_base
-from posttrain.models.chat import chat_ids, load_tokenizer
+from posttrain.models.chat import chat_ids
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import Example, read_jsonl
 
@@ -26,24 +25,14 @@ LENGTH = 40
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(settings):
-    return load_tokenizer(settings)
-
-
-@pytest.fixture(scope="module")
-def reference(settings, plain_tokenizer):
+def reference(fp32_settings, plain_tokenizer):
     """The model as transformers loads it, never prepared to decode: the standard of comparison."""
-    return liven(load_base(settings, "none", plain_tokenizer)).eval()
+    return liven(load_base(fp32_settings, "none", plain_tokenizer)).eval()
 
 
 @pytest.fixture(scope="module")
-def model(settings, plain_tokenizer):
-    return liven(load_base(settings, "none", plain_tokenizer))
+def model(fp32_settings, plain_tokenizer):
+    return liven(load_base(fp32_settings, "none", plain_tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +53,7 @@ def tokenizer(reference, plain_tokenizer, prompts):
     endless = [greedy(reference, prompt, None) for prompt in prompts]
     counts = collections.Counter(token for ids in endless for token in set(ids))
     stop = next(token for token, count in sorted(counts.items()) if 4 <= count <= 6)
-    tokenizer = copy.deepcopy(plain_tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
-    assert tokenizer.eos_token_id == stop
-    return tokenizer
+    return ending_in(plain_tokenizer, stop)
 
 
 def generate(*args, **kwargs):
@@ -160,8 +146,8 @@ def test_prompts_are_prefilled_once_for_all_their_samples(model, prompts, tokeni
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_grouped_attention_is_the_models_own(model, reference, settings, plain_tokenizer, prompts, attention):
-    other = liven(load_base(settings.model_copy(update={"attn_implementation": attention}), "none", plain_tokenizer)).eval()
+def test_grouped_attention_is_the_models_own(model, reference, fp32_settings, plain_tokenizer, prompts, attention):
+    other = liven(load_base(fp32_settings.model_copy(update={"attn_implementation": attention}), "none", plain_tokenizer)).eval()
     batch = torch.tensor([prompts[-1]])
     prepare_to_decode(model)
     ids = decode_batch(model, [prompts[-1]], Sampling(8), stop_id=-2)[0][0][0].ids
@@ -334,8 +320,8 @@ CONTINUOUS = "continuous_batching"
 
 
 @pytest.fixture
-def unprepared(settings, plain_tokenizer):
-    return liven(load_base(settings, "none", plain_tokenizer)).eval()
+def unprepared(fp32_settings, plain_tokenizer):
+    return liven(load_base(fp32_settings, "none", plain_tokenizer)).eval()
 
 
 def test_continuous_batching_is_equal_greedily(unprepared, tokenizer, prompts, expected):
@@ -370,8 +356,8 @@ def test_without_vllm_its_engine_says_what_to_install(model, prompts, tokenizer)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [Sampling(LENGTH), SAMPLED])
-def test_the_cuda_graph_step_equals_the_eager_step(settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling):
-    model = liven(load_base(settings, "none", plain_tokenizer, to=torch.device("cuda")))
+def test_the_cuda_graph_step_equals_the_eager_step(fp32_settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling):
+    model = liven(load_base(fp32_settings, "none", plain_tokenizer, to=torch.device("cuda")))
     graphed = generate(model, prompts, sampling, tokenizer, 10)
     monkeypatch.setattr(steps, "GraphStep", steps.EagerStep)
     assert ids(graphed) == ids(generate(model, prompts, sampling, tokenizer, 10))
@@ -379,10 +365,10 @@ def test_the_cuda_graph_step_equals_the_eager_step(settings, plain_tokenizer, to
 
 @pytest.mark.parametrize("sampling", [Sampling(LENGTH), SAMPLED])
 def test_stepping_over_the_front_of_a_stage_equals_the_eager_step(
-    settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling
+    fp32_settings, plain_tokenizer, tokenizer, prompts, monkeypatch, sampling
 ):
     """All of GraphStep but the capture, on any device: rows that leave, spans that grow, a batch larger than the one before."""
-    model = liven(load_base(settings, "none", plain_tokenizer))
+    model = liven(load_base(fp32_settings, "none", plain_tokenizer))
     wanted = generate(model, prompts, sampling, tokenizer, 10)
     one = generate(model, prompts[1:2], sampling, tokenizer, 1)
     captured = []
@@ -404,8 +390,8 @@ def test_stepping_over_the_front_of_a_stage_equals_the_eager_step(
 # --- the copy that generates, as the engines use it -------------------------------------------------------------------
 
 
-def test_a_policy_generates_what_its_adapter_says(settings, plain_tokenizer, tokenizer, prompts):
-    policy = new_adapter(liven(load_base(settings, "none", plain_tokenizer)), Lora(**LORA), plain_tokenizer, 0).eval()
+def test_a_policy_generates_what_its_adapter_says(fp32_settings, plain_tokenizer, tokenizer, prompts):
+    policy = new_adapter(liven(load_base(fp32_settings, "none", plain_tokenizer)), Lora(**LORA), plain_tokenizer, 0).eval()
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

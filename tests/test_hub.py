@@ -280,6 +280,25 @@ def test_another_adapter_replaces_the_first(runs, server, tmp_path):
     assert len(server.repos[REPO].commits) == 2
 
 
+def test_a_push_between_look_and_commit_is_looked_at_again(runs, server, tmp_path):
+    """Another push of another run at once: a repository never holds parts of both."""
+    push(runs / "sft_run", server, tmp_path)
+    look = server.url and type(server).next_fault
+
+    def meanwhile(self, request):
+        if request.startswith("POST") and request.endswith("/commit/main") and "late.txt" not in self.repos[REPO].files:
+            self.repos[REPO].files["late.txt"] = b"of another push"
+        return look(self, request)
+
+    type(server).next_fault = meanwhile
+    try:
+        done = push(runs / "grpo_run", server, tmp_path)
+    finally:
+        type(server).next_fault = look
+    assert done.returncode == 0, done.stderr
+    assert sum("/commit/main" in request for request in server.log) == 3
+
+
 def test_public_only_when_asked_for(run_dir, server, tmp_path):
     assert push(run_dir, server, tmp_path, "--public").returncode == 0
     assert not server.repos[REPO].private

@@ -212,6 +212,58 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word(command):
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
+# Says more than a pipe holds, line by line, and writes a file at the end.
+AT_WORK = """
+import os, pathlib, sys
+from posttrain.errors import exit_on_user_error, stop
+from posttrain.runs.alone import alone
+def main():
+    with alone(pathlib.Path("place"), "--out", appears=True):
+        for line in range(2000):
+            print("line", line, "." * 60, flush=line % 2 == 0)
+            print("note", line, file=sys.stderr)
+        with stop.held():
+            os.kill(os.getpid(), 15)
+        pathlib.Path("done").write_text(stop.received)
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize("closed", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_work_whose_reader_has_gone_goes_on_to_its_end(tmp_path, closed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {name: writer if name in closed else subprocess.PIPE for name in ("stdout", "stderr")}
+    done = subprocess.run([sys.executable, "-c", AT_WORK], cwd=tmp_path, text=True, check=False, **streams)
+    os.close(writer)
+    assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (0, ["done"]), done.stderr
+    assert (tmp_path / "done").read_text() == "SIGTERM"
+    assert done.stderr is None or ("Traceback" not in done.stderr and "note 1999" in done.stderr)
+
+
+def test_work_whose_terminal_was_closed_goes_on_to_its_end(tmp_path):
+    ours, theirs = os.openpty()
+    with subprocess.Popen([sys.executable, "-c", AT_WORK], cwd=tmp_path, stdout=theirs, stderr=theirs) as work:
+        os.close(theirs)
+        os.read(ours, 100)
+        os.close(ours)  # no signal comes: it is not the controlling terminal, as after `disown`
+    assert work.returncode == 0 and (tmp_path / "done").is_file()
+
+
+@pytest.mark.slow
+def test_every_stage_goes_on_when_its_reader_has_gone(tiny_model_dir, tmp_path):
+    place = workplace(tmp_path, tiny_model_dir)
+    stages = (("data_prep", "data_tiny"), ("sft_train", "sft_tiny"), ("grpo_train", "grpo_tiny"), ("evaluate", "eval_tiny"))
+    for script, config in stages:
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, ROOT / f"{script}.py", "--config", CONFIGS / f"{config}.yaml"]
+        done = subprocess.run(command, cwd=place, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert done.returncode == 0, done.stderr
+    assert {read_manifest(run).exit for run in (place / "runs").iterdir()} == {"ok"}
+
+
 @pytest.mark.parametrize(("called", "name"), [("/x/sft_train.py", "sft_train.py"), ("/x/posttrain/report/__main__.py", "report")])
 def test_a_refusal_begins_with_what_was_called(monkeypatch, capsys, called, name):
     monkeypatch.setattr(sys, "argv", [called])

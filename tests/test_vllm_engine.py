@@ -1,6 +1,5 @@
 """What vLLM is asked for and given, with a stand-in for it: what the engine promises must hold whatever decodes inside."""
 
-import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -11,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from scripts import CONFIGS, run, workplace
-from tiny_training import LORA, by_content, liven, pay
+from tiny_training import LORA, by_content, ending_in, liven, pay
 
-from posttrain.config.schema import Lora, Model
+from posttrain.config.schema import Lora
 from posttrain.errors import UserError
 from posttrain.generation import engines, vllm_engine
 from posttrain.generation.loop import Sampling
 from posttrain.generation.supported import check_engine
 from posttrain.models.adapters import new_adapter
 from posttrain.models.base import load_base
-from posttrain.models.chat import load_tokenizer
 from posttrain.models.policy_copy import PolicyCopy
 from posttrain.records import read_rows
 from posttrain.runs.manifest import read_manifest
@@ -30,28 +28,16 @@ GREEDY = Sampling(12)
 DRAWN = Sampling(8, temperature=0.7, num_samples=3, seed=5)
 
 
-@pytest.fixture(scope="module")
-def settings(tiny_model_dir):
-    return Model(name_or_path=str(tiny_model_dir), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(settings):
-    return load_tokenizer(settings)
-
-
 @pytest.fixture
-def model(settings, plain_tokenizer):
-    return liven(load_base(settings, "none", plain_tokenizer)).eval()
+def model(fp32_settings, plain_tokenizer):
+    return liven(load_base(fp32_settings, "none", plain_tokenizer)).eval()
 
 
 @pytest.fixture
 def tokenizer(plain_tokenizer, model):
     """One of four greedy completions comes to its end token."""
     ids = engines.generate(model, PROMPTS, GREEDY, plain_tokenizer).completions[1][0].ids
-    tokenizer = copy.deepcopy(plain_tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[4])
-    return tokenizer
+    return ending_in(plain_tokenizer, ids[4])
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +67,8 @@ def test_only_the_tokenizers_end_token_stops(model, tokenizer):
     assert answers(model, tokenizer, "vllm") == wanted
 
 
-def test_it_starts_once_and_answers_by_the_weights_as_they_are(settings, plain_tokenizer, tokenizer, fake):
-    trained = new_adapter(load_base(settings, "none", plain_tokenizer), Lora(**LORA), plain_tokenizer, seed=1)
+def test_it_starts_once_and_answers_by_the_weights_as_they_are(fp32_settings, plain_tokenizer, tokenizer, fake):
+    trained = new_adapter(load_base(fp32_settings, "none", plain_tokenizer), Lora(**LORA), plain_tokenizer, seed=1)
     policy = PolicyCopy(trained)
     seen = []
     for deviation in (0.0, 0.3, 0.6):
@@ -184,12 +170,12 @@ def test_grpo_trains_on_what_it_sampled(tiny, sft, fake):
     assert len(fake.started) == 1
 
 
-def test_several_processes_are_refused(monkeypatch, settings):
-    check_engine(settings, "vllm", "use engine=transformers")
+def test_several_processes_are_refused(monkeypatch, fp32_settings):
+    check_engine(fp32_settings, "vllm", "use engine=transformers")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process, and there are 2: start the script with python; use engine=transformers"):
-        check_engine(settings, "vllm", "use engine=transformers")
-    check_engine(settings, "transformers", "")
+        check_engine(fp32_settings, "vllm", "use engine=transformers")
+    check_engine(fp32_settings, "transformers", "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -1,5 +1,6 @@
 """Training runs on the tiny Llama, built by the two scripts' own functions: real trainers, real NF4, nothing mocked."""
 
+import copy
 from contextlib import contextmanager
 
 import torch
@@ -127,6 +128,14 @@ def liven(model):
             if "norm" not in name:
                 parameter.mul_(8)
     return model
+
+
+def ending_in(tokenizer, token):
+    """The same tokenizer with another end token."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+    assert tokenizer.eos_token_id == token
+    return tokenizer
 
 
 def finished_sft(tiny, **settings):

@@ -34,6 +34,7 @@ from posttrain.records import (
     write_atomic,
     write_jsonl,
 )
+from posttrain.runs.alone import alone
 from posttrain.runs.contents import check_contents
 from posttrain.runs.manifest import Manifest, read_manifest
 
@@ -76,8 +77,9 @@ def write_lm_eval_files(run_dir: Path) -> tuple[Path, Path]:
     hashes = sha256_text("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows))
     summary = aggregated(task, results, manifest) | {"task_hashes": {task: hashes}}
     files = place / f"results_{date}.json", place / f"samples_{task}_{date}.jsonl"
-    write_atomic(files[0], json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    write_jsonl(files[1], rows)
+    with alone(place, "run", appears=False):
+        write_atomic(files[0], json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_jsonl(files[1], rows)
     return files
 
 

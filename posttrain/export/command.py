@@ -17,16 +17,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import UserError
 from posttrain.export.asking import ask_artefact, ask_policy
-from posttrain.export.source import Request, Target, check, read_source
-from posttrain.export.writing import appearing, write, write_report
+from posttrain.export.source import Request, Source, Target, check, check_place, read_source
+from posttrain.export.writing import write, write_report
+from posttrain.runs.alone import alone, appearing
 
 if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
     from posttrain.export.fidelity import Fidelity, Said
+    from posttrain.models.folded import FoldedWeights
 
 INTO = ("trained", "original")
 CHANGED = 3  # the artefact was written, and it is not the model that training measured
@@ -87,14 +92,22 @@ def export(request: Request) -> list[Fidelity]:
     """Write each artefact with its report. Returns what each lost.
 
     Raises:
-        UserError: the run, its data, a place or a package is not fit for it; nothing was written.
+        UserError: the run, its data, a place or a package is not fit for it, or another process writes there. Nothing is written.
     """
     source = read_source(request)
     weights, tokenizer = check(request, source)
+    with ExitStack() as held:
+        for target in request.targets:
+            held.enter_context(alone(target.folder, "--out", appears=True))
+            check_place(target.folder)  # again: another process may have written it since
+        return export_each(request, source, weights, tokenizer)
+
+
+def export_each(request: Request, source: Source, weights: FoldedWeights, tokenizer: PreTrainedTokenizerBase) -> list[Fidelity]:
     measured, hashes = ask_policy(source, tokenizer)
     found, asked = [], dict[str, "Said"]()
     for target in request.targets:
-        with appearing(target.folder) as folder:
+        with appearing(target.folder, "--out") as folder:
             write(target, source, weights, tokenizer, folder)
             fidelity = ask_artefact(target, source, folder, measured, hashes, tokenizer, asked)
             write_report(target, source, folder, fidelity)

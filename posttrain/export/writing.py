@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +12,7 @@ from posttrain.export.source import Source, Target
 from posttrain.hub.card import model_card
 from posttrain.hub.release import Artefact
 from posttrain.records import sha256_file, write_atomic
-from posttrain.runs.integrity import files_of, sync_files
+from posttrain.runs.integrity import files_of
 from posttrain.runs.manifest import EXPORT, git_state, hardware, model_sha256, utc, versions
 
 if TYPE_CHECKING:
@@ -23,20 +20,6 @@ if TYPE_CHECKING:
 
     from posttrain.export.fidelity import Fidelity
     from posttrain.models.folded import FoldedWeights
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name when everything in it is there, and is gone if anything fails."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        sync_files(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(target: Target, source: Source, weights: FoldedWeights, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

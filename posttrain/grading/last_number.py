@@ -1,4 +1,5 @@
 """The last number of a text, where nothing states an answer: tokens, rows of numbers, and what is not to be read at its parts."""
+# ruff: noqa: RUF001 (the patterns mean the characters they name: slashes, quotes)
 
 import re
 from collections import deque
@@ -12,6 +13,7 @@ from posttrain.grading.numbers import (
     MINUS,
     NAMING,
     NUMBER,
+    OTHER_BASE,
     PRICED,
     SIGNS,
     UNSIGNED,
@@ -27,6 +29,11 @@ MAX_TAIL_CHARS = 2_000  # searched for the last number, back from the text's las
 _TOKEN = re.compile(
     rf"""^[ \t]*+1?[0-9][.)][ \t]++(?=\S)                        # "2. Then she ..." in a list
        | (?:[Ss]tep|[Pp]art|[Cc]ase)[ ][0-9]++(?=[:.)])          # "Step 3:"
+       | {OTHER_BASE} | (?<![0-9.])\.[0-9]++[/⁄]\.?[0-9][0-9.]*+ | [0-9]++[/⁄]\.[0-9]++    # 0x1F, .5/2, 1/.5
+       | [0-9]++\.[0-9]*+(?:\([0-9]++\)|\\(?:overline|bar|dot)(?![A-Za-z])\{{?[0-9]++\}}?)     # 0.(3)
+       | [0-9]++[ ]?(?:h|hrs?)[ ]?[0-9]{{1,2}}(?![A-Za-z0-9])                               # 3h30
+       | [0-9]++[ ]?(?:d|h|hrs?|m|min)[ ]?[0-9]{{1,2}}[ ]?(?:h|m|mins?|s|secs?)(?![A-Za-z])  # 3h 30min
+       | [0-9]{{1,2}}[ ]?['’′][ ]?[0-9]{{1,2}}[ ]?(?:["”″]|''|’’|′′)                      # 5'10"
        | [0-9]++(?:st|nd|rd|th)\b | 第[ ]?[0-9]++                # "the 3rd day"
        | (?<!from[ ])(?<!from[ ]\$)                              # "3 to 5"; but "from 10 to 4" ends at 4
          (?:{GROUPED}|[0-9][0-9,.]*+)[ ](?:to|through)[ ]\$?(?:{GROUPED})[0-9,.]*+

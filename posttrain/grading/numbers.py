@@ -14,6 +14,7 @@
 - A minus is a sign only when it is not glued to a word or digit before it: `item-42` is 42.
 - Times, ratios, dates, versions, ranges and odd groups (`3:30`, `2:1`, `1.2.3`, `3-5`, `3 to 5`, `12,34`)
   are no numbers. Nothing is computed: `6*7` is no number, `6*7 = 42` is 42.
+- Nor are two units (`3h 30min`, `5'10"`), repeating decimals (`0.(3)`, `0.\\overline{3}`) and other bases (`0x1F`, `101_{2}`).
 - Numbers are compared as exact fractions, without floats and without tolerance. None is longer than 100 characters.
 """
 # ruff: noqa: RUF001 (the patterns mean the characters they name: multiplication signs, dashes, quotes)
@@ -67,12 +68,16 @@ _TEN_TO = rf"[ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10{_TO_POWER}"
 # What must not follow a number: a glued continuation (3:30, 1.2.3, 3-5, 12,34, 6*7), a superscript, a vulgar fraction, the
 # rest of an oddly grouped number.
 GLUE = rf"[.,:：∶~～〜/⁄{MINUS}—+*×÷^]"
-_STOP = rf"""(?! [0-9{_RAISED}₀-₉{VULGAR}] | {GLUE}(?:[A-Z]{{0,3}}[{SIGNS}])?[0-9] | \+[A-Za-z] | h[0-9]
+# A decimal repeats in brackets or under a bar or a dot, and a base stands below.
+_REPEATING = r"(?: \.\([0-9]++\) | \.?\\(?:overline|bar|dot|widebar|overset)(?![A-Za-z]) | [\u0304\u0305\u0307] )"
+_STOP = rf"""(?! [0-9{_RAISED}₀-₉{VULGAR}] | [/⁄]\.[0-9] | {_REPEATING} | [A-F]{{0,9}}_\{{?[0-9]
+    | {GLUE}(?:[A-Z]{{0,3}}[{SIGNS}])?[0-9] | \+[A-Za-z] | h[0-9]
     | {_MARK}[0-9] | [到至][0-9] | (?<![0-9]{{4}}){GAP}[0-9]{{3}}(?![0-9]) )"""
 # Digits with perhaps thousands, as a part of what is no number. Bounded: each of them may be tried again.
 GROUPED = rf"[0-9]++(?>(?:(?:{GAP}|['’_])[0-9]{{3}}(?![0-9])){{0,9}})"
-_DIGITS = r"[0-9]++(?>(?:,[0-9]{3})*)"  # in a LaTeX fraction
-UNSIGNED = rf"""(?:
+_DIGITS = r"(?:[0-9]++(?>(?:,[0-9]{3})*)(?>(?:\.[0-9]++)?)|\.[0-9]++)"  # in a LaTeX fraction
+OTHER_BASE = r"(?<![0-9.])0(?:[bB][01]|[oO][0-7]|[xX][0-9A-Fa-f])[0-9A-Fa-f]*+(?![A-Za-z0-9])"
+UNSIGNED = rf"""(?: (?!{OTHER_BASE})(?:
     (?>(?:(?P<mixed>[0-9]++)(?:(?:{GAP}|\\[,;: ])(?:and[ ])?|(?=[\\{VULGAR}])))?)
     (?: \\[cdst]?frac[ ]?(?:\{{[ ]?(?P<minus_over>[{MINUS}])?(?P<over>{_DIGITS})[ ]?\}}|(?P<over1>[0-9]))
             [ ]?(?:\{{[ ]?(?P<under>{_DIGITS})[ ]?\}}|(?P<under1>[0-9]))
@@ -81,7 +86,7 @@ UNSIGNED = rf"""(?:
   | (?P<comma>{_COMMA})
   | (?P<decimal>{_WHOLE}(?>(?:\.[0-9]++)?) | (?<![.0-9])\.[0-9]++)
     (?>(?:[eE](?P<exp>[-+−]?[0-9]++) | {_TEN_TO})?)
-  ){_STOP}"""
+  ){_STOP})"""
 # Only where an answer is stated may a minus stand apart or be a word: "#### - 5", "the answer is negative 5".
 SIGNED = rf"(?P<number>(?>(?:(?:(?P<minus>[{MINUS}]|(?i:negative|minus))|\+)[ ]?)?){_CURRENCY}{UNSIGNED})"
 NUMBER = re.compile(SIGNED, re.X)
@@ -137,11 +142,11 @@ def _fraction(part: dict[str, str]) -> Fraction | None:
     mixed, negative = int(part["mixed"] or 0), bool(part["minus_over"])
     if part["vulgar"]:
         return mixed + Fraction(unicodedata.numeric(part["vulgar"])).limit_denominator(10)
-    over = int((part["over"] or part["over1"] or part["num"]).replace(",", ""))
-    under = int((part["under"] or part["under1"] or part["den"]).replace(",", ""))
+    over = Fraction((part["over"] or part["over1"] or part["num"]).replace(",", ""))
+    under = Fraction((part["under"] or part["under1"] or part["den"]).replace(",", ""))
     if under == 0 or (negative and part["mixed"]):
         return None
-    return mixed + Fraction(-over if negative else over, under)
+    return mixed + (-over if negative else over) / under
 
 
 def _spell(value: Fraction) -> str:

@@ -32,6 +32,12 @@ _OPERATOR = re.compile(
 # What closes the dress of a number: **42**, $42$, (42), <b>42</b>.
 _CLOSING = r"""(?:[*_`"'”’»)\]}]|\\?\$|\\[)\]]|</[A-Za-z]{1,10}>)"""
 _CLOSED = rf"(?>{_CLOSING}{{0,4}})"
+# Units that are written one after the other for one quantity: 3h 30min, 5 ft 10 in. No `in` before: "10 in 5 days" is 10.
+_FIRST_UNIT = r"""(?i:hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s|days?|d|weeks?|wks?|w|months?|mo|years?|yrs?|y|feet|foot|ft
+    |yards?|yds?|miles?|mi|pounds?|lbs?|ounces?|oz|kg|g|km|cm|mm|gallons?|gal|quarts?|qts?|pints?|pts?|cups?|l|ml|stones?|st)"""
+_UNITS_IN_ROW = rf"""(?:\\(?:text|mathrm)\{{)?[ ]?{_FIRST_UNIT}(?![A-Za-z])\.?[ ]?\}}?,?(?:\\[,;: ])?[ ]?(?:and[ ])?
+    [0-9][0-9.,]*+[ ]?(?:\\(?:text|mathrm)\{{)?[ ]?(?:{_FIRST_UNIT}|(?i:inch(?:es)?|in|mo))(?![A-Za-z])"""
+_BASE = r"(?:\(|in[ ])?base[ -]?(?!10|ten\b)(?:[0-9]|two|three|four|five|six|seven|eight|nine|eleven|twelve|sixteen)"
 # What makes a stated number more than a number: another one beside it, a root, an unknown.
 _SECOND = re.compile(
     rf"""{_CLOSED}[ ]?(?:[,;|&±∶：:~～〜、，；≠≤≥…]|[<>]=?|!=|\.\.++
@@ -47,7 +53,9 @@ _SECOND = re.compile(
          |[或和与及])\.?(?:[ ]?\}})?{_AHEAD}
        | [ ]?(?:hours?|hrs?|minutes?|min|feet|foot|ft|pounds?|lbs?|dollars?|years?|months?|weeks?|days?),?[ ][0-9]
        | [ ]?(?:\\(?:sqrt|pi|pm|mp|infty|[dt]?frac|log|ln|sin|cos|tan|theta|alpha|beta)(?![A-Za-z])|[π√±∞])
-       | [xyz](?![A-Za-z]) | [ ]?[{MINUS}+*/][ ]?[xyz](?![A-Za-z0-9])""",
+       | [xyz](?![A-Za-z]) | [ ]?[{MINUS}+*/][ ]?[xyz](?![A-Za-z0-9])
+       | [ ]?{_UNITS_IN_ROW} | [ ]?h(?:rs?)?[ ]?[0-9]{{2}}(?![0-9.,]) | [ ]?[′'’°´][ ]?[0-9]
+       | {_CLOSING}{{1,4}}_\{{?[0-9] | {_CLOSED}[ ]{_BASE}""",
     re.X,
 )
 _ANOTHER = re.compile(  # "x = 2, y =", "x = 2 or x ="

@@ -42,7 +42,7 @@ def upload(files: Files, repo_id: str, private: bool, message: str, kind: str = 
         )
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     deletions = [CommitOperationDelete(name) for name in sorted(stale)]
-    api.create_commit(repo_id, [*deletions, *additions], commit_message=message, repo_type=kind)
+    api.create_commit(repo_id, [*deletions, *additions], commit_message=message, repo_type=kind, parent_commit=there.sha)
     return str(address)
 
 

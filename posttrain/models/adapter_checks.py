@@ -12,16 +12,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
 from posttrain.models.adapter_kinds import (
+    ADAPTER_FILE,
     check_packed,
     check_shapes,
     check_trainable,
     read_adapter_config,
 )
 from posttrain.models.adapters import adapter_sha256
+from posttrain.models.base_tensors import check_numbers
 from posttrain.models.checkpoint import chat_hashes, norms_hash, weights_hash
 from posttrain.runs.integrity import adapter_hashes, check_adapter
 from posttrain.runs.manifest import Manifest, read_manifest, run_of
 
+DIVERGED = "its training has diverged; train it again with a lower learning rate, or take an earlier one"
 MERGED_BASE = "merged_base"  # the folder of a run with adapter_mode merge_and_new
 
 
@@ -58,7 +61,8 @@ def check_start(
     `train`: the adapter is trained on. `stores`: the folded model is written as a model folder.
 
     Raises:
-        UserError: it is not what its run wrote, of another base, of a kind that this run cannot fold or train, or not whole.
+        UserError: it is not what its run wrote, of another base, of a kind that this run cannot fold or train, or not whole, or
+            it holds what is no number.
     """
     check_adapter(folder)
     config = check_adapter_fits(folder, settings, tokenizer)
@@ -66,6 +70,7 @@ def check_start(
         check_trainable(folder, config)
     check_packed(folder, config, quantization)
     check_shapes(folder, config, base)
+    check_numbers([folder / ADAPTER_FILE], f"adapter {folder}", "float32", DIVERGED)
     if stores and (getattr(config, "lora_bias", False) or config.peft_type == "BEFT"):
         raise UserError(
             f"adapter {folder} adds biases, and a model folder has no place for them: use another engine or adapter_mode"

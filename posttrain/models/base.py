@@ -21,8 +21,9 @@ from posttrain.config.schema import Model
 from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
 from posttrain.kernels.liger import use_liger
 from posttrain.kernels.nf4 import packed_linears, unpack_nf4
+from posttrain.models.base_tensors import check_loaded
 from posttrain.models.chat import from_hub
-from posttrain.models.checkpoint import check_loaded, weights_hash
+from posttrain.models.checkpoint import weights_hash
 from posttrain.models.special_tokens import align_special_tokens
 from posttrain.runs.process import is_sharded
 
@@ -59,8 +60,9 @@ def load_base(
         quantization_config=packed if quantization != "none" else None,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, in one line
     )
-    check_loaded(settings, loading["missing_keys"])
+    check_loaded(settings, model, *(loading[f"{what}_keys"] for what in ("missing", "mismatched", "unexpected")))
     if auto and model.config._attn_implementation == "sdpa":  # a model without SDPA loads as eager: leave it so
         model.set_attn_implementation(fastest_attention(to))
     for module in packed_linears(model).values():

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from posttrain.config.schema import Tokenizer
 from posttrain.errors import UserError
 from posttrain.models.network import look_for_hub
-from posttrain.models.templates import argument_names, pin_arguments, pin_date
+from posttrain.models.templates import argument_names, pin_arguments, pin_date, steps_of
 from posttrain.places import found, looks_local
 
 if TYPE_CHECKING:
@@ -154,9 +154,11 @@ def chat_text(
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
     from jinja2 import TemplateError
 
+    template = how.get("chat_template") or tokenizer.get_chat_template()
     try:
+        steps_of(template).check(messages, how["add_generation_prompt"], tokenizer.special_tokens_map)
         return tokenizer.apply_chat_template(messages, **how)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # what its own expressions raise
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:  # of its expressions
         way = f"{WITHOUT_SYSTEM}, or " if messages[0]["role"] == "system" else ""
         raise UserError(f"the chat template does not take these messages ({error}): {way}{pin_hint(tokenizer)}") from error
 

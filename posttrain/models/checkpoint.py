@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from posttrain.config.schema import Model, Tokenizer
 from posttrain.errors import UserError
+from posttrain.models.base_tensors import check_numbers, check_tensors_of, check_tied
 from posttrain.models.chat import config_of
 from posttrain.models.special_tokens import template_specials
 from posttrain.records import read_object
 
-WHOLE_COPY = "get a whole copy of the model, with its own config.json"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -46,12 +45,18 @@ def check_base(settings: Model, quantization: str, tokenizer: PreTrainedTokenize
     """Refuse a checkpoint that could not be loaded or could not read the template. Returns its skeleton.
 
     Raises:
-        UserError: no safetensors, weights in a form that is not read, or special tokens without a row.
+        UserError: no safetensors, weights in a form that is not read, weights of another model or that are no numbers, or special
+            tokens without a row.
     """
     _check_files(settings)
     _check_form(settings, quantization)
     base = skeleton(settings)
-    _check_tensors(settings, base)
+    files = checkpoint_files(settings)
+    check_tensors_of(settings, base, files)
+    check_tied(settings, base, files)
+    check_numbers(
+        files, settings.name_or_path, settings.dtype, "its training has diverged, or the copy is damaged; get another copy"
+    )
     check_rows_for(base, tokenizer, [template_specials(tokenizer), [tokenizer.pad_token_id]])
     return base
 
@@ -84,37 +89,6 @@ def _check_form(settings: Model, quantization: str) -> None:
         f"{settings.name_or_path} is quantized ({method}): only NF4 and unquantized checkpoints are loaded; "
         "set model.name_or_path to the unquantized original"
     )
-
-
-def _check_tensors(settings: Model, base: PreTrainedModel) -> None:
-    """Refuse files that lack a tensor: transformers would draw it at random, with a warning. And a cut-off file, or other shapes.
-
-    Families whose tensors are stored otherwise than the model has them, as experts one by one, are left to `check_loaded`.
-    """
-    there: dict[str, tuple[int, ...]] = {}
-    for file in checkpoint_files(settings):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                there |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{file} cannot be read ({error}): get a whole copy of the model") from error
-    if get_model_conversion_mapping(base, add_legacy=False):
-        return
-    prefix = f"{base.base_model_prefix}."  # a model without its head is stored without it
-    found = {name.removeprefix(prefix): shape for name, shape in there.items()}
-    packed = any(name.endswith(".absmax") for name in there)
-    for name, parameter in base.named_parameters():
-        shape = found.get(name.removeprefix(prefix))
-        if shape is None or (shape != tuple(parameter.shape) and not packed):
-            other = f"has {name} as {shape}, where its config.json says {tuple(parameter.shape)}"
-            what = f"has no tensor {name}" if shape is None else other
-            raise UserError(f"{settings.name_or_path} {what}: {WHOLE_COPY}")
-
-
-def check_loaded(settings: Model, missing: Iterable[str]) -> None:
-    """Refuse a loaded model of which tensors were drawn at random, for its files lack them."""
-    if lacking := sorted(missing):
-        raise UserError(f"{settings.name_or_path} has no tensor {lacking[0]} ({len(lacking)} are missing): {WHOLE_COPY}")
 
 
 def check_rows_for(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> None:

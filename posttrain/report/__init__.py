@@ -20,6 +20,7 @@ from posttrain.report import tables
 from posttrain.report.groups import EvalRun, Group, TrainingRun, load
 from posttrain.report.page import html_page, page_title
 from posttrain.report.together import final_table, settings_table, stages
+from posttrain.runs.alone import alone
 
 MARKERS = ("<!-- results:start -->", "<!-- results:end -->")
 
@@ -29,8 +30,9 @@ def write_report(paths: Iterable[Path | str], out: Path | str) -> Path:
     groups, trainings = load(paths)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "report.md", tables.inert(markdown_report(groups, trainings)))
-    write_atomic(folder / "report.html", html_page(groups, trainings))
+    with alone(folder, "--out", appears=False):
+        write_atomic(folder / "report.md", tables.inert(markdown_report(groups, trainings)))
+        write_atomic(folder / "report.html", html_page(groups, trainings))
     return folder / "report.html"
 
 
@@ -49,8 +51,13 @@ def update_readme(readme: Path, paths: Iterable[Path | str]) -> None:
     """Replace what stands between the two markers by the results table.
 
     Raises:
-        UserError: the file does not hold both markers, in order.
+        UserError: the file does not hold both markers, in order, or another process writes to it.
     """
+    with alone(readme, "--update-readme", appears=True):
+        _update(readme, paths)
+
+
+def _update(readme: Path, paths: Iterable[Path | str]) -> None:
     start, end = MARKERS
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, opened, rest = text.partition(start)
