@@ -75,8 +75,9 @@ class _Stream(io.FileIO):
 
     unread_is_fine = False
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number, "w", closefd=False)
+    def __init__(self, before: io.TextIOWrapper) -> None:
+        super().__init__(before.fileno(), "w", closefd=False)
+        self._before = before  # its end would close the descriptor
         self._is_terminal = self.isatty()  # a terminal that was closed says no more that it is one
 
     def write(self, line: Any, /) -> int:
@@ -110,7 +111,7 @@ def _open_streams() -> None:
 def _that_may_go_unread(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     """The same stream by way of `_Stream`. Libraries keep what they find, so this comes before their import."""
     stream.flush()
-    raw = _Stream(stream.fileno())
+    raw = _Stream(stream)
     return io.TextIOWrapper(
         io.BufferedWriter(raw) if isinstance(stream.buffer, io.BufferedWriter) else raw,
         encoding=stream.encoding,
