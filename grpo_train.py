@@ -172,7 +172,7 @@ def make_trainer(
     functions += [reward.function for reward in named]
     weights += [reward.weight for reward in named]
     in_8_bits = config.rollouts.weights == "fp8"
-    copy = GatheredCopy(model) if is_sharded() else PolicyCopy(model, in_8_bits)
+    copy = GatheredCopy(model) if is_sharded() else PolicyCopy(model, in_8_bits, config.rollouts.cache == "fp8")
     remedy = f"{OTHER_ENGINE}, {NO_DEV}"
     guard = EngineGuard(remedy, run.record)
     rollouts = None if config.rollouts.engine == "trl" else Rollouts(copy, tokenizer, config.seed, config.rollouts, guard)

@@ -4,10 +4,10 @@
     python bench/decoding.py --model DIR --data data/gsm8k --rows 16 --samples 8 --endless --profile
     python bench/decoding.py --model DIR --data data/gsm8k --rows 1319 --new-tokens 256 --endless --ways seats fp8
 
-Prompts are those of the test split, longest first. `fp8` is seats with weights in 8 bits. No way decodes more rows at once than
-the engine would: the loop takes them in batches, and seats take the next as one falls free. The first run of each way makes its
-graphs and does not count. `--endless` lets no token end a row; real answers end early, and what is decoded after their end counts
-as time alone.
+Prompts are those of the test split, longest first. `fp8` is seats with weights in 8 bits, `fp8-cache` with keys and values in 8
+bits as well. No way decodes more rows at once than the engine would: the loop takes them in batches, and seats take the next as
+one falls free. The first run of each way makes its graphs and does not count. `--endless` lets no token end a row; real answers
+end early, and what is decoded after their end counts as time alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from posttrain.records import Example, read_jsonl
 
 REPEATS = 3
 KERNELS = 25  # lines of the table
-WAYS = ("loop", "seats", "fp8")
+WAYS = ("loop", "seats", "fp8", "fp8-cache")
 
 
 def main() -> None:
@@ -50,8 +50,11 @@ def main() -> None:
     prompts = sorted((chat_ids(tokenizer, e.prompt, add_generation_prompt=True) for e in examples), key=len, reverse=True)
     sampling = Sampling(args.new_tokens, args.temperature, num_samples=args.samples)
     stop = -1 if args.endless else tokenizer.eos_token_id
-    in_8_bits = loop.prepare_to_decode(PolicyCopy(base, fp8=True).model) if "fp8" in args.ways else policy
-    models = {way: in_8_bits if way == "fp8" else policy for way in args.ways}
+    in_8_bits = {"fp8": False, "fp8-cache": True}  # its keys and values as well?
+    models = {
+        way: loop.prepare_to_decode(PolicyCopy(base, fp8=True, fp8_cache=in_8_bits[way]).model) if way in in_8_bits else policy
+        for way in args.ways
+    }
     found = {way: timed(way, models[way], prompts, sampling, stop) for way in args.ways}
     first, *others = args.ways
     for way in others:

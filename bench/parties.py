@@ -28,6 +28,7 @@ KEPT, CHECKPOINTED = "trainer.gradient_checkpointing=false", "trainer.gradient_c
 PACKED = ["trainer.packing=true", "trainer.max_length=512"]
 SEATS = "model.decoding=seats"
 GRAPHS = "layer_graphs=true"
+FP8, FP8_CACHE = ["rollouts.weights=fp8"], "rollouts.cache=fp8"
 
 # What each lever sets. The first entry is the start: TRL's defaults and TRL's own generation, through our scripts.
 SFT_LEVERS = {
@@ -80,12 +81,15 @@ def parties(args: argparse.Namespace) -> dict[str, Command]:
         "ours-graphs-sft": sft(args, 0.0, *LEAN, KEPT, *PACKED, *SIXTEEN, GRAPHS),
         "ours-graphs-unpacked-sft": sft(args, 0.0, *LEAN, UNPACKED, KEPT, *PACKED, *TWO_EIGHTS, GRAPHS),
         "ours-graphs-small-sft": sft(args, 0.0, *LEAN, "trainer.optim=adamw_8bit", CHECKPOINTED, *PACKED, *FOUR_FOURS, GRAPHS),
+        "ours-graphs-small-fp32-sft": sft(args, 0.0, *LEAN, CHECKPOINTED, *PACKED, *FOUR_FOURS, GRAPHS),
         "trl-sft": peer(args, "sft", args.steps),
         "ours-grpo": grpo(args, *FAST),
         "ours-seats-grpo": grpo(args, *FAST, SEATS),
         "ours-seats-lean-grpo": grpo(args, *LEAN, KEPT, SEATS, "update_tokens=8192"),
         "ours-seats-small-grpo": grpo(args, *LEAN, CHECKPOINTED, SEATS, "update_tokens=8192"),
         "ours-graphs-grpo": grpo(args, *LEAN, KEPT, SEATS, GRAPHS, "update_tokens=4096"),
+        "ours-graphs-fp8-grpo": grpo(args, *LEAN, KEPT, SEATS, GRAPHS, *FP8, "update_tokens=6144"),
+        "ours-graphs-fp8-cache-grpo": grpo(args, *LEAN, KEPT, SEATS, GRAPHS, *FP8, FP8_CACHE, "update_tokens=6144"),
         "trl-grpo": peer(args, "grpo", max(2, args.grpo_steps // 2)),
         "ours-eval": answer(args, "quantization=nf4", f"adapter={adapter(args)}"),
         "ours-seats-eval": answer(args, "quantization=nf4", f"adapter={adapter(args)}", SEATS),

@@ -41,7 +41,7 @@ from posttrain.config.schema import Model  # noqa: E402
 from posttrain.runs.manifest import git_state, hardware  # noqa: E402
 from posttrain.training.plans import model_shape  # noqa: E402
 
-STAGES = ("sft", "large", "compiled", "packed", "grpo", "eval", "seats", "lm-eval", "ladder-sft", "ladder-grpo")
+STAGES = ("sft", "large", "compiled", "packed", "graphs", "grpo", "eval", "seats", "lm-eval", "ladder-sft", "ladder-grpo")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the SXM boards
 
 
@@ -109,7 +109,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.random_3b:
         args.adapter = args.adapter or args.model / "adapter"
-    elif {"grpo", "eval", "seats", "ladder-grpo"} & {*args.stages} and "sft" not in args.stages and not args.adapter:
+    elif {"graphs", "grpo", "eval", "seats", "ladder-grpo"} & {*args.stages} and "sft" not in args.stages and not args.adapter:
         parser.error("grpo and eval start from an adapter: add sft to --stages, or give --adapter")
     if args.num_completions % args.micro_batch:
         parser.error(f"--num-completions {args.num_completions}: give a multiple of --micro-batch {args.micro_batch}")

@@ -9,27 +9,33 @@ set -u
 NODES=${NODES:-1} NODE_RANK=${NODE_RANK:-0} HEAD=${HEAD:-localhost} PORT=${PORT:-29500}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 
+# A container's first process gets a signal alone, so it is handed on. Slurm signals every process by itself.
+stopped='' child=''
+trap 'stopped=yes; [ -z "$child" ] || kill -s USR1 "$child"' USR1 TERM INT
+
 # Wrong settings end here, with their own lines, before any process waits for another.
-settings=$(python "$@" --print-config) || exit $?
+settings=$(python "$@" --print-config)
+code=$?
+[ -z "$stopped" ] || exit 75
+[ "$code" -eq 0 ] || exit "$code"
 run_dir=$(sed -n 's/^run_dir: //p' <<<"$settings")
 
 logs=${LOGS:-$(dirname "$run_dir")/logs}/$(basename "$run_dir")/node-$NODE_RANK
-# torchrun hands on only the signals that it is told to, and kills its processes 30 seconds later, which is short for a checkpoint.
+# torchrun kills its processes 30 seconds after it has handed on a signal, which is short for a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
-torchrun --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" --master_addr "$HEAD" --master_port "$PORT" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --log-dir "$logs" --redirects 3 --tee 0:3 "$@" &
+python "$(dirname "$0")/torchrun.py" --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" --master_addr "$HEAD" \
+    --master_port "$PORT" --signals-to-handle SIGHUP,SIGQUIT --log-dir "$logs" --redirects 3 --tee 0:3 "$@" &
 child=$!
-# A container's first process gets the signal alone. wait ends when one comes, so it is asked again.
-trap 'kill -s USR1 "$child"' USR1 TERM INT
 wait "$child"
 code=$?
+# wait ends when a signal comes, so it is asked again.
 while kill -0 "$child" 2>/dev/null; do
     wait "$child"
     code=$?
 done
 
-# torchrun ends with 1 whatever its processes ended with; the manifest knows better.
-if [ "$code" -ne 0 ] && grep -q '"exit": "interrupted' "$run_dir/manifest.json"; then
+# torchrun ends with 1 whatever its processes ended with. The manifest knows better, unless the stop came before there was one.
+if [ "$code" -ne 0 ] && { [ -n "$stopped" ] || grep -q '"exit": "interrupted' "$run_dir/manifest.json"; }; then
     exit 75
 fi
 exit "$code"

@@ -75,9 +75,9 @@ class _Stream(io.FileIO):
 
     unread_is_fine = False
 
-    def __init__(self, stream: io.TextIOWrapper) -> None:
-        super().__init__(stream.fileno(), "w", closefd=False)
-        self._in_place_of = stream  # one that nobody holds any more would close its file
+    def __init__(self, before: io.TextIOWrapper) -> None:
+        super().__init__(before.fileno(), "w", closefd=False)
+        self._before = before  # its end would close the descriptor
         self._is_terminal = self.isatty()  # a terminal that was closed says no more that it is one
 
     def write(self, line: Any, /) -> int:
@@ -227,6 +227,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if os.getpid() != self._pid and number == signal.SIGUSR1:
+            return  # Slurm signals the workers of a data loader, too: this process ends them when it has no more use for them
         if os.getpid() != self._pid or (self.received and not self._is_echo() and not self._leaving):
             signal.signal(number, signal.SIG_DFL)  # a worker forked from this process, or a second signal
             os.kill(os.getpid(), number)
@@ -240,7 +242,7 @@ class StopSignals:
                 os.write(2, f"{name}: the run stops at the end of this step; a second signal leaves at once\n".encode())
 
     def _is_echo(self) -> bool:
-        return int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() - self._at < self.ECHO_SECONDS
+        return "LOCAL_RANK" in os.environ and time.monotonic() - self._at < self.ECHO_SECONDS
 
 
 stop = StopSignals()

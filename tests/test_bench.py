@@ -25,7 +25,7 @@ def named(monkeypatch, *more: str) -> dict[str, parties.Command]:
 def test_every_party_of_ours_has_settings_that_hold(monkeypatch):
     found = named(monkeypatch, "--lm-eval", "lm_eval", "--vllm", "python", "--stages", *speed.STAGES)
     ours = {name: command(Path("out")) for name, command in found.items() if name.startswith("ours") or "ladder" in name}
-    assert len(ours) == 15 + len(parties.SFT_LEVERS) + len(parties.GRPO_LEVERS)
+    assert len(ours) == 22 + len(parties.SFT_LEVERS) + len(parties.GRPO_LEVERS)
     for script, flag, config, *overrides in ours.values():
         assert flag == "--config"
         load(ROOT / config, overrides, CLASSES[script])

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from scripts import retell
 from tiny_training import LORA, adapter_tensors, by_content, opened, pay
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -24,6 +25,7 @@ from posttrain.models.base import load_base
 from posttrain.models.chat import chat_ids, load_tokenizer
 from posttrain.records import Example, as_dataset, read_jsonl, read_rows, sha256_text
 from posttrain.runs.data_sets import read_data_manifest
+from posttrain.training import callbacks
 from posttrain.training.arguments import trainer_arguments
 from posttrain.training.callbacks import MovedShare, StopOnNonFinite, add_callbacks
 from posttrain.training.checkpoints import last_checkpoint
@@ -162,6 +164,37 @@ def test_the_share_is_measured_at_logged_steps_alone(tiny):
         trainer.add_callback(Look(lambda: kept.append(watch.before is not None)))
         trainer.train()
     assert kept == [False, True, False, True]
+
+
+class MadeTensors(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation makes, in memory that was not there before."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.known, self.largest = {tensor.untyped_storage().data_ptr() for tensor in there}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self.known:
+            self.largest = max(self.largest, made.numel() * made.element_size())
+        return made
+
+
+def test_the_share_is_counted_in_the_memory_of_one_copy(monkeypatch):
+    """At the end of a step lie the checkpoints of all layers, and between two copies torch counts in eight bytes an entry."""
+    monkeypatch.setattr(callbacks, "COUNTED_AT_ONCE", 64)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((20, 30), (7,), (500,))]
+    weights[0].data[3, :5] = 0
+    optimizer, reported = torch.optim.SGD(weights), []
+    args, state = TrainingArguments(output_dir="x", logging_steps=1, use_cpu=True), type("State", (), {"global_step": 0})()
+    watch = MovedShare(lambda _, value: reported.append(value))
+    watch.on_pre_optimizer_step(args, state, None, optimizer)
+    weights[0].data[3, :5] = 1e-40  # as little as fp32 knows
+    weights[2].data[::2] *= 2
+    with MadeTensors(*weights, watch.before) as made:
+        watch.on_optimizer_step(args, state, None, optimizer)
+    assert reported == [255 / 1107]
+    assert 0 < made.largest <= 64 * 8
 
 
 class Look(TrainerCallback):

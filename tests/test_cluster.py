@@ -84,7 +84,10 @@ def node(place, rank, nodes, port, *settings, gpus=1):
         "OMP_NUM_THREADS": "1",
     }
     command = ["bash", CLUSTER / "launch.sh", ROOT / "sft_train.py", "--config", CONFIGS / "sft_tiny.yaml", *settings]
-    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=place, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def free_port():
@@ -121,18 +124,47 @@ def test_two_nodes_train_as_one_of_two_processes(place):
     assert {path.relative_to(place / "runs" / "logs" / "two").parts[0] for path in logs} == {"node-0", "node-1"}
 
 
+def to_the_first(process):
+    """As Kubernetes stops a container."""
+    process.send_signal(signal.SIGTERM)
+
+
+def to_all(process):
+    """As Slurm stops a job before the end of its time, workers of a data loader included."""
+    for pid in descendants(process.pid):
+        os.kill(pid, signal.SIGUSR1)
+
+
+def descendants(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [pid, *(each for child in listed.stdout.split() for each in descendants(int(child)))]
+
+
 @pytest.mark.slow
-def test_a_node_that_is_stopped_ends_with_the_code_that_asks_for_a_restart(place):
-    settings = ("data.num_dev=0", "trainer.max_steps=4000", "trainer.logging_steps=1", "trainer.save_strategy=no")
-    process = node(place, 0, 1, free_port(), *settings)
+@pytest.mark.parametrize("signalled", [to_the_first, to_all])
+def test_a_node_that_is_stopped_ends_with_the_code_that_asks_for_a_restart(place, signalled):
+    settings = ("data.num_dev=0", "trainer.max_steps=4000", "trainer.logging_steps=1", "trainer.dataloader_num_workers=1")
+    process = node(place, 0, 1, free_port(), *settings, "trainer.save_steps=4000")
     rows = place / "runs" / "sft_tiny" / "metrics.jsonl"
     until = time.monotonic() + 300
     while not (rows.is_file() and rows.stat().st_size) and time.monotonic() < until and process.poll() is None:
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    signalled(process)
     said = process.communicate()[0]
     assert process.returncode == 75, said
-    assert read_manifest(place / "runs" / "sft_tiny").exit.startswith("interrupted at step")
+    manifest = read_manifest(place / "runs" / "sft_tiny")
+    step = int(manifest.exit.removeprefix("interrupted at step ").removesuffix(" of 4000"))
+    assert (place / "runs" / "sft_tiny" / "checkpoints" / f"checkpoint-{step}" / "commit.json").is_file(), said
+
+
+@pytest.mark.slow
+def test_a_node_that_is_stopped_before_its_run_has_begun_asks_for_a_restart(place):
+    process = node(place, 0, 1, free_port())
+    while len(descendants(process.pid)) < 2:  # the settings are being looked at
+        time.sleep(0.1)
+    to_the_first(process)
+    said = process.communicate()[0]
+    assert process.returncode == 75 and not (place / "runs").exists(), said
 
 
 @pytest.mark.slow

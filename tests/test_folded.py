@@ -7,12 +7,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapter_kinds import LORAS, OTHERS, lora, other
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
 from posttrain.kernels.nf4 import layers_to_pack, packed_linears
 from posttrain.models.adapters import load_adapter
+from posttrain.models.base import load_base
 from posttrain.models.checkpoint import skeleton
 from posttrain.models.folded import DRAWN, FoldedWeights
 from posttrain.models.policy_copy import PolicyCopy
@@ -102,6 +103,36 @@ def test_biases_that_the_adapter_trained_are_in_the_folder(kind, bias, tmp_path)
 
 def test_layers_to_pack_are_those_that_a_load_packs(load, settings):
     assert layers_to_pack(skeleton(settings)) == [*packed_linears(load("nf4"))]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny_model_dir, tmp_path_factory):
+    """Layers whose weights are (in, out). Those between attention and the stream are square, and could be taken either way."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    GPT2LMHeadModel(GPT2Config(**sizes, **ends)).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Model(name_or_path=str(folder), attn_implementation="eager"), tokenizer
+
+
+def test_layers_that_are_turned_round_before_they_are_packed(gpt2):
+    settings, tokenizer = gpt2
+    packed, unpacked = (load_base(settings, form, tokenizer) for form in ("nf4", "nf4_unpacked"))
+    assert layers_to_pack(skeleton(settings)) == [*packed_linears(packed)] != []
+    wanted = dict(unpacked.named_parameters())
+    for tensor in (folded := FoldedWeights(settings, "nf4", None)).tensors:
+        is_turned = isinstance(folded.packed.get(tensor.name), bool)
+        plain = wanted[tensor.name].T if is_turned else wanted[tensor.name]
+        assert torch.equal(folded.read(tensor), plain), tensor.name
+    ids = torch.arange(3, 40)[None]
+    logits = [PolicyCopy(base).model(ids).logits for base in (packed, unpacked)]
+    assert torch.equal(*logits)
+    torch.testing.assert_close(logits[0], unpacked(ids).logits, rtol=0.02, atol=0.02)
+    with pytest.raises(UserError, match="not tried on layers as transformer.h.0.attn.c_attn, Conv1D"):
+        PolicyCopy(packed, fp8=True)
 
 
 def test_a_base_alone_is_its_own_files(settings):

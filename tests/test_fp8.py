@@ -89,24 +89,47 @@ def test_a_copy_holds_the_rounded_folded_weights_and_follows_the_adapter(name):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("way", ["seats", "loop"])
+@pytest.mark.parametrize("way", ["seats", "seats, 8-bit cache", "loop"])
 def test_what_it_decodes_is_what_the_weights_that_it_holds_give(name, way, device):
-    copy = PolicyCopy(policy(name).to(device), fp8=True).refresh()
-    copy.decoding = way
-    assert decoder.fits(loop.prepare_to_decode(copy)) == (way == "seats")
+    copy = PolicyCopy(policy(name).to(device), fp8=True, fp8_cache="cache" in way).refresh()
+    copy.decoding = way.split(",")[0]
+    assert decoder.fits(loop.prepare_to_decode(copy)) == (way != "loop")
     tokens, logits = guard.decoded_logits(copy, prompts())
     texts = [[*prompt, *more[:-1]] for prompt, more in zip(prompts(), tokens, strict=True)]
     wanted = guard.own_logits(reference_of(copy), texts, copy.device)
     assert guard.difference(logits, wanted).relative < 0.15
 
 
-def test_seats_draw_the_same_however_many_there_are():
-    copy = loop.prepare_to_decode(PolicyCopy(policy("qwen3"), fp8=True).model)
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_seats_draw_the_same_however_many_there_are(fp8_cache):
+    """Prompts are shared among seats and rows move to others, with all that is kept of them."""
+    copy = loop.prepare_to_decode(PolicyCopy(policy("qwen3"), fp8=True, fp8_cache=fp8_cache).model)
     copy.decoding = "seats"
     sampling = Sampling(8, temperature=1.0, num_samples=2, seed=4)
     found = [seats.decode_batch(copy, prompts(), sampling, -1, 0, max_seats)[0] for max_seats in (4, 64)]
     same = sum(one == other for one, other in zip(rows(found[0]), rows(found[1]), strict=True))
     assert same >= len(rows(found[0])) - 2  # a product of other shape may round otherwise
+
+
+def test_keys_and_values_in_8_bits_take_half_and_are_off_by_their_rounding():
+    found = {}
+    for fp8_cache in (False, True):
+        copy = loop.prepare_to_decode(PolicyCopy(policy("qwen3"), fp8=True, fp8_cache=fp8_cache).model)
+        made = decoder.Decoder(copy, 3, 64)
+        logits = made.prefill([[5, 9, 3, 7], [4, 8]], range(2))
+        found[fp8_cache] = sum(tensor.nbytes for tensor in made.cached()), logits, made
+    assert torch.equal(found[False][1], found[True][1])  # a prompt sees itself as it was computed
+    head_dim = found[False][2].keys[0].shape[3]
+    assert found[True][0] == found[False][0] * (1 + 4 / head_dim) / 2
+    for exact, rounded in zip(
+        found[False][2].keys + found[False][2].values, found[True][2].keys + found[True][2].values, strict=True
+    ):
+        kept = rounded.front(3, 64)
+        assert exact[:2, :, :2].any() and not exact[2].any() and not kept[2].any()
+        assert ((kept - exact.float()).abs() <= exact.float().abs() * ROUNDING + rounded.scale[..., None] * 2**-10).all()
+    ids, place = torch.tensor([2, 6]), torch.tensor([4, 2])
+    one, other = (found[fp8_cache][2](ids, place) for fp8_cache in (False, True))
+    assert 0 < apart(one, other) < 0.1
 
 
 # --- training on what it draws ----------------------------------------------------------------------------------------
@@ -156,6 +179,19 @@ def test_a_run_trains_on_rollouts_in_8_bits_and_logs_the_mismatch(tiny, sft):
         assert row["rollout/mean_weight"] == pytest.approx(1, abs=0.05) and row["rollout/cut_weights"] == 0
 
 
+@pytest.mark.usefixtures("on_hopper")
+def test_a_run_keeps_keys_and_values_in_8_bits_in_seats_alone(tiny, sft):
+    asked = {"weights": "fp8", "cache": "fp8"}
+    with pytest.raises(UserError, match="decodes in the loop"), pay_tiny(tiny, sft, {"max_steps": 1}, rollouts=asked):
+        raise AssertionError("the tiny model has no seats by itself")
+    model = tiny.grpo_config(sft).model.model_copy(update={"decoding": "seats"})
+    with pay_tiny(tiny, sft, {"max_steps": 1}, rollouts=asked, model=model) as trainer:
+        trainer.train()
+        (row,) = [row for row in trainer.state.log_history if "loss" in row]
+        kept = trainer.rollout_func.copy.model
+    assert kept.fp8_cache and 0 < row["rollout/logp_difference"] < 0.3
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -164,6 +200,11 @@ def test_a_run_trains_on_rollouts_in_8_bits_and_logs_the_mismatch(tiny, sft):
         ({"lora": None, "adapter": None, "quantization": "none"}, "remove it, or give lora"),
         ({"model": {"name_or_path": "x", "dtype": "float32"}}, "set model.dtype to that"),
         ({"rollouts": {"weights": "int4"}}, "fp8"),
+        ({"rollouts": {"cache": "fp8"}}, "set rollouts.weights fp8"),
+        (
+            {"rollouts": {"weights": "fp8", "cache": "fp8"}, "model": {"name_or_path": "x", "decoding": "loop"}},
+            "is of seats: remove it, or model.decoding loop",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, told):

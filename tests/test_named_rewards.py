@@ -304,11 +304,11 @@ def test_a_run_logs_pays_copies_and_hashes_its_rewards(place):
 
 @pytest.mark.parametrize("name", ["raising", "raising_later", "none", "short"])
 def test_a_bad_reward_ends_before_the_run_directory_is_made(place, name):
-    before = tree(place)
+    before = {path for path in tree(place) if "__pycache__" not in str(path)}
     done = grpo(place, "run_dir=runs/bad", f"rewards.mine.py:{name}=1")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert f"mine.py:{name}" in done.err
-    assert {path for path in tree(place) if "__pycache__" not in str(path)} == {*before}
+    assert {path for path in tree(place) if "__pycache__" not in str(path)} == before
 
 
 def test_a_reward_that_fails_later_stops_the_run_in_one_line(place):

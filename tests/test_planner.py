@@ -6,7 +6,11 @@ from pathlib import Path
 from statistics import fmean, median
 
 import pytest
+import torch
+from tiny_training import LORA
+from transformers import Trainer, TrainingArguments
 
+from posttrain.config.schema import SftConfig
 from posttrain.errors import UserError
 from posttrain.training.fitting import fastest_that_fits, fits
 from posttrain.training.machines import GIB, MACHINES, find_machine, named
@@ -20,6 +24,7 @@ from posttrain.training.planner import (
     padded,
     seconds,
 )
+from posttrain.training.plans import moment_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 H100, CPU = MACHINES["h100"], MACHINES["cpu"]
@@ -133,6 +138,11 @@ ROWS = {
     "3B SFT, packed, lean, NF4, 4 x 4, checkpointed, replayed": (
         sft(4, 4, 7841, length=512, lean=True, nf4=True, checkpointing=True, replayed=True),
         packing("packed-lean-nf4-checkpointed-graphs-4x4", REPLAYED),
+        H100,
+    ),
+    "3B SFT, the same, 8-bit Adam": (
+        sft(4, 4, 7834, length=512, lean=True, nf4=True, checkpointing=True, replayed=True, moments=2),
+        packing("packed-lean-nf4-checkpointed-graphs-4x4-adam8", REPLAYED),
         H100,
     ),
     "3B SFT, packed, lean, replayed": (
@@ -366,3 +376,23 @@ def test_a_batch_is_as_wide_as_its_longest_row():
 
 if __name__ == "__main__":  # the table of docs/planning.md
     print("\n".join(map(row, ROWS)))
+
+
+@pytest.mark.parametrize(
+    "optim",
+    ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "rmsprop", "sgd", "adagrad"],
+)
+def test_the_moments_that_are_counted_are_those_that_the_optimizer_holds(optim, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True)
+    weight = torch.nn.Parameter(torch.ones(128, 256))
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = kind([weight], **settings)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = sum(
+        state.nbytes
+        for state in optimizer.state[weight].values()
+        if isinstance(state, torch.Tensor) and state.shape == weight.shape
+    )
+    config = SftConfig(run_dir="x", data={"path": "x"}, model={"name_or_path": "x"}, lora=LORA, trainer={"optim": optim})
+    assert moment_bytes(config) * weight.numel() == held

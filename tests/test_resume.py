@@ -86,6 +86,22 @@ def test_resumed_sft_equals_uninterrupted_sft(tiny, form):
     assert sum("loss" in row for row in rows) == 4
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_moments_in_8_bits_outlive_a_kill(tiny, fp32, any_sft, stage):
+    """bitsandbytes keeps those of 4,096 entries and more in 8 bits."""
+    more, lora = FOUR_STEPS | {"optim": "adamw_8bit", "learning_rate": 1e-2}, LORA | {"r": 128}
+    if stage == "sft":
+        config = [tiny.sft_config(more, lora=lora) for _ in range(2)]
+    else:
+        config = [tiny.grpo_config(None, more, lora=lora) for _ in range(2)]
+    (one, _, rows), (two, _, again) = straight(config[0]), interrupted_and_resumed(config[1], 2)
+    assert largest_difference(one, two) == 0
+    assert rows == again
+    saved = torch.load(Path(config[1].run_dir, "checkpoints", "checkpoint-4", "optimizer.pt"), weights_only=True)["state"]
+    kinds = {tensor.dtype for state in saved.values() for tensor in state["__bnb_optimizer_quant_state__"].values()}
+    assert torch.uint8 in kinds
+
+
 @pytest.mark.parametrize("form", ["nf4", "none"])
 def test_resumed_grpo_equals_uninterrupted_grpo(tiny, any_sft, form):
     """That includes rollouts and the KL reference, which is the SFT policy and not the checkpoint's."""

@@ -137,14 +137,14 @@ def test_while_they_are_held_the_work_goes_on(capfd):
 
 
 def test_a_launcher_that_sends_it_once_more_sends_the_same(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # also of one process: its scheduler and its launcher both signal it
     with stop.watched(), stop.held():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == "SIGTERM"
 
 
-def test_a_worker_that_is_forked_dies_of_its_signal():
+def test_a_worker_that_is_forked_leaves_it_to_its_parent_and_dies_of_sigterm():
     begun, says = os.pipe()
     with stop.watched(), stop.held():
         child = os.fork()
@@ -152,6 +152,9 @@ def test_a_worker_that_is_forked_dies_of_its_signal():
             os.write(says, b".")  # Python forgets a signal that comes before a fork has ended
             time.sleep(0.01)
         os.read(begun, 1)
+        os.kill(child, signal.SIGUSR1)  # as Slurm sends it to every process; its parent decides
+        time.sleep(0.05)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM

@@ -7,7 +7,8 @@ Attention reads the keys of each row and no others. Whatever this does not know 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from posttrain.kernels.fp8_linear import Fp8Linear
 
 Rows: TypeAlias = "torch.Tensor | decoding.Fp8Rows"  # (rows, width), what a product reads
 # layer, its qkv (tokens, ...), keys, values, window -> attention's output (tokens, heads * head_dim)
-Attend: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, "int | None"], torch.Tensor]
+Attend: TypeAlias = Callable[[Any, decoding.Product, decoding.Cache, decoding.Cache, "int | None"], torch.Tensor]
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # tests/test_decoder.py compares these with transformers' own forward
 # Whose angles depend on a token's place alone. The others change with the longest row.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -81,7 +82,8 @@ def _is_plain(layer: Any) -> bool:
 class Decoder:
     """`logits = decoder(ids, place)`: row i's token ids[i] stands at place[i] of the row, and its keys and values go there.
 
-    Keys and values are (seats, kv_heads, capacity, head_dim) for each layer; the rows are the front seats.
+    Keys and values are (seats, kv_heads, capacity, head_dim) for each layer; the rows are the front seats. They are in 8 bits if
+    `model.fp8_cache` is set.
     """
 
     def __init__(self, model: PreTrainedModel, num_seats: int, capacity: int) -> None:
@@ -91,17 +93,24 @@ class Decoder:
         config, head_dim = model.config, model.model.layers[0].self_attn.head_dim
         shape = (num_seats, config.num_key_value_heads, capacity, head_dim)
         weight = model.model.embed_tokens.weight
-        self.keys, self.values = ([weight.new_zeros(shape) for _ in model.model.layers] for _ in range(2))
+        fp8 = getattr(model, "fp8_cache", False)
+        self.keys, self.values = ([_empty_cache(weight, shape, fp8) for _ in model.model.layers] for _ in range(2))
         places = torch.arange(capacity, device=weight.device)[None]
         self.cos, self.sin = (x[0].contiguous() for x in model.model.rotary_emb(weight, places))
         windows = layer_windows(config)
         types = getattr(config, "layer_types", None) or [ALL_LAYERS] * len(model.model.layers)
         self.windows = [windows.get(kind, windows.get(ALL_LAYERS)) for kind in types]
 
+    def cached(self) -> Iterator[torch.Tensor]:
+        """All that is kept of tokens, each tensor (seats, kv_heads, capacity, ...)."""
+        return itertools.chain.from_iterable(map(decoding.tensors_of, (*self.keys, *self.values)))
+
     def __call__(self, ids: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Logits (rows, vocabulary) of what follows ids, (rows,)."""
 
-        def attend(layer: Any, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+        def attend(
+            layer: Any, qkv: decoding.Product, keys: decoding.Cache, values: decoding.Cache, window: int | None
+        ) -> torch.Tensor:
             query = decoding.rotate_and_store(qkv, self.cos, self.sin, place, keys, values, _norms(layer))
             return decoding.attend(query, keys, values, place, window, layer.scaling)
 
@@ -116,7 +125,10 @@ class Decoder:
         ends = torch.tensor(lengths).cumsum(0)
         starts = nn.functional.pad(ends, (1, 0)).int().to(device)
 
-        def attend(layer: Any, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+        def attend(
+            layer: Any, qkv: decoding.Product, keys: decoding.Cache, values: decoding.Cache, window: int | None
+        ) -> torch.Tensor:
+            qkv = decoding.whole(qkv)
             query = decoding.rotate_and_store(qkv, self.cos, self.sin, place, keys, values, _norms(layer), seat)
             key, value = qkv.view(len(ids), -1, keys.shape[3])[:, query.shape[1] :].chunk(2, 1)
             return decoding.attend_packed(query, key, value, starts, max(lengths), window, layer.scaling)
@@ -126,12 +138,12 @@ class Decoder:
     def _hidden(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """What the last layer gives for each token, normed, (tokens, hidden)."""
         residual = nn.functional.embedding(ids, self.model.model.embed_tokens.weight)
-        more: torch.Tensor | None = None
+        more: decoding.Product | None = None
         for layer, keys, values, window in zip(self.model.model.layers, self.keys, self.values, self.windows, strict=True):
             x = self._read(more, residual, layer.input_layernorm)
             out = attend(layer.self_attn, _joined_linear(x, _qkv(layer)), keys, values, window)
             more = _joined_linear(out, [layer.self_attn.o_proj])
-            gate_up = _joined_linear(self._read(more, residual, layer.post_attention_layernorm), _gate_up(layer))
+            gate_up = decoding.whole(_joined_linear(self._read(more, residual, layer.post_attention_layernorm), _gate_up(layer)))
             product: Rows = decoding.silu_mul_fp8(gate_up) if self.fp8 else decoding.silu_mul(gate_up)
             more = _joined_linear(product, [layer.mlp.down_proj])
         return self._normed(more, residual, self.model.model.norm)
@@ -140,16 +152,22 @@ class Decoder:
         head: Any = self.model.get_output_embeddings()
         return nn.functional.linear(hidden, head.weight, head.bias)
 
-    def _normed(self, more: torch.Tensor | None, residual: torch.Tensor, norm: Any) -> torch.Tensor:
+    def _normed(self, more: decoding.Product | None, residual: torch.Tensor, norm: Any) -> torch.Tensor:
         """The norm of residual + more; `residual` then holds that sum."""
         x, rest = (residual, None) if more is None else (more, residual)
         return decoding.add_norm(x, rest, norm.weight, norm.variance_epsilon)
 
-    def _read(self, more: torch.Tensor | None, residual: torch.Tensor, norm: Any) -> Rows:
+    def _read(self, more: decoding.Product | None, residual: torch.Tensor, norm: Any) -> Rows:
         """The same as a layer's products read it."""
         x, rest = (residual, None) if more is None else (more, residual)
         make = decoding.add_norm_fp8 if self.fp8 else decoding.add_norm
         return make(x, rest, norm.weight, norm.variance_epsilon)
+
+
+def _empty_cache(like: torch.Tensor, shape: tuple[int, ...], fp8: bool) -> decoding.Cache:
+    if not fp8:
+        return like.new_zeros(shape)
+    return decoding.Fp8Cache(like.new_zeros(shape, dtype=decoding.FP8), like.new_zeros(shape[:3], dtype=torch.float32))
 
 
 def _norms(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -182,12 +200,13 @@ def join_projections(model: Any) -> None:
                         parameter.data = part
 
 
-def _joined_linear(x: Rows, linears: Sequence[Any]) -> torch.Tensor:
+def _joined_linear(x: Rows, linears: Sequence[Any]) -> decoding.Product:
     bias = None if linears[0].bias is None else joined([linear.bias for linear in linears])
     weight = joined([linear.weight for linear in linears])
     if isinstance(linears[0], Fp8Linear):
         scale = joined([linear.scale for linear in linears])
-        return fp8_linear.product(x, fp8_linear.Weight(weight, scale, bias), linears[0].dtype)
+        multiply = fp8_linear.product_to_scale if bias is None else fp8_linear.product
+        return multiply(x, fp8_linear.Weight(weight, scale, bias), linears[0].dtype)
     assert isinstance(x, torch.Tensor)
     return nn.functional.linear(x, weight, bias)
 

@@ -181,7 +181,7 @@ class Steps:
     def share(self, seats: slice, num_samples: int, width: int) -> None:
         """Copy the keys and values of each prompt from the seat of its first sample to those of the others."""
         if num_samples > 1:
-            for tensor in (*self.decoder.keys, *self.decoder.values):
+            for tensor in self.decoder.cached():
                 of_prompt = tensor[seats].view(-1, num_samples, *tensor.shape[1:])
                 of_prompt[:, 1:, :, :width] = of_prompt[:, :1, :, :width]
 
@@ -222,7 +222,7 @@ class Steps:
             return
         source, target = (torch.tensor(x, device=self.live.device) for x in (movers, holes))
         end = int(self.place[source].max()) + 1
-        for tensor in (*self.decoder.keys, *self.decoder.values):
+        for tensor in self.decoder.cached():
             tensor[target, :, :end] = tensor[source, :, :end]
         for state in (*self.rows, self.uniform):
             state[target] = state[source]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -38,10 +38,32 @@ def use_triton(x: torch.Tensor) -> bool:
     return (x.is_cuda or interpreted()) and triton_kernels() is not None
 
 
-def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+class Scaled(NamedTuple):
+    """What a product of rows in 8 bits is, before its factors: whoever reads it next applies them, which saves a kernel."""
+
+    products: torch.Tensor  # (rows, columns)
+    rows: torch.Tensor  # a factor for each, (rows, 1), fp32
+    columns: torch.Tensor  # (columns, 1), fp32
+
+
+Product: TypeAlias = "torch.Tensor | Scaled"
+
+
+def whole(x: Product) -> torch.Tensor:
+    return scaled(*x) if isinstance(x, Scaled) else x
+
+
+def _parts(x: Product) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The products, and their factors if there are any."""
+    return (x.products, (x.rows, x.columns)) if isinstance(x, Scaled) else (x, None)
+
+
+def add_norm(x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of `x`, (rows, hidden), or of x + residual, which then holds that sum."""
-    if use_triton(x):
-        return triton_kernels().add_norm(x, residual, weight, eps)
+    products, factors = _parts(x)
+    if use_triton(products):
+        return triton_kernels().add_norm(products, factors, residual, weight, eps)
+    x = whole(x)
     if residual is not None:
         x = residual.add_(x)
     return weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
@@ -85,10 +107,11 @@ def scaled(products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
     return (products.float() * rows * columns.T).to(products.dtype)
 
 
-def add_norm_fp8(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
+def add_norm_fp8(x: Product, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Fp8Rows:
     """`add_norm`, and `fp8_rows` of what it gives."""
-    if use_triton(x):
-        return Fp8Rows(*triton_kernels().add_norm_fp8(x, residual, weight, eps))
+    products, factors = _parts(x)
+    if use_triton(products):
+        return Fp8Rows(*triton_kernels().add_norm_fp8(products, factors, residual, weight, eps))
     return fp8_rows(add_norm(x, residual, weight, eps))
 
 
@@ -97,19 +120,59 @@ def silu_mul_fp8(gate_up: torch.Tensor) -> Fp8Rows:
     return Fp8Rows(*triton_kernels().silu_mul_fp8(gate_up)) if use_triton(gate_up) else fp8_rows(silu_mul(gate_up))
 
 
+class Fp8Cache(NamedTuple):
+    """Keys or values in 8-bit floating point, each with the factor that gives it back."""
+
+    values: torch.Tensor  # (rows or more, kv_heads, capacity, head_dim), FP8
+    scale: torch.Tensor  # (rows or more, kv_heads, capacity), fp32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def put(self, row: torch.Tensor, place: torch.Tensor, x: torch.Tensor) -> None:
+        """x (rows, kv_heads, head_dim), each to its row and place."""
+        values, scale = plain_fp8_rows(x.flatten(0, 1))
+        self.values.view(torch.uint8)[row, :, place] = values.view(torch.uint8).view(x.shape)
+        self.scale[row, :, place] = scale.view(x.shape[:2])
+
+    def front(self, rows: int, end: int) -> torch.Tensor:
+        """The first `end` of the front rows in fp32."""
+        return self.values[:rows, :, :end].float() * self.scale[:rows, :, :end, None]
+
+
+Cache: TypeAlias = "torch.Tensor | Fp8Cache"  # keys or values of all rows
+
+
+def _kept(cache: Cache) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The entries, and their factors if there are any."""
+    return cache if isinstance(cache, Fp8Cache) else (cache, None)
+
+
+def tensors_of(cache: Cache) -> tuple[torch.Tensor, ...]:
+    """What a cache is made of, rows and heads and places first: to be moved. torch does not move every 8-bit format."""
+    return (cache.values.view(torch.uint8), cache.scale) if isinstance(cache, Fp8Cache) else (cache,)
+
+
 def rotate_and_store(
-    qkv: torch.Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
+    qkv: Product,  # (rows, (heads + 2 * kv_heads) * head_dim)
     cos: torch.Tensor,  # (places, head_dim)
     sin: torch.Tensor,
     place: torch.Tensor,  # (rows,), where each row's token stands
-    keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim); the token's are written
-    values: torch.Tensor,
+    keys: Cache,  # (rows or more, kv_heads, capacity, head_dim); the token's are written
+    values: Cache,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weights for queries and keys, and epsilon (Qwen3)
     seat: torch.Tensor | None = None,  # (rows,), whose keys and values the rows' are; None: the front ones
 ) -> torch.Tensor:
-    """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place; with `seat`, keys into `qkv` too."""
-    if use_triton(qkv):
-        return triton_kernels().rotate_and_store(qkv, cos, sin, place, keys, values, norms, seat)
+    """Rotated queries, (rows, heads, head_dim). Rotated keys, and values, go to their place; with `seat`, keys into `qkv` too.
+
+    That takes a `qkv` that is whole.
+    """
+    products, factors = _parts(qkv)
+    if use_triton(products):
+        assert seat is None or factors is None, "rotated keys go into what is whole"
+        return triton_kernels().rotate_and_store(products, factors, cos, sin, place, _kept(keys), _kept(values), norms, seat)
+    qkv = whole(qkv)
     rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
@@ -118,7 +181,11 @@ def rotate_and_store(
     c, s = cos[place][:, None], sin[place][:, None]
     q, k = (x * c + torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1) * s for x in (q, k))
     row = torch.arange(rows, device=qkv.device) if seat is None else seat
-    keys[row, :, place], values[row, :, place] = k, v
+    for cache, x in ((keys, k), (values, v)):
+        if isinstance(cache, Fp8Cache):
+            cache.put(row, place, x)
+        else:
+            cache[row, :, place] = x
     if seat is not None:
         heads[:, -2 * kv_heads : -kv_heads] = k
     return q
@@ -126,15 +193,15 @@ def rotate_and_store(
 
 def attend(
     query: torch.Tensor,  # (rows, heads, head_dim)
-    keys: torch.Tensor,  # (rows or more, kv_heads, capacity, head_dim)
-    values: torch.Tensor,
+    keys: Cache,  # (rows or more, kv_heads, capacity, head_dim)
+    values: Cache,
     place: torch.Tensor,  # (rows,): a row sees its keys up to this place, and no more of them than `window`
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
     """Attention of one token of each row, (rows, heads * head_dim)."""
     if use_triton(query):
-        return triton_kernels().attend(query, keys, values, place, window, scale)
+        return triton_kernels().attend(query, _kept(keys), _kept(values), place, window, scale)
     rows, heads, head_dim = query.shape
     kv_heads, end = keys.shape[1], int(place.max()) + 1
     at = torch.arange(end, device=query.device)
@@ -142,9 +209,10 @@ def attend(
     if window is not None:
         sees &= at > place[:, None] - window
     grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
-    scores = (grouped.float() @ keys[:rows, :, :end].float().transpose(2, 3)) * scale
+    k, v = (x.front(rows, end) if isinstance(x, Fp8Cache) else x[:rows, :, :end].float() for x in (keys, values))
+    scores = (grouped.float() @ k.transpose(2, 3)) * scale
     weights = scores.masked_fill(~sees[:, None, None], -torch.inf).softmax(-1)
-    return (weights @ values[:rows, :, :end].float().masked_fill(~sees[:, None, :, None], 0.0)).to(query.dtype).view(rows, -1)
+    return (weights @ v.masked_fill(~sees[:, None, :, None], 0.0)).to(query.dtype).view(rows, -1)
 
 
 def attend_packed(

@@ -1,29 +1,36 @@
-"""The Triton half of decoding.py, with the same signatures. Imported only where Triton can run."""
+"""The Triton half of decoding.py. Imported only where Triton can run.
+
+The signatures are the same, but that products to scale and keys and values come with their factors beside them, or None.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 
+Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor] | None"  # of rows and of columns
+Kept: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None]"  # keys or values, and their factors
+
 # --- norm and MLP -----------------------------------------------------------------------------------------------------
 
 
-def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _normed(x, residual, weight, eps, torch.empty_like(x), None)
+def add_norm(x: torch.Tensor, factors: Factors, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _normed(x, factors, residual, weight, eps, torch.empty_like(x), None)
 
 
 def add_norm_fp8(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, factors: Factors, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, scale = _no_fp8_rows(len(x), x.shape[1], x.device)
-    return _normed(x, residual, weight, eps, out, scale), scale
+    return _normed(x, factors, residual, weight, eps, out, scale), scale
 
 
 def _normed(
     x: torch.Tensor,
+    factors: Factors,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
@@ -31,21 +38,26 @@ def _normed(
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
     rows, hidden = x.shape
+    of_row, of_column = factors or (weight, weight)
     _add_norm[(rows,)](
-        x, x if residual is None else residual, weight, out, out if scale is None else scale, eps, hidden,
-        residual is not None, scale is not None, triton.next_power_of_2(hidden),
+        x, of_row, of_column, x if residual is None else residual, weight, out, out if scale is None else scale,
+        eps, hidden, factors is not None, residual is not None, scale is not None, triton.next_power_of_2(hidden),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _add_norm(  # type: ignore[no-untyped-def]
-    x, residual, weight, out, scale, eps, hidden, ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
-    at = tl.program_id(0).to(tl.int64) * hidden
+    x, of_row, of_column, residual, weight, out, scale, eps, hidden,
+    SCALED: tl.constexpr, ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = row * hidden
     cols = tl.arange(0, BLOCK)
     inside = cols < hidden
     h = tl.load(x + at + cols, mask=inside, other=0.0)
+    if SCALED:
+        h = _with_factors(h, of_row + row, of_column + cols, inside)
     if ADD:
         h = (h.to(tl.float32) + tl.load(residual + at + cols, mask=inside, other=0.0).to(tl.float32)).to(h.dtype)
         tl.store(residual + at + cols, h, mask=inside)
@@ -54,9 +66,16 @@ def _add_norm(  # type: ignore[no-untyped-def]
     normed *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
     normed = normed.to(h.dtype)
     if FP8:
-        _store_fp8(normed.to(tl.float32), out + at + cols, scale + tl.program_id(0), inside)
+        _store_fp8(normed.to(tl.float32), out + at + cols, scale + row, inside)
     else:
         tl.store(out + at + cols, normed, mask=inside)
+
+
+@triton.jit
+def _with_factors(x, row, columns, inside):  # type: ignore[no-untyped-def]
+    """Products of rows in 8 bits as numbers, rounded as `_scaled` rounds them."""
+    factors = tl.load(row) * tl.load(columns, mask=inside, other=0.0)
+    return (x.to(tl.float32) * factors).to(x.dtype)
 
 
 @triton.jit
@@ -99,8 +118,7 @@ def _scaled(products, rows, columns, out, width, BLOCK: tl.constexpr) -> None:  
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     x = tl.load(products + row * width + cols, mask=inside, other=0.0)
-    factors = tl.load(rows + row) * tl.load(columns + cols, mask=inside, other=0.0)
-    tl.store(out + row * width + cols, (x.to(tl.float32) * factors).to(x.dtype), mask=inside)
+    tl.store(out + row * width + cols, _with_factors(x, rows + row, columns + cols, inside), mask=inside)
 
 
 def silu_mul_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,30 +167,35 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr) -> None:  # type: ignore
 
 def rotate_and_store(
     qkv: torch.Tensor,
+    factors: Factors,
     cos: torch.Tensor,
     sin: torch.Tensor,
     place: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Kept,
+    values: Kept,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,
     seat: torch.Tensor | None,
 ) -> torch.Tensor:
-    rows, (_, kv_heads, capacity, head_dim) = len(qkv), keys.shape
+    of_row, of_column = factors or (cos, cos)
+    (k, k_scale), (v, v_scale) = keys, values
+    rows, (_, kv_heads, capacity, head_dim) = len(qkv), k.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     query = qkv.new_empty(rows, heads, head_dim)
     q_norm, k_norm, eps = norms or (cos, cos, 0.0)
     _rotate_and_store[(rows,)](
-        qkv, cos, sin, place, place if seat is None else seat, query, keys, values, q_norm, k_norm, eps, capacity,
-        norms is not None, seat is not None, heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads),
+        qkv, of_row, of_column, cos, sin, place, place if seat is None else seat, query,
+        k, v, k if k_scale is None else k_scale, v if v_scale is None else v_scale,
+        q_norm, k_norm, eps, capacity, factors is not None, k_scale is not None, norms is not None, seat is not None,
+        heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads),
     )  # fmt: skip
     return query
 
 
 @triton.jit
 def _rotate_and_store(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, places, seats, query, keys, values, q_norm, k_norm, eps, capacity,
-    NORM: tl.constexpr, SEATED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr, BLOCK: tl.constexpr,
+    qkv, of_row, of_column, cos, sin, places, seats, query, keys, values, k_scale, v_scale, q_norm, k_norm, eps, capacity,
+    SCALED: tl.constexpr, FP8: tl.constexpr, NORM: tl.constexpr, SEATED: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(places + row).to(tl.int64)
@@ -180,8 +203,12 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     half = tl.arange(0, HALF)[None, :]
     total: tl.constexpr = HEADS + 2 * KV_HEADS
     inside = (head < total) & (half < HALF)
-    at = qkv + row * total * 2 * HALF + head * 2 * HALF + half
+    column = head * 2 * HALF + half
+    at = qkv + row * total * 2 * HALF + column
     low, high = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
+    if SCALED:
+        low = _with_factors(low, of_row + row, of_column + column, inside)
+        high = _with_factors(high, of_row + row, of_column + column + HALF, inside)
     a, b = low.to(tl.float32), high.to(tl.float32)
     turns = head < HEADS + KV_HEADS
     if NORM:
@@ -196,42 +223,54 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     s = tl.load(sin + place * 2 * HALF + half).to(tl.float32)
     new_low = tl.where(turns, a * c - b * s, a).to(low.dtype)
     new_high = tl.where(turns, b * c + a * s, b).to(low.dtype)
-    to_query = query + row * HEADS * 2 * HALF + head * 2 * HALF + half
+    to_query = query + row * HEADS * 2 * HALF + column
     tl.store(to_query, new_low, mask=head < HEADS)
     tl.store(to_query + HALF, new_high, mask=head < HEADS)
     is_key = (head >= HEADS) & turns
+    is_value = (head >= HEADS + KV_HEADS) & (head < total)
     if SEATED:
         tl.store(at, new_low, mask=is_key)
         tl.store(at + HALF, new_high, mask=is_key)
         row = tl.load(seats + row).to(tl.int64)
-    to_key = keys + ((row * KV_HEADS + head - HEADS) * capacity + place) * 2 * HALF + half
+    key_at = (row * KV_HEADS + head - HEADS) * capacity + place
+    value_at = key_at - KV_HEADS * capacity
+    if FP8:
+        wide_low, wide_high = new_low.to(tl.float32), new_high.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide_low), 1), tl.max(tl.abs(wide_high), 1))[:, None]
+        factor = tl.maximum(largest, 1e-12) / 448.0  # SMALLEST and LARGEST of decoding.py
+        tl.store(k_scale + key_at, factor, mask=is_key)
+        tl.store(v_scale + value_at, factor, mask=is_value)
+        new_low, new_high = (wide_low / factor).to(keys.dtype.element_ty), (wide_high / factor).to(keys.dtype.element_ty)
+    to_key = keys + key_at * 2 * HALF + half
     tl.store(to_key, new_low, mask=is_key)
     tl.store(to_key + HALF, new_high, mask=is_key)
-    is_value = (head >= HEADS + KV_HEADS) & (head < total)
-    to_value = values + ((row * KV_HEADS + head - HEADS - KV_HEADS) * capacity + place) * 2 * HALF + half
+    to_value = values + value_at * 2 * HALF + half
     tl.store(to_value, new_low, mask=is_value)
     tl.store(to_value + HALF, new_high, mask=is_value)
 
 
 # Of twelve choices on an H100 the first or within 2 % of it, for heads of 64 and 128 and for 128 and 512 rows: 2.0 to 2.7 TB/s.
 KEYS_AT_ONCE, WARPS, STAGES = 32, 1, 4
+FP8_KEYS_AT_ONCE, FP8_WARPS = 64, 2  # as many bytes at once; on no GPU yet
 PROGRAMS = 512  # about four for each multiprocessor of an H100: fewer rows than that share out their keys
 
 
-def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor, window: int | None, scale: float
-) -> torch.Tensor:
+def attend(query: torch.Tensor, keys: Kept, values: Kept, place: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
     rows, heads, head_dim = query.shape
-    kv_heads, capacity = keys.shape[1:3]
-    parts = triton.next_power_of_2(max(1, min(PROGRAMS // (rows * kv_heads), capacity // KEYS_AT_ONCE, 32)))
+    (k, k_scale), (v, v_scale) = keys, values
+    fp8 = k_scale is not None
+    kv_heads, capacity = k.shape[1:3]
+    at_once, warps = (FP8_KEYS_AT_ONCE, FP8_WARPS) if fp8 else (KEYS_AT_ONCE, WARPS)
+    parts = triton.next_power_of_2(max(1, min(PROGRAMS // (rows * kv_heads), capacity // at_once, 32)))
     out = query.new_empty(rows, heads * head_dim)
     partial = query.new_empty(rows, heads, parts, head_dim, dtype=torch.float32) if parts > 1 else out
     weight = query.new_empty(rows, heads, parts, 2, dtype=torch.float32) if parts > 1 else out
     group = heads // kv_heads
     _attend[(rows, kv_heads, parts)](
-        query, keys, values, place, partial, weight, scale, capacity, window or 0,
-        parts, kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim, KEYS_AT_ONCE,
-        num_warps=WARPS if head_dim <= 128 else 4, num_stages=STAGES,
+        query, k, v, k if k_scale is None else k_scale, v if v_scale is None else v_scale,
+        place, partial, weight, scale, capacity, window or 0,
+        fp8, parts, kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim, at_once,
+        num_warps=warps if head_dim <= 128 else 4, num_stages=STAGES,
     )  # fmt: skip
     if parts > 1:
         _join_parts[(rows * heads,)](partial, weight, out, parts, head_dim)
@@ -240,8 +279,8 @@ def attend(
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, places, out, weight, scale, capacity, window,
-    PARTS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    query, keys, values, k_scale, v_scale, places, out, weight, scale, capacity, window,
+    FP8: tl.constexpr, PARTS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
     row, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -255,7 +294,11 @@ def _attend(  # type: ignore[no-untyped-def]
     dim = tl.arange(0, HEAD_DIM)
     which = (row * KV_HEADS + kv_head) * GROUP + head  # of all rows' heads
     q = tl.load(query + which[:, None] * HEAD_DIM + dim[None, :], mask=head[:, None] < GROUP, other=0.0)
-    base = (row * KV_HEADS + kv_head) * capacity * HEAD_DIM
+    dtype = q.dtype
+    if FP8:
+        q = q.to(tl.float16)  # 8 bits become these by one instruction, and lose nothing
+    places_at = (row * KV_HEADS + kv_head) * capacity
+    base = places_at * HEAD_DIM
     top = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
@@ -263,18 +306,24 @@ def _attend(  # type: ignore[no-untyped-def]
     for start in range(first, end, KEYS):
         at = start + tl.arange(0, KEYS)
         inside = at < end
-        k = tl.load(keys + base + at[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0)
+        k = tl.load(keys + base + at[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if FP8:
+            scores *= tl.load(k_scale + places_at + at, mask=inside, other=0.0)[None, :]
         scores = tl.where(inside[None, :], scores, -1e30)
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(values + base + at[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(values + base + at[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0).to(q.dtype)
+        if FP8:  # by the largest entry of each value, which 16 bits hold; what that is too much by comes off in the end
+            p *= tl.load(v_scale + places_at + at, mask=inside, other=0.0)[None, :] * 448.0
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new_top
+    if FP8:
+        sums /= 448.0
     if PARTS == 1:
-        result = (sums / total[:, None]).to(q.dtype)
+        result = (sums / total[:, None]).to(dtype)
         tl.store(out + which[:, None] * HEAD_DIM + dim[None, :], result, mask=head[:, None] < GROUP)
     else:
         to = which * PARTS + part

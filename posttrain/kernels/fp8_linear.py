@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import ScalingType, scaled_mm
 
+from posttrain.errors import UserError
 from posttrain.kernels import decoding
 from posttrain.kernels.decoding import Fp8Rows
 from posttrain.kernels.nf4 import layers_to_pack
@@ -56,15 +57,19 @@ class Fp8Linear(nn.Module):
 
 def product(x: torch.Tensor | Fp8Rows, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     """x W' + bias, (rows, out), in `dtype`: bf16 or fp32 on a CPU, bf16 on a GPU."""
+    out = decoding.whole(product_to_scale(x, weight, dtype))
+    return out if weight.bias is None else out + weight.bias
+
+
+def product_to_scale(x: torch.Tensor | Fp8Rows, weight: Weight, dtype: torch.dtype) -> decoding.Product:
+    """The same without the bias, and where the product does not scale rows and columns itself, with that left to the reader."""
     values, scale = x if isinstance(x, Fp8Rows) else decoding.fp8_rows(x)
     if has_few_tiles(len(values), len(weight.values)):
         one, whole = _one(values.device), ScalingType.TensorWise
         out = scaled_mm(values, weight.values.T, one, whole, one, whole, output_dtype=dtype, use_fast_accum=True)
-        out = decoding.scaled(out, scale, weight.scale)
-    else:
-        of_rows = ScalingType.RowWise
-        out = scaled_mm(values, weight.values.T, scale, of_rows, weight.scale.T, of_rows, output_dtype=dtype)
-    return out if weight.bias is None else out + weight.bias
+        return decoding.Scaled(out, scale, weight.scale)
+    of_rows = ScalingType.RowWise
+    return scaled_mm(values, weight.values.T, scale, of_rows, weight.scale.T, of_rows, output_dtype=dtype)
 
 
 # On an H100 the kernel that scales rows and columns itself took 22 us for 128 rows of 8,192 by 3,072 outputs: as long as bf16.
@@ -84,7 +89,14 @@ def _one(device: torch.device) -> torch.Tensor:
 
 
 def use_fp8(model: nn.Module) -> None:
-    """Put layers without a weight in the place of all linear layers of a model on "meta" but its output head."""
+    """Put layers without a weight in the place of all linear layers of a model on "meta" but its output head.
+
+    Raises:
+        UserError: layers whose weights lie the other way round.
+    """
     for name in layers_to_pack(model):
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"rollouts.weights fp8: not tried on layers as {name}, {type(layer).__name__}: set it to null")
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Fp8Linear(model.get_submodule(name)))
+        setattr(model.get_submodule(parent), child, Fp8Linear(layer))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.kernels.sharded import whole
 
@@ -28,12 +29,16 @@ def base_weight(module: nn.Module) -> torch.Tensor:
 
 
 def layers_to_pack(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that a load as NF4 packs: all linear ones but the output head (transformers' own choice)."""
+    """Names of the layers that a load as NF4 packs: all linear ones but the output head (transformers' own choice).
+
+    GPT-2's Conv1D is a linear layer whose weight is (in, out). It is turned round before it is packed.
+    """
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = get_keys_to_not_convert(model)
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear and should_convert_module(name, kept)]
+    linear = (name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D))
+    return [name for name in linear if should_convert_module(name, kept)]
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:

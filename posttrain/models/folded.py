@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.schema import Model
 from posttrain.errors import UserError
@@ -64,7 +65,9 @@ class FoldedWeights:
         self.settings = settings
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.plain = skeleton(settings)
-        self.packed = {f"{name}.weight" for name in layers_to_pack(self.plain)} if quantization != "none" else set()
+        packed = layers_to_pack(self.plain) if quantization != "none" else []
+        # By the name of its weight, whether a layer's weight is turned round before it is packed.
+        self.packed = {f"{name}.weight": isinstance(self.plain.get_submodule(name), Conv1D) for name in packed}
         self.policy = _on_placeholders(skeleton(settings), adapter) if adapter else self.plain
         self.config = self.plain.config
         self.tensors = self._tensors()
@@ -106,7 +109,10 @@ class FoldedWeights:
         # Opened anew for each tensor: what is mapped of a file that stays open counts as memory of this process.
         with safe_open(tensor.file, framework="pt") as file:
             weight = file.get_tensor(tensor.source).to(self.dtype)
-        return through_nf4(weight.to(device())).cpu() if tensor.source in self.packed else weight
+        if (is_turned := self.packed.get(tensor.source)) is None:
+            return weight
+        weight = weight.to(device())
+        return (through_nf4(weight.T).T if is_turned else through_nf4(weight)).cpu()
 
     def _folded(self, module: nn.Module, owner: str, key: str, weight: torch.Tensor) -> torch.Tensor:
         if hasattr(module, "token_adapter"):

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.kernels import attention  # noqa: F401  # registers the names with transformers
 from posttrain.kernels.fp8_linear import FP8, Fp8Linear, use_fp8
@@ -30,10 +31,11 @@ class PolicyCopy:
     grpo_train.py logs that difference as `rollout/logp_difference`.
 
     Plain LoRA is added here. What else PEFT can merge, PEFT merges into a copy of the layer in fp32.
-    With `fp8` the decoder's linear layers are rounded once more, to 8 bits.
+    With `fp8` the decoder's linear layers are rounded once more, to 8 bits, and with `fp8_cache` so are the keys and values that
+    it keeps.
     """
 
-    def __init__(self, model: nn.Module, fp8: bool = False) -> None:
+    def __init__(self, model: nn.Module, fp8: bool = False, fp8_cache: bool = False) -> None:
         self.source, self.fp8 = model, fp8
         self.base = base = base_of(model)
         config = AutoConfig.for_model(**_plain_config(base.config))
@@ -45,6 +47,7 @@ class PolicyCopy:
             assert base.dtype == torch.bfloat16, "the schema lets no other pass"
             use_fp8(self.model)
         self.model.decoding = getattr(base, "decoding", "auto")
+        self.model.fp8_cache = fp8_cache
         self.folded: list[tuple[nn.Module, nn.Module]] = []
         self.merged: list[tuple[nn.Module, nn.Module]] = []
         self.rounded: list[tuple[nn.Parameter, nn.Parameter]] = []  # of a base whose weights are fp32 masters
@@ -75,6 +78,7 @@ class PolicyCopy:
                 continue
             adapted = key == "weight" and _is_adapted(source)
             tensor = torch.empty_like(base_weight(plain)) if adapted else _shared_tensor(plain, key)
+            tensor = _turned(module, plain, tensor) if key == "weight" else tensor
             module._parameters[key] = nn.Parameter(tensor.clone() if merged else tensor, requires_grad=False)
             if adapted and not merged:
                 self.folded.append((module, source))
@@ -103,7 +107,7 @@ class PolicyCopy:
     def refresh(self) -> PreTrainedModel:
         """Fold the present adapter. Returns the model to generate with."""
         for module, source in self.folded:
-            _set(module, "weight", _folded_weight(source))
+            _set(module, "weight", _turned(module, _base_layer(source), _folded_weight(source)))
         for rounded, master in self.rounded:
             rounded.data.copy_(master)
         for module, source in self.merged:
@@ -111,8 +115,13 @@ class PolicyCopy:
                 if tensor is not None and module._parameters.get(key) is None:  # a bias that the base has not
                     module.register_parameter(key, nn.Parameter(tensor.to(self.model.dtype), requires_grad=False))
                 elif tensor is not None:
-                    _set(module, key, tensor)
+                    _set(module, key, _turned(module, _base_layer(source), tensor) if key == "weight" else tensor)
         return self.model
+
+
+def _turned(module: nn.Module, source: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as the copy's layer has it: GPT-2's keep theirs the other way round, and NF4 makes linear layers of them."""
+    return weight.T if isinstance(module, Conv1D) and isinstance(source, nn.Linear) else weight
 
 
 def _set(module: nn.Module, key: str, tensor: torch.Tensor) -> None:

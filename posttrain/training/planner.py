@@ -67,6 +67,7 @@ class Rollouts:
     reference: bool  # KL to a reference: a further pass
     group: int  # completions of a question
     width: float = 2  # bytes of a weight of the copy, but for its head's
+    cached: float = 2  # bytes of an entry of keys and values
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Step:
     fused: bool = True  # Liger's norm, rotary embedding and MLP
     fast_adapter: bool = True
     probabilities: bool = False  # attention keeps them, as by matrix products on a CPU
+    moments: float = 8  # bytes that the optimizer keeps of a trained parameter: Adam's two in fp32
     rollouts: Rollouts | None = None
 
     @property
@@ -111,7 +113,7 @@ class Memory:
     """Bytes at the peak of a step, by what they are for."""
 
     weights: float
-    optimizer: float  # fp32 weights, gradients and Adam's moments of what is trained
+    optimizer: float  # fp32 weights, gradients and the optimizer's moments of what is trained
     activations: float
     logits: float  # of GRPO's completions, where the head keeps them
     rollouts: float  # the copy that generates, with its keys and values
@@ -134,10 +136,10 @@ def memory(step: Step, on_gpu: bool) -> Memory:
         logits = step.rows_at_once * rollouts.new * shape.vocab * 4 if on_gpu and not step.replayed else 0.0
         places = rollouts.prompt + rollouts.new
         places = math.ceil(places / 64) * 64 if rollouts.seats else places
-        cache = rollouts.rows * places * cache_bytes(shape) + copy_bytes(step)
+        cache = rollouts.rows * places * cache_bytes(shape) * rollouts.cached / 2 + copy_bytes(step)
         reference = 4.0 * (shape.linear + shape.embedding) if step.all_weights and rollouts.reference else 0.0
     process = 0.0 if on_gpu else CPU_PROCESS
-    return Memory(weights, 16 * step.trained, activation_bytes(step), logits, cache, reference, process)
+    return Memory(weights, (8 + step.moments) * step.trained, activation_bytes(step), logits, cache, reference, process)
 
 
 def cache_bytes(shape: Shape) -> int:

@@ -104,6 +104,7 @@ def grpo_step(config: GrpoConfig, shape: Shape, value: dict[str, Any], machine: 
         reference=bool(value["beta"]),
         group=group,
         width=1 if config.rollouts.weights else 2,
+        cached=1 if config.rollouts.cache else 2,
     )
     step = step_of(config, shape, value, row, rows * row, on_gpu)
     return replace(step, part_tokens=config.update_tokens, rollouts=rollouts)
@@ -124,6 +125,7 @@ def step_of(config: TrainConfig, shape: Shape, value: dict[str, Any], length: fl
         length=length,
         positions=positions,
         trained=shape.linear + shape.embedding if config.trains_all_weights else lora_parameters(config, shape),
+        moments=moment_bytes(config),
         rank=config.lora.r if config.lora else 32,
         width=4 if model.dtype == "float32" else 2,
         all_weights=config.trains_all_weights,
@@ -184,10 +186,20 @@ def model_shape(model: Model) -> Shape | None:
 
 
 def checkpoint_bytes(config: SftConfig | GrpoConfig, trains: float) -> float:
-    """fp32 weights, and Adam's two moments: a byte each in 8 bits, none of other optimizers."""
-    optimizer = str(config.trainer.get("optim", "adamw"))
-    moments = 0 if "adam" not in optimizer else 2 if "8bit" in optimizer else 8
-    return trains * (4 + moments)
+    """fp32 weights, and the optimizer's moments."""
+    return trains * (4 + moment_bytes(config))
+
+
+# How many numbers an optimizer keeps of each parameter, by what its name contains. Others keep none, or as few as Adafactor.
+MOMENTS = {"ademamix": 3, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}
+BYTES_OF_A_MOMENT = {"8bit": 1, "4bit": 0.5}  # and of the others 4
+
+
+def moment_bytes(config: TrainConfig) -> float:
+    """What `trainer.optim` keeps of a trained parameter. Paged moments are on the card as long as it has room for them."""
+    name = str(config.trainer.get("optim", "adamw"))
+    kept = next((kept for kind, kept in MOMENTS.items() if kind in name), 0)
+    return kept * next((size for width, size in BYTES_OF_A_MOMENT.items() if width in name), 4)
 
 
 def num_checkpoints(config: SftConfig | GrpoConfig, num_rows: int) -> int:

@@ -13,12 +13,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 import rewards
 from posttrain.config.schema import Rewards
 from posttrain.config.schema import Rollouts as RolloutSettings
+from posttrain.errors import UserError
+from posttrain.generation import decoder
 from posttrain.generation.engines import generate
 from posttrain.generation.guard import EngineGuard
 from posttrain.generation.loop import Completion, Sampling
 from posttrain.generation.steps import release_graphs
 from posttrain.models.chat import chat_ids
-from posttrain.models.policy_copy import Copy, GatheredCopy
+from posttrain.models.policy_copy import Copy, GatheredCopy, PolicyCopy
 from posttrain.phases import phase
 from posttrain.tasks.graders import NUMBERS, Grader
 
@@ -42,6 +44,8 @@ class Rollouts:
     ) -> None:
         self.copy, self.tokenizer, self.seed, self.guard = copy, tokenizer, seed, guard
         assert settings.engine != "trl", "rollouts.engine trl: TRL makes the completions itself"
+        if settings.cache and not (isinstance(copy, PolicyCopy) and decoder.fits(copy.model)):
+            raise UserError("rollouts.cache fp8: this model decodes in the loop, and not in seats: set it to null")
         self.engine, self.batch_size = settings.engine, settings.batch_size
         self._step, self._calls = -1, 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.schema import EvalConfig, GrpoConfig, SftConfig
 from posttrain.errors import UserError
@@ -59,7 +60,7 @@ def check_room(config: SftConfig | GrpoConfig | EvalConfig, base: PreTrainedMode
 def base_bytes(config: SftConfig | GrpoConfig | EvalConfig, base: PreTrainedModel) -> float:
     """What the base's weights take as they are held."""
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m not in ends)
+    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m not in ends)
     width = 4 if config.model.dtype == "float32" else 2
     packed = NF4_BYTES if config.quantization == "nf4" else width
     return linear * packed + (base.num_parameters() - linear) * width

@@ -95,6 +95,8 @@ class Rollouts(Settings):
     weights: Literal["fp8"] | None = None
     """fp8 rounds the copy that generates to 8 bits, and each token's gain is weighed for that; null keeps model.dtype.
     [in posttrain/kernels/fp8_linear.py]"""
+    cache: Literal["fp8"] | None = None
+    """fp8 keeps the keys and values of that copy in 8 bits, too; null keeps model.dtype. [in posttrain/kernels/decoding.py]"""
 
 
 class Curriculum(Settings):
@@ -157,6 +159,13 @@ class GrpoConfig(TrainConfig):
             yield ("curriculum",), f"needs rollouts.engine transformers: {why}; set that, or remove curriculum"
         if self.rollouts.weights:
             yield from self._problems_of_8_bits()
+        elif self.rollouts.cache:
+            yield (
+                ("rollouts", "cache"),
+                "is of a copy that is weighed for: set rollouts.weights fp8, or remove it",
+            )
+        if self.rollouts.cache and self.model.decoding == "loop":
+            yield ("rollouts", "cache"), "is of seats: remove it, or model.decoding loop"
         if self.layer_graphs and not self.update_tokens:
             yield ("layer_graphs",), "replays packed rows of a known size: set update_tokens, or this to false"
         if self.rollouts.skip_zero_signal and self.trainer.get("beta"):
