@@ -371,7 +371,7 @@ def test_a_merged_folder_answers_as_the_adapter_did(pipeline, tmp_path):
     done = run(
         "posttrain.export.command", "runs/grpo_tiny", "--format", "merged", "--out", tmp_path, "--questions", 4, cwd=pipeline
     )
-    assert done.code == 0 and done.out.startswith(f"wrote {tmp_path / 'merged'}\n  transformers: top-1 100.00%"), done
+    assert done.code == 0 and f"\nwrote {tmp_path / 'merged'}\n  transformers: top-1 100.00%" in done.out, done
     as_base = [f"model.name_or_path={tmp_path / 'merged'}", "quantization=none", f"run_dir={tmp_path / 'eval'}"]
     assert run("evaluate", "--config", CONFIGS / "eval_tiny.yaml", *as_base, cwd=pipeline).code == 0
     [adapters] = [folder for folder in (pipeline / "runs").glob("eval_*grpo_tiny") if folder.is_dir()]

@@ -26,7 +26,7 @@ from posttrain.config.messages import add_faults, did_you_mean, one_line_each
 from posttrain.config.reference import explained
 from posttrain.config.schema import Answer, EvalConfig, Settings
 from posttrain.config.yaml_lines import Document, NotYaml, read
-from posttrain.errors import UserError
+from posttrain.errors import UserError, go_on_unread
 from posttrain.places import ROOT, as_typed, found
 
 
@@ -82,6 +82,7 @@ def from_command_line(
         sys.exit(2)
     if args.print_config:
         _print_and_exit(dump(config).rstrip())
+    go_on_unread()  # before the imports that print: transformers says so where wandb is offline
     return config, args
 
 

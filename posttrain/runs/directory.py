@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from posttrain.config.load import config_sha256, dump
 from posttrain.config.schema import MODEL_FOLDER, Settings, Tracking, trackers_of
 from posttrain.console import close_bars, say
-from posttrain.errors import AlreadyDone, Interrupted, UserError, go_on_unread, is_out_of_memory, machine_trouble
+from posttrain.errors import AlreadyDone, Interrupted, UserError, is_out_of_memory, machine_trouble
 from posttrain.records import cut_torn_tail, sha256_file, to_json, write_atomic
 from posttrain.runs.integrity import check_adapter
 from posttrain.runs.manifest import Manifest, opening_manifest, read_manifest, utc
@@ -139,7 +139,6 @@ def _open(config: Settings, stage: str, folder: Path, resume: bool) -> Run:
         check_reusable(config, folder, resume)
     check_machine(config)
     lock = None
-    go_on_unread()
     if is_main_process():
         make_folder(folder)
         lock = _locked(folder, config, resume)
