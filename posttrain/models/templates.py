@@ -173,7 +173,8 @@ class Steps:
 def _environment() -> Environment:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    found: Environment = _compile_jinja_template("").environment
+    found: Environment = _compile_jinja_template("").environment.overlay()
+    found.intercepted_binops = frozenset(("*", "**"))  # type: ignore[attr-defined]  # so that Jinja computes no constant as it reads
     return found
 
 
