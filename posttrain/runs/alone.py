@@ -22,6 +22,7 @@ def alone(place: Path, key: str, *, appears: bool) -> Iterator[None]:
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = place.with_name(f".{place.name}.lock") if appears else place / ".lock"
+    kept = lock.exists()  # a run directory keeps its own
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
@@ -31,7 +32,8 @@ def alone(place: Path, key: str, *, appears: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink()  # while it is held: who has opened it meanwhile sees that its name is gone, and makes another
+        if not kept:
+            lock.unlink()  # while it is held: who has opened it meanwhile sees that its name is gone, and makes another
         held.release()
 
 
