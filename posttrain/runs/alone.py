@@ -22,7 +22,7 @@ def alone(place: Path, key: str, *, appears: bool) -> Iterator[None]:
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = place.with_name(f".{place.name}.lock") if appears else place / ".lock"
-    kept = lock.exists()  # a run directory keeps its own
+    kept = not appears and lock.exists()  # a run directory keeps its own
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
