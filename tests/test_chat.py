@@ -185,6 +185,7 @@ REFUSED = {
         "does not take these messages .maximum recursion",
     ),
     "a power": ("{{ 10 ** 1000000000 }}" + TURNS + HEADER, "it computes a power of 1000000000"),
+    "a power of powers": ("{{ ((10 ** 900) ** 900) ** 900 }}" + TURNS + HEADER, "its loops do not come to an end"),
     "a text without end": ("{{ 'a' * 1000000000 }}" + TURNS + HEADER, "its loops do not come to an end"),
     "a count of the messages": ("{{ messages | length }}" + TURNS + HEADER, "differently once it is answered"),
 }

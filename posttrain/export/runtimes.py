@@ -122,7 +122,6 @@ class LlamaCpp:
         seated = {seat: waiting.pop(0) for seat in range(min(AT_ONCE, len(prompts)))}
         self._forget()
         while seated:
-            # llama.cpp takes sequences with consecutive numbers, in their order, together: others in several passes.
             seated = dict(sorted(seated.items()))
             feed = {seat: answers[number][-1:] or list(prompts[number]) for seat, number in seated.items()}
             starts = {seat: len(prompts[seated[seat]]) + len(answers[seated[seat]]) - len(ids) for seat, ids in feed.items()}
@@ -148,6 +147,8 @@ class LlamaCpp:
 
     def _decode(self, feed: dict[int, list[int]], starts: dict[int, int], wanted: dict[int, int]) -> torch.Tensor:
         """Feed tokens to sequences, and take the logits at the last `wanted` of each, (all wanted, vocabulary)."""
+        # llama.cpp takes sequences with consecutive numbers, in their order, together: others in several passes.
+        assert list(feed) == sorted(feed)
         batch, place, places = self.batch, 0, []
         for row, ids in feed.items():
             for offset, token in enumerate(ids):

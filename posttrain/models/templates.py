@@ -163,6 +163,8 @@ class Steps:
         if operator == "**":
             if abs(right) > MOST_POWER:
                 raise TooManySteps(f"it computes a power of {right}")
+            if isinstance(left, int):
+                self._take(int(left.bit_length() * abs(right)))  # the result's bits: powers of powers grow as well
             return left**right
         for one, times in ((left, right), (right, left)):
             if isinstance(one, str | list | tuple) and isinstance(times, int):
